@@ -1,0 +1,70 @@
+# make          the programs, for this machine
+# make demo     what DRµGS does to a small model that is included
+# make test     all tests
+# make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
+# make clean    removes what was built
+
+CFLAGS = -O3 $(call accepts,-march=native)
+OPENMP = $(call accepts,-fopenmp)
+
+# A flag, if the compiler can build a program with it, else nothing.
+accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
+                  $(CC) $(1) -x c - -o $$t 2>/dev/null && echo $(1); rm -f $$t)
+
+# gnu11 for POSIX's mmap and getline. A multiply and an add may become one instruction
+# (-ffp-contract); sums are never reordered, so -ffast-math has no place here.
+FLAGS := -std=gnu11 -ffp-contract=fast -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi $(CFLAGS) $(OPENMP)
+C_TESTS = tests/test_drugs tests/test_loader
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+all: drugs
+
+drugs: drugs.c .flags
+	$(CC) $(FLAGS) $< -o $@ -lm
+
+tests/logits: tests/logits.c drugs.c .flags
+	$(CC) $(FLAGS) $< -o $@ -lm
+
+$(C_TESTS): %: %.c drugs.c $(wildcard tests/*.h) .flags | criterion
+	$(CC) $(FLAGS) $< -o $@ -lcriterion -lm
+
+# Changes when the compiler or its flags do, so that everything is built anew.
+.flags: always
+	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
+
+criterion:
+	@echo '#include <criterion/criterion.h>' | $(CC) -E -x c - > /dev/null 2>&1 || sh tests/get_criterion.sh
+
+# Every line is shown before it runs.
+DEMO = ./drugs tests/hamlet.bin -i "To be"
+demo: drugs
+	@echo; echo '--- sober'
+	$(DEMO) -n 48
+	@echo; echo '--- a light dose on the values that attention reads: one model, many ways to go on'
+	$(DEMO) -n 48 -V .3 -s 1
+	$(DEMO) -n 48 -V .3 -s 4
+	$(DEMO) -n 48 -V .7 -s 1
+	$(DEMO) -n 48 -V .7 -s 2
+	@echo; echo '--- the same on the output of attention'
+	$(DEMO) -n 48 -A .3 -s 1
+	$(DEMO) -n 48 -A .3 -s 3
+	$(DEMO) -n 48 -A .7 -s 2
+	$(DEMO) -n 48 -A .7 -s 3
+	@echo; echo '--- an overdose, on the input of attention: the words hold, the grammar does not'
+	$(DEMO) -n 100 -H 1
+	@echo; echo '--- the same, with a cold shower after every 10 tokens: what was written stays written,'
+	@echo '--- but the model remembers it soberly'
+	$(DEMO) -n 100 -H 1 -c 10
+
+test: drugs tests/logits $(C_TESTS)
+	tests/test_drugs
+	tests/test_loader
+	python3 -m unittest discover tests
+
+debug:
+	ASAN_OPTIONS=detect_leaks=0 $(MAKE) test CFLAGS='$(SANITIZE)'
+
+clean:
+	rm -f drugs .flags tests/logits $(C_TESTS)
+
+.PHONY: all test debug demo clean criterion always

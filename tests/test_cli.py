@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Tests of the command line of ./drugs, on the small model tests/hamlet.bin.
+
+    make && python3 -m unittest discover tests
+"""
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+import unittest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DRUGS = os.path.join(os.path.dirname(HERE), "drugs")
+MODEL = os.path.join(HERE, "hamlet.bin")
+CONTEXT = 160                           # of this model, in tokens
+
+Done = collections.namedtuple("Done", "status out err")
+
+
+def run(*arguments, stdin=b"", stdout=subprocess.PIPE):
+    done = subprocess.run([DRUGS, *arguments], input=stdin, stdout=stdout, stderr=subprocess.PIPE,
+                          timeout=60)
+    return Done(done.returncode, done.stdout, done.stderr.decode())
+
+
+@unittest.skipUnless(os.path.exists(DRUGS), "./drugs is not built: run make first")
+@unittest.skipUnless(os.path.exists(MODEL), "tests/hamlet.bin is not here")
+class Case(unittest.TestCase):
+    def good(self, *arguments, **more):
+        done = run(MODEL, *arguments, **more)
+        self.assertEqual(done.status, 0, done.err)
+        return done
+
+    def text(self, *arguments):
+        return self.good("-i", "To be", *arguments).out
+
+    def bad(self, status, *arguments, words=(), **more):
+        """The right status, nothing on stdout, and one line on stderr that has all the words."""
+        done = run(*arguments, **more)
+        self.assertEqual(done.status, status, (arguments, done))
+        self.assertFalse(done.out, arguments)
+        self.assertRegex(done.err, r"\Adrugs: [^\n]+\n\Z", arguments)
+        for word in words:
+            self.assertIn(word, done.err, arguments)
+
+
+class TestGenerate(Case):
+    def test_text_and_figures(self):
+        done = self.good("-i", "To be", "-n", "5")
+        self.assertTrue(done.out.startswith(b"To be"), done.out)
+        self.assertTrue(done.out.endswith(b"\n"), done.out)
+        self.assertRegex(done.err, r"\Aread \d+ tokens at \d+/s, wrote 5 at \d+/s until -n; "
+                         r"seed 420; 0 cold showers\n\Z")
+
+    def test_limits(self):
+        lengths = []
+        for limit in 1, 10, 50:
+            done = self.good("-i", "To be", "-n", str(limit))
+            self.assertIn("wrote %d at" % limit, done.err)
+            lengths.append(len(done.out))
+        self.assertEqual(lengths, sorted(set(lengths)))
+        done = self.good("-i", "To be", "-n", "0")
+        read, wrote = map(int, re.search(r"read (\d+) .* wrote (\d+) ", done.err).groups())
+        self.assertEqual(read + wrote, CONTEXT + 1)         # the last one needs no room
+        self.assertIn("until the end of the context", done.err)
+        self.assertEqual(self.good("-i", "To be", "-n", "9999").out, done.out)
+
+    def test_seeds(self):
+        for drug in (["-V", ".7"], ["-t", "1"], ["-t", ".8", "-p", "1"], ["-H", ".7", "-u"]):
+            first = self.text(*drug, "-s", "1")
+            self.assertEqual(self.text(*drug, "-s", "1"), first, drug)
+            self.assertNotEqual(self.text(*drug, "-s", "2"), first, drug)
+        self.assertEqual(self.text("-s", "1"), self.text("-s", "2"))
+        self.assertEqual(self.text("-t", "1", "-p", "0"), self.text())
+
+    def test_no_dose_is_sober(self):
+        zeros = [word for site in "HQKVA" for word in ("-" + site, "0")]
+        sober = self.text()
+        for more in ([], ["-u"], ["-s", "7"], ["-d", ".4"], ["-c", "3"], ["-r", "upstream"]):
+            self.assertEqual(self.text(*zeros, *more), sober, more)
+        self.assertEqual(self.text("-V", ".7@ceil:0=0"), sober)
+        for site in "HQKVA":
+            self.assertNotEqual(self.text("-" + site, "1.5"), sober, site)
+        self.assertNotEqual(self.text("-V", ".7", "-r", "upstream"), self.text("-V", ".7"))
+
+    def test_depth_and_spread_are_short_for_a_shape(self):
+        for short, shape in ((["-d", ".5", "-w", ".25"], "ceil:.25=0,.5=1,.75=0"),
+                             (["-d", ".5"], "ceil:.4=0,.5=1,.6=0"),
+                             (["-w", ".2"], "ceil:.2=0,.4=1,.6=0")):
+            self.assertEqual(self.text("-V", "1", *short), self.text("-V", "1@" + shape), shape)
+        full = "1@floor:0=1,.5=0"                           # a shape of its own goes before both
+        self.assertEqual(self.text("-V", full, "-d", ".9"), self.text("-V", full))
+        self.assertEqual(self.text("-V", "1@interpolate:.8=0,0=1"),
+                         self.text("-V", "1@interpolate:0=1,.8=0"))
+
+    def test_cold_showers(self):
+        def showers(*arguments):
+            done = self.good("-i", "To be", "-n", "60", *arguments)
+            return int(re.search(r"(\d+) cold shower", done.err).group(1))
+        self.assertEqual(showers("-V", ".7", "-c", "10"), 5)
+        self.assertEqual(showers("-V", ".7", "-c", "0"), 0)
+        self.assertEqual(showers("-c", "10"), 0)            # nothing to wash off
+        self.assertNotEqual(self.text("-V", ".7", "-c", "10"), self.text("-V", ".7", "-c", "0"))
+
+
+class TestChat(Case):
+    def chat(self, *arguments, said):
+        return self.good("-m", "chat", "-n", "5", *arguments, stdin=said)
+
+    def test_turns(self):
+        one, two = self.chat(said=b"hello\n"), self.chat(said=b"hello\nand you?\n")
+        self.assertEqual((one.err.count("> "), two.err.count("> ")), (2, 3))
+        self.assertNotIn(b"> ", two.out)
+        self.assertEqual((one.out.count(b"\n"), two.out.count(b"\n")), (1, 2))
+        self.assertTrue(two.out.startswith(one.out))
+        self.assertIn("wrote 10 ", two.err)
+        # Nothing is said by empty lines, nor by how lines end.
+        for said in b"\nhello\n\n\nand you?", b"hello\r\nand you?\r\n\r\n":
+            self.assertEqual(self.chat(said=said).out, two.out, said)
+        # The second turn remembers the first.
+        self.assertNotEqual(self.chat(said=b"and you?\n").out, two.out[len(one.out):])
+
+    def test_system_prompt(self):
+        def read(done):
+            return int(re.search(r"read (\d+) ", done.err).group(1))
+        plain, system = self.chat(said=b"hello\n"), self.chat("-y", "Be brief.", said=b"hello\n")
+        self.assertGreater(read(system), read(plain))
+        both = self.chat("-y", "Be brief.", said=b"hello\nhello\n")     # but it is told only once
+        self.assertLess(read(both), 2 * read(system))
+
+    def test_a_line_that_does_not_fit(self):
+        done = self.chat(said=b"x y " * 25000 + b"\nhello\n")
+        self.assertRegex(done.err, r"drugs: that is \d+ tokens, and the context has room for 160\n")
+        self.assertEqual(done.out, self.chat(said=b"hello\n").out)
+
+    def test_the_end_of_the_context(self):
+        done = self.chat("-n", "0", said=b"hello\nhello\n")
+        self.assertIn("until the end of the context", done.err)
+        self.assertEqual(done.err.count("drugs: "), 1)
+
+    def test_showers_between_turns(self):
+        said = b"hello\nand you?\n"
+        self.assertIn("2 cold showers", self.chat("-V", ".7", said=said).err)
+        self.assertIn("0 cold showers", self.chat("-V", ".7", "-c", "0", said=said).err)
+
+    def test_nothing_said(self):
+        self.assertEqual(self.chat(said=b"").out, b"")
+
+
+class TestErrors(Case):
+    def test_usage(self):
+        for arguments in ["-h"], [MODEL, "-h"], [MODEL, "-n", "5", "-h"]:
+            done = run(*arguments)
+            self.assertEqual((done.status, done.err), (0, ""))
+            self.assertTrue(done.out.startswith(b"usage: drugs "))
+            self.assertLessEqual(max(map(len, done.out.splitlines())), 100)
+        none = run()
+        self.assertEqual((none.status, none.out, none.err), (2, b"", done.out.decode()))
+
+    def test_bad_options(self):
+        shapes = ("@", ".3@", ".3@ceil", ".3@ceil:", ".3@round:0=1", ".3@ceil:0", ".3@ceil:0=",
+                  ".3@ceil:=1", ".3@ceil:0=1;1=0", ".3@ceil:0=-1", ".3@ceil:nan=1", ".3@ceil:0=inf",
+                  ".3@ceil:0=x", ".3@ceil:" + ",".join(["0=1"] * 17), "x@ceil:0=1")
+        numbers = ("abc", "", "1x", "nan", "inf", "-inf", "-1", "1e99", "1,5")
+        table = {
+            "-n": numbers + ("1.5", "268435457"), "-c": numbers + ("1.5", "268435457"),
+            "-s": numbers + ("1.5", "9007199254740994"), "-t": numbers + ("1001",),
+            "-p": numbers + ("1.1",), "-d": numbers + ("1.1",), "-w": numbers + ("1.1",),
+            "-m": ("talk", "", "Chat"), "-r": ("gauss", "", "centered")}
+        for site in "HQKVA":
+            table["-" + site] = numbers + ("1001",) + shapes
+        for option, values in table.items():
+            for value in values:
+                # Of a dose whose angle is wrong already, no more than that is quoted.
+                quoted = value if value.startswith(".3@") else value.split("@")[0]
+                self.bad(2, MODEL, option, value, words=[option, "'%s'" % quoted])
+            self.bad(2, MODEL, option, words=[option, "needs a value"])
+        for option in "-i", "-y":
+            self.bad(2, MODEL, option, words=[option, "needs a value"])
+        for option in "-x", "-", "--", "-nn", "--help", "-n5", "word", "":
+            self.bad(2, MODEL, option, "5", words=[option])
+
+    def test_good_values(self):
+        for option, values in {"-s": ("0", "9007199254740992"), "-t": ("0", "1000"),
+                               "-p": ("0", "1"), "-d": ("0", "1"), "-w": ("0", "1"),
+                               "-c": ("0", "268435456"), "-m": ("generate",), "-r": ("centred",),
+                               "-A": ("0", "1000", ".3@ceil:" + ",".join(["0=1"] * 16),
+                                      ".3@floor:-1=0,.5=2", "1e-3@interpolate:0=0,2=1")}.items():
+            for value in values:
+                self.good("-i", "To be", "-n", "2", option, value)
+
+    def test_files(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.bad(1, folder, words=[folder])
+            path = os.path.join(folder, "model.bin")
+            self.bad(1, path, words=[path])
+            with open(MODEL, "rb") as stream:
+                good = stream.read()
+            for content in b"", b"garbage" * 999, good[:99], good[:9999], good[:-1], good + b"x":
+                with open(path, "wb") as stream:
+                    stream.write(content)
+                self.bad(1, path, words=[path])
+
+    def test_a_prompt_that_does_not_fit(self):
+        self.bad(1, MODEL, "-i", "x y " * 9999, words=["-i", str(CONTEXT)])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
+    def test_a_full_disk(self):
+        for arguments in [], ["-m", "chat"]:
+            with open("/dev/full", "wb") as full:
+                done = run(MODEL, "-n", "5", *arguments, stdin=b"hello\n", stdout=full)
+            self.assertEqual(done.status, 1)
+            self.assertRegex(done.err, r"drugs: standard output cannot be written[^\n]*\n\Z")
+
+
+if __name__ == "__main__":
+    unittest.main()
