@@ -11,9 +11,9 @@ OPENMP = $(call accepts,-fopenmp)
 accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
                   $(CC) $(1) -x c - -o $$t 2>/dev/null && echo $(1); rm -f $$t)
 
-# gnu11 for POSIX's mmap and getline. A multiply and an add may become one instruction
-# (-ffp-contract); sums are never reordered, so -ffast-math has no place here.
-FLAGS := -std=gnu11 -ffp-contract=fast -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi $(CFLAGS) $(OPENMP)
+# gnu11 has POSIX's mmap and getline, and lets a multiply and an add become one instruction. Sums are
+# never reordered, so -ffast-math has no place here.
+FLAGS := -std=gnu11 -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi $(CFLAGS) $(OPENMP)
 C_TESTS = tests/test_drugs tests/test_loader
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
