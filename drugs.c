@@ -22,6 +22,7 @@
  * in a block, alone or beside other sequences, on one thread or on many, because every sum has one
  * fixed order. So what differs between two runs is what you changed, never how it was computed.
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <float.h>
 #include <limits.h>
@@ -61,6 +62,32 @@ static void *resize(void *old, ptrdiff_t count, size_t size) {
     void *p = n <= most ? realloc(old, n * size) : NULL;
     if (!p) die(1, "out of memory: %zu times %zu bytes were needed", n, size);
     return p;
+}
+
+// A file that is being written beside its place and moved there when it is whole, so that a full
+// disk or a crash loses nothing.
+typedef struct {
+    FILE *to;
+    const char *path;
+    char *beside;
+} Output;
+
+static Output output_open(const char *path) {
+    Output o = {NULL, path, resize(NULL, (ptrdiff_t)strlen(path) + 5, 1)};
+    sprintf(o.beside, "%s.tmp", path);
+    o.to = fopen(o.beside, "wb");
+    if (!o.to) die(1, "%s cannot be written: %s", path, strerror(errno));
+    return o;
+}
+
+static void output_close(Output *o) {
+    bool failed = ferror(o->to) | fflush(o->to) | fsync(fileno(o->to)), unclosed = fclose(o->to);
+    if (failed || unclosed || rename(o->beside, o->path)) {
+        const char *reason = strerror(errno);
+        remove(o->beside);
+        die(1, "%s cannot be written: %s", o->path, reason);
+    }
+    free(o->beside);
 }
 
 /* ================================================================================================
@@ -150,6 +177,14 @@ static void tensor_shape(const Config *c, int which, int *n_out, int *n_in) {
     }
 }
 
+// Tensor number i of the file; false if there are no more. layer is 0 for those that exist once.
+static bool tensor_at(const Config *c, int i, int *layer, int *which) {
+    const int n = c->n_layers * N_LAYER_TENSORS;
+    *layer = i > 0 && i <= n ? (i - 1) / N_LAYER_TENSORS : 0;
+    *which = i == 0 ? TOK_EMB : i <= n ? (i - 1) % N_LAYER_TENSORS : FINAL_NORM + i - n - 1;
+    return i < n + 3 - c->shared_classifier;
+}
+
 // Keeps a sentence about what is wrong with the file and returns false, for `return broken(...)`.
 __attribute__((format(printf, 2, 3)))
 static bool broken(Model *m, const char *format, ...) {
@@ -165,7 +200,7 @@ static bool read_header(Model *m, const char *data, size_t n_bytes) {
     Config *c = &m->config;
     if (n_bytes < HEADER_BYTES) return broken(m, "too short for a header, %zu bytes", n_bytes);
     if (memcmp(data, "drugs.c", MAGIC_BYTES))
-        return broken(m, "not a file for drugs; make one with: python3 export.py CHECKPOINT -o FILE");
+        return broken(m, "not made by export.py: python3 export.py CHECKPOINT -o FILE");
     memcpy(c, data + MAGIC_BYTES, CONFIG_BYTES);
 
     // Bounds far above any real model and far below where a product of two could overflow.
@@ -279,20 +314,16 @@ static bool read_tokenizer(Model *m, const char *p, const char *end) {
 static bool find_tensors(Model *m, const char *data, size_t n_bytes) {
     const Config *c = &m->config;
     uint64_t offset = HEADER_BYTES + (uint64_t)c->tokenizer_bytes;
-    int n = c->n_layers * N_LAYER_TENSORS;
-    m->tensors = resize(NULL, n + 3, sizeof *m->tensors);
-    for (int i = -1; i < n + 2; i++) { // the embedding (-1), the layers, final norm, classifier
-        int which = i < 0 ? TOK_EMB : i < n ? i % N_LAYER_TENSORS : FINAL_NORM + i - n, rows, cols;
-        if (which == WCLS && c->shared_classifier) {
-            *tensor(m, 0, WCLS) = *tensor(m, 0, TOK_EMB);
-            continue;
-        }
+    int layer, which, rows, cols;
+    m->tensors = resize(NULL, c->n_layers * N_LAYER_TENSORS + 3, sizeof *m->tensors);
+    for (int i = 0; tensor_at(c, i, &layer, &which); i++) {
         tensor_shape(c, which, &rows, &cols);
         offset = (offset + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
         if (offset <= n_bytes) // a pointer beyond the file must not even be computed
-            *tensor(m, i / N_LAYER_TENSORS, which) = (const float *)(const void *)(data + offset);
+            *tensor(m, layer, which) = (const float *)(const void *)(data + offset);
         offset += (uint64_t)rows * (uint64_t)cols * sizeof(float);
     }
+    if (c->shared_classifier) *tensor(m, 0, WCLS) = *tensor(m, 0, TOK_EMB);
     if (offset == n_bytes) return true;
     return broken(m, "has %zu bytes, the header promises %llu; copy or export it again", n_bytes,
                   (unsigned long long)offset);
@@ -386,7 +417,8 @@ static inline float sum_lanes(vec v) {
 
 // y += a x, for vectors that may be as short as 8 floats.
 static inline void add_scaled(float *y, float a, const float *x, int n) {
-    for (int i = 0; i < n; i += LANES) store(y + i, load(y + i, n - i) + a * load(x + i, n - i), n - i);
+    for (int i = 0; i < n; i += LANES)
+        store(y + i, load(y + i, n - i) + a * load(x + i, n - i), n - i);
 }
 
 // R x O dot products of length n: out[r][o] = x[r] . w[o]. Strides are in floats, from row to row.
@@ -450,17 +482,21 @@ sum_tile(float *out, ptrdiff_t out_stride, const float *a, ptrdiff_t a_row, ptrd
          const float *x, ptrdiff_t x_stride, ptrdiff_t n, int n_k, const int R, const int V) {
     vec sum[TILE][2];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sum[r][v] = load(out + r * out_stride + v * LANES, n - v * LANES);
+        for (int v = 0; v < V; v++)
+            sum[r][v] = load(out + r * out_stride + v * LANES, n - v * LANES);
     for (int k = 0; k < n_k; k++)
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++)
-                sum[r][v] += a[r * a_row + k * a_k] * load(x + k * x_stride + v * LANES, n - v * LANES);
+                sum[r][v] += a[r * a_row + k * a_k]
+                           * load(x + k * x_stride + v * LANES, n - v * LANES);
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(out + r * out_stride + v * LANES, sum[r][v], n - v * LANES);
+        for (int v = 0; v < V; v++)
+            store(out + r * out_stride + v * LANES, sum[r][v], n - v * LANES);
 }
 
 // out (n) += sum over k of a[k] * x[k], of n_k vectors that lie x_stride floats apart.
-static void weighted_sum(float *out, const float *a, const float *x, ptrdiff_t x_stride, int n, int n_k) {
+static void weighted_sum(float *out, const float *a, const float *x, ptrdiff_t x_stride, int n,
+                         int n_k) {
     int i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES)
         sum_tile(out + i, 0, a, 0, 1, x + i, x_stride, 2 * LANES, n_k, 1, 2);
@@ -491,10 +527,10 @@ static void rope(float *x, const float *cos_sin, int n) { // (n), (n): cosine an
 static inline vec exp_lanes(vec x) {
     typedef uint32_t bits __attribute__((vector_size(sizeof(vec)), may_alias));
     const float round = 0x1.8p23f; // a float this large has no digits behind the point
-    const bits tiny = (bits)(x < -87.0f), huge = (bits)(x > 88.0f); // all ones where true, to select with
+    const bits tiny = (bits)(x < -87.0f), huge = (bits)(x > 88.0f); // masks, all ones where true
     x = (vec)(((bits)x & ~huge) | ((bits)((vec){0} + 88.0f) & huge));
-    const vec shifted = x * 1.44269504f + round, n = shifted - round; // 1 / ln 2
-    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;        // ln 2 in two parts: all digits
+    const vec shifted = x * 1.44269504f + round, n = shifted - round; // times 1 / ln 2, rounded
+    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts: all digits
     vec e = 1.0f / 5040 * r + 1.0f / 720;
     e = e * r + 1.0f / 120;
     e = e * r + 1.0f / 24;
@@ -502,7 +538,7 @@ static inline vec exp_lanes(vec x) {
     e = e * r + 1.0f / 2;
     e = e * r + 1;
     e = e * r + 1;
-    return (vec)(((bits)e + ((bits)shifted << 23)) & ~tiny); // n stands in the low digits of shifted
+    return (vec)(((bits)e + ((bits)shifted << 23)) & ~tiny); // n is in the low digits of shifted
 }
 
 // x = exp(x * scale) / sum. The largest is taken off first, or exp would overflow.
@@ -519,8 +555,8 @@ static void softmax(float *x, int n, float scale) {
     for (int i = 0; i < n; i++) x[i] /= total;
 }
 
-// SwiGLU (Shazeer 2020): h = silu(gate) * up, where silu(z) = z / (1 + exp(-z)) is between 0 and z and
-// decides how much of up gets through.
+// SwiGLU (Shazeer 2020): h = silu(gate) * up, where silu(z) = z / (1 + exp(-z)) runs from nearly 0
+// to nearly z and decides how much of up gets through.
 static void swiglu(float *h, const float *gate, const float *up, ptrdiff_t n) {
 #pragma omp parallel for schedule(static) if (n * 16 > WORTH_THREADS)
     for (ptrdiff_t i = 0; i < n; i += LANES) {
@@ -627,8 +663,9 @@ static int by_depth(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// The angle, in radians, that a layer at this depth gets. Outside the points the nearest one counts;
-// between two of them `ceil` takes the larger ratio, `floor` the smaller, `interpolate` the line.
+// The angle, in radians, that a layer at this depth gets. Outside the points the nearest one is
+// meant; between two of them `ceil` takes the larger ratio, `floor` the smaller, `interpolate` the
+// line from one to the other.
 static double dose_at(const Dose *d, double depth) {
     const Point *p = d->points, *last = p + d->n_points - 1;
     if (!d->n_points) return d->theta;
@@ -931,7 +968,8 @@ static void forward(const Model *m, Run *run, Row *rows, int n_rows) {
             for (ptrdiff_t r = 0; r < n; r++) {
                 const ptrdiff_t at = r * c->q_dim + h * head_dim;
                 float *scratch = run->scratch + h * per_head;
-                attend(m, &rows[r], run->cos_sin + r * head_dim, l, h, s->q + at, s->att + at, scratch);
+                attend(m, &rows[r], run->cos_sin + r * head_dim, l, h, s->q + at, s->att + at,
+                       scratch);
                 turn(m, &rows[r], SITE_A, l, h, s->att + at, c->head_dim, scratch);
             }
 
@@ -1289,6 +1327,7 @@ static void generate(Talk *t) {
 // on. The history stays in the cache; the shower is taken while the person types.
 static void chat(Talk *t) {
     const Config *c = &t->model->config;
+    Sequence *s = &t->sequence;
     const char *system = t->options->system;
     char *line = NULL;
     size_t line_size = 0;
@@ -1296,13 +1335,13 @@ static void chat(Talk *t) {
         fputs("> ", stderr);
         fflush(stderr);
         if (t->options->shower_every)
-            t->n_showers += cold_shower(t->model, &t->run, &t->sequence) > 0;
+            t->n_showers += cold_shower(t->model, &t->run, s) > 0;
         ssize_t n_line = getline(&line, &line_size, stdin);
         if (n_line < 0) break; // Ctrl-D
         while (n_line > 0 && (line[n_line - 1] == '\n' || line[n_line - 1] == '\r')) n_line--;
         if (!n_line) continue;
 
-        bool first = !t->sequence.length;
+        bool first = !s->length;
         const char *before = first && system ? "[INST] <<SYS>>\n" : "[INST] ";
         const char *middle = first && system ? "\n<</SYS>>\n\n" : "", *after = " [/INST]";
         const char *said = first && system ? system : "";
@@ -1314,17 +1353,18 @@ static void chat(Talk *t) {
 
         int n, n_eos = !first && c->eos >= 0; // the last answer is closed first
         int *tokens = encode(t->model, text, n_text + n_said + strlen(after), true, &n);
-        int room = c->seq_len - t->sequence.length - n_eos;
+        int room = c->seq_len - s->length - n_eos;
         bool full = room < 1;
         if (full) {
             fputs("drugs: the context is full, the conversation ends here\n", stderr);
         } else if (n <= room) {
-            if (n_eos) feed(t->model, &t->run, &t->sequence, &c->eos, 1, t->sequence.length, false, false);
+            if (n_eos)
+                feed(t->model, &t->run, s, &c->eos, 1, s->length, false, false);
             t->printer.at_start = true;
             reply(t, tokens, n);
             puts("");
         } else {
-            fprintf(stderr, "drugs: that is %d tokens, and the context has room for %d\n", n, room);
+            fprintf(stderr, "drugs: that is %d tokens, the context has room for %d\n", n, room);
         }
         free(text);
         free(tokens);
@@ -1345,7 +1385,7 @@ static const char USAGE[] =
     "  -n <tokens>  how many to write, 0: until the context is full (256)\n"
     "  -s <seed>    of the noise and the sampling (420)\n"
     "  -H -Q -K -V -A <theta>  doses in radians: norm output, query, key, value, attention output\n"
-    "  -d <depth>   where in the depth the doses act, 0 first layer, 1 behind the last (everywhere)\n"
+    "  -d <depth>   where in the depth they act, 0 first layer, 1 behind the last (everywhere)\n"
     "  -w <spread>  how far around that depth, in the same unit (.1)\n"
     "               or a full shape for one dose: -A <theta>@<mode>:<depth>=<ratio>,...\n"
     "               with mode ceil, floor or interpolate: -A .3@interpolate:0=0,.4=1,.8=0\n"
@@ -1412,30 +1452,35 @@ static void help(const char *usage, int argc, char **argv) {
 
 static void parse_options(Options *o, int argc, char **argv) {
     double depth = -1, spread = -1;
-    if (argv[1][0] == '-') die(2, "the model file comes first, then the options; %s -h lists them", program);
+    if (argv[1][0] == '-')
+        die(2, "the model file comes first, then the options; %s -h lists them", program);
     *o = (Options){.prompt = "", .n_new = 256, .shower_every = 420, .top_p = .9,
                    .noise = {420, FAMILY_CENTRED, NULL}};
     for (int i = 2; i < argc; i++) {
         const char *flag = argv[i], *site = NULL;
         if (flag[0] != '-' || !flag[1] || flag[2])
-            die(2, "'%s' is not an option; drugs -h lists them", flag);
+            die(2, "'%s' is not an option; %s -h lists them", flag, program);
         if (flag[1] == 'h') help(USAGE, 2, &argv[i - 1]);
         if (flag[1] == 'u') { o->drugged_prompt = true; continue; }
         if (!strchr("HQKVAminsytpdwcr", flag[1]))
-            die(2, "there is no option %s; drugs -h lists them", flag);
-        if (++i == argc) die(2, "%s needs a value; drugs -h lists them", flag);
+            die(2, "there is no option %s; %s -h lists them", flag, program);
+        if (++i == argc) die(2, "%s needs a value; %s -h lists them", flag, program);
         const char *text = argv[i];
         if ((site = strchr("HQKVA", flag[1]))) parse_dose(&o->doses[site - "HQKVA"], flag[1], text);
         switch (flag[1]) {
         case 'i': o->prompt = text; break;
         case 'y': o->system = text; break;
         case 'n': o->n_new = (int)number('n', "a number of tokens", text, 0, 1 << 28, true); break;
-        case 's': o->noise.seed = (uint64_t)number('s', "a whole number", text, 0, 0x1p53, true); break;
+        case 's':
+            o->noise.seed = (uint64_t)number('s', "a whole number", text, 0, 0x1p53, true);
+            break;
         case 't': o->temperature = number('t', "a temperature", text, 0, 1000, false); break;
         case 'p': o->top_p = number('p', "a probability", text, 0, 1, false); break;
         case 'd': depth = number('d', "a depth", text, 0, 1, false); break;
         case 'w': spread = number('w', "a spread", text, 0, 1, false); break;
-        case 'c': o->shower_every = (int)number('c', "a number of tokens", text, 0, 1 << 28, true); break;
+        case 'c':
+            o->shower_every = (int)number('c', "a number of tokens", text, 0, 1 << 28, true);
+            break;
         case 'm':
             o->chat = !strcmp(text, "chat");
             if (!o->chat && strcmp(text, "generate"))
@@ -1482,7 +1527,8 @@ int main(int argc, char **argv) {
     else generate(&talk);
     if (ferror(stdout) || fflush(stdout)) die(1, "standard output cannot be written; disk full?");
 
-    fprintf(stderr, "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
+    fprintf(stderr,
+            "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
             talk.n_prompt, talk.n_prompt / fmax(talk.prompt_seconds, 1e-9), talk.n_new,
             talk.n_new / fmax(talk.new_seconds, 1e-9), talk.stopped_at ? talk.stopped_at : "Ctrl-D",
             (unsigned long long)options.noise.seed, talk.n_showers, talk.n_showers == 1 ? "" : "s");

@@ -4,9 +4,11 @@
  * was made with can draw the same ones.
  */
 #include <criterion/criterion.h>
+#ifndef DRUGS_IS_INCLUDED // by a test that has included another program, and drugs.c with it
 #define main drugs_main
 #include "../drugs.c"
 #undef main
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
