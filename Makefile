@@ -1,7 +1,10 @@
 # make          the programs, for this machine
 # make demo     what DRµGS does to a small model that is included
+# make lesson   what one gradient step does to it
+# make pretrain raises such a model anew, tests/fresh.bin; SEED=5 for another one
 # make test     all tests
 # make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench    speed, as ratios against this machine's limits
 # make clean    removes what was built
 
 CFLAGS = -O3 $(call accepts,-march=native)
@@ -13,19 +16,19 @@ accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
 
 # gnu11 has POSIX's mmap and getline, and lets a multiply and an add become one instruction. Sums are
 # never reordered, so -ffast-math has no place here.
-FLAGS := -std=gnu11 -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi $(CFLAGS) $(OPENMP)
-C_TESTS = tests/test_drugs tests/test_loader
+FLAGS := -std=gnu11 -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -Wno-psabi $(CFLAGS) $(OPENMP)
+C_TESTS = tests/test_drugs tests/test_loader tests/test_step
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-all: drugs
+PROGRAMS = drugs train_step tests/logits tests/pretrain tests/bench
+SEED = 2
 
-drugs: drugs.c .flags
+all: drugs train_step
+
+$(PROGRAMS): %: %.c drugs.c train_step.c .flags
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-tests/logits: tests/logits.c drugs.c .flags
-	$(CC) $(FLAGS) $< -o $@ -lm
-
-$(C_TESTS): %: %.c drugs.c $(wildcard tests/*.h) .flags | criterion
+$(C_TESTS): %: %.c drugs.c train_step.c $(wildcard tests/*.h) .flags | criterion
 	$(CC) $(FLAGS) $< -o $@ -lcriterion -lm
 
 # Changes when the compiler or its flags do, so that everything is built anew.
@@ -56,15 +59,25 @@ demo: drugs
 	@echo '--- but the model remembers it soberly'
 	$(DEMO) -n 100 -H 1 -c 10
 
-test: drugs tests/logits $(C_TESTS)
+lesson: train_step
+	./train_step tests/hamlet.bin
+
+pretrain: tests/pretrain
+	tests/pretrain tests/fresh.bin $(SEED)
+
+bench: tests/bench
+	tests/bench
+
+test: $(PROGRAMS) $(C_TESTS)
 	tests/test_drugs
 	tests/test_loader
+	tests/test_step
 	python3 -m unittest discover tests
 
 debug:
 	ASAN_OPTIONS=detect_leaks=0 $(MAKE) test CFLAGS='$(SANITIZE)'
 
 clean:
-	rm -f drugs .flags tests/logits $(C_TESTS)
+	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin
 
-.PHONY: all test debug demo clean criterion always
+.PHONY: all test debug demo lesson pretrain bench clean criterion always

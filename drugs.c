@@ -15,7 +15,8 @@
  *   5  the cold shower   makes a drugged cache sober again
  *   6  the tokenizer     text to tokens and back, as SentencePiece does it
  *   7  talking           generate and chat
- *   8  the command line
+ *   8  the laboratory    what a dose does: to one token, to whole texts, to an answer
+ *   9  the command line
  *
  * Shapes stand behind declarations as // (n_rows, dim), row-major: the last index runs fastest.
  * A promise the code keeps everywhere: a logit is bitwise the same whether its token came alone or
@@ -88,6 +89,34 @@ static void output_close(Output *o) {
         die(1, "%s cannot be written: %s", o->path, reason);
     }
     free(o->beside);
+}
+
+// How many bytes a UTF-8 character has that starts with this one; 1 also if none does.
+static int character_length(char first) {
+    unsigned char c = (unsigned char)first;
+    return c < 0xC2 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 1;
+}
+
+static bool continues_character(char c) { return ((unsigned char)c & 0xC0) == 0x80; }
+
+// How a table looks: on a terminal (width > 0, cells cut to it), as CSV or as Markdown.
+typedef struct { int width; bool markdown; } Style;
+
+// One cell, n bytes long. CSV quotes text and doubles the quotes within, Markdown escapes its bars.
+static void print_cell(FILE *out, Style style, const char *text, int n, bool first, bool last) {
+    const char *quote = style.width || style.markdown ? "" : "\"";
+    if (!style.width) fprintf(out, "%s%s", style.markdown ? "| " : first ? "" : ",", quote);
+    int shown = 0; // characters, not bytes
+    for (int i = 0; i < n; i++) {
+        if (!continues_character(text[i]) && ++shown == style.width) break;
+        if (*quote && text[i] == '"') fputc('"', out);
+        if (style.markdown && text[i] == '|') fputc('\\', out);
+        fputc(text[i], out);
+    }
+    if (style.width && shown == style.width) shown--;
+    if (style.width && !last) fprintf(out, "%*s", style.width - shown, "");
+    if (!style.width) fprintf(out, "%s%s", quote, style.markdown ? last ? " |" : " " : "");
+    if (last) fputc('\n', out);
 }
 
 /* ================================================================================================
@@ -387,7 +416,7 @@ typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(siz
                                  may_alias));
 
 // Threads cost some microseconds to wake; below this many multiply-adds one core is faster.
-static const ptrdiff_t WORTH_THREADS = 1 << 19;
+static const ptrdiff_t WORTH_THREADS = 1 << 20;
 
 // The first n <= LANES floats at p; the others are zero and add nothing to a sum of products.
 static inline vec load(const float *p, ptrdiff_t n) {
@@ -462,15 +491,19 @@ static void matmul(float *out,       // (n_rows, n_out)
                    ptrdiff_t n_rows, ptrdiff_t n_in, ptrdiff_t n_out) {
 #pragma omp parallel for schedule(static) if (n_rows * n_in * n_out > WORTH_THREADS)
     for (ptrdiff_t o = 0; o < n_out; o += TILE) {
-        const float *rows = w + o * n_in;
-        ptrdiff_t r = 0;
-        if (o + TILE <= n_out)
-            for (; r + TILE <= n_rows; r += TILE)
-                dot_tile(out + r * n_out + o, n_out, x + r * n_in, n_in, rows, n_in, (int)n_in,
-                         TILE, TILE);
-        for (; r < n_rows; r++) // rows, or outputs, that fill no tile
-            dots(out + r * n_out + o, x + r * n_in, rows, n_in, (int)n_in,
-                 o + TILE <= n_out ? TILE : (int)(n_out - o));
+        const float *rows = w + o * n_in, *from = x;
+        float *to = out + o;
+        const int n = (int)n_in, n_left = (int)(n_out - o);
+        for (ptrdiff_t r = 0; r < n_rows; r += TILE, from += TILE * n_in, to += TILE * n_out) {
+            const ptrdiff_t rows_left = n_rows - r;
+            if (n_left < TILE) // the last outputs, if n_out is no multiple of 4
+                for (int i = 0; i < TILE && i < rows_left; i++)
+                    dots(to + i * n_out, from + i * n_in, rows, n_in, n, n_left);
+            else if (rows_left == 1) dot_tile(to, n_out, from, n_in, rows, n_in, n, 1, TILE);
+            else if (rows_left == 2) dot_tile(to, n_out, from, n_in, rows, n_in, n, 2, TILE);
+            else if (rows_left == 3) dot_tile(to, n_out, from, n_in, rows, n_in, n, 3, TILE);
+            else dot_tile(to, n_out, from, n_in, rows, n_in, n, TILE, TILE);
+        }
     }
 }
 
@@ -689,8 +722,8 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
 /* ================================================================================================
  * 4  The forward pass
  *
- * It works on rows. A row is one token at one position of one sequence. A prompt is many rows of one
- * sequence, the next word is one row, eight completions side by side are eight rows of eight
+ * It works on rows. A row is one token at one position of one sequence. A prompt is many rows of
+ * one sequence, the next word is one row, eight completions side by side are eight rows of eight
  * sequences. Weights are read once for all rows of a call, and reading weights is what takes time.
  */
 
@@ -905,6 +938,7 @@ static void linear(const Model *m, const Run *run, float *y, const float *x, int
 static void enter_rows(const Model *m, Run *run, Row *rows, int n_rows) {
     const Config *c = &m->config;
     int longest = 0;
+    run->rows = rows;
     for (ptrdiff_t r = 0; r < n_rows; r++) {
         Sequence *s = rows[r].sequence;
         int position = rows[r].position, needed = position + 1;
@@ -930,83 +964,89 @@ static void enter_rows(const Model *m, Run *run, Row *rows, int n_rows) {
     }
 }
 
-// Computes n_rows rows; rows of one sequence stand in the order of their positions, and all that
-// they look back on is computed before or with them. Keys, values and wanted logits are the result.
-// The caller sees to n_rows <= run->max_rows, positions < seq_len and tokens < vocab_size.
-static void forward(const Model *m, Run *run, Row *rows, int n_rows) {
+// One layer, from the x of its slot to the x of the next one.
+static void layer_forward(const Model *m, Run *run, int l, int n_rows) {
     const Config *c = &m->config;
+    const Row *rows = run->rows;
     const ptrdiff_t n = n_rows, dim = c->dim, kv_dim = c->kv_dim, head_dim = c->head_dim;
-    Slot *s = &run->slots[0];
-    run->rows = rows;
-    enter_rows(m, run, rows, n_rows);
-    embed(m, run, s->x, n_rows);
+    const Slot *s = &run->slots[l % run->n_slots], *next = &run->slots[(l + 1) % run->n_slots];
 
-    for (int l = 0; l < c->n_layers; l++) {
-        Slot *next = &run->slots[(l + 1) % run->n_slots];
-        // xn = rmsnorm(x), turned at H; its three readers are the query, the key and the value
-        norm(m, run, s->xn, s->x, l, ATT_NORM, n_rows);
-        for (ptrdiff_t r = 0; r < n; r++)
-            turn(m, &rows[r], SITE_H, l, 0, s->xn + r * dim, c->dim, run->y);
-        linear(m, run, s->q, s->xn, l, WQ, n_rows);
-        linear(m, run, s->k, s->xn, l, WK, n_rows);
-        linear(m, run, s->v, s->xn, l, WV, n_rows);
+    // xn = rmsnorm(x), turned at H; its three readers are the query, the key and the value
+    norm(m, run, s->xn, s->x, l, ATT_NORM, n_rows);
+    for (ptrdiff_t r = 0; r < n; r++)
+        turn(m, &rows[r], SITE_H, l, 0, s->xn + r * dim, c->dim, run->y);
+    linear(m, run, s->q, s->xn, l, WQ, n_rows);
+    linear(m, run, s->k, s->xn, l, WK, n_rows);
+    linear(m, run, s->v, s->xn, l, WV, n_rows);
 
-        // keys get their position and go into the cache, clean of K and V noise
-        for (ptrdiff_t r = 0; r < n; r++) {
-            const ptrdiff_t at = rows[r].position * kv_dim;
-            float *k = s->k + r * kv_dim;
-            for (ptrdiff_t h = 0; h < kv_dim; h += head_dim)
-                rope(k + h, run->cos_sin + r * head_dim, c->head_dim);
-            memcpy(rows[r].sequence->k[l] + at, k, (size_t)kv_dim * sizeof *k);
-            memcpy(rows[r].sequence->v[l] + at, s->v + r * kv_dim, (size_t)kv_dim * sizeof *k);
-        }
-
-        // att = softmax(q.k / sqrt(head_dim)) v, head by head, turned at A
-        const ptrdiff_t per_head = 2 * head_dim + run->context;
-#pragma omp parallel for schedule(static) if (n * c->q_dim * 64 > WORTH_THREADS)
-        for (int h = 0; h < c->n_heads; h++)
-            for (ptrdiff_t r = 0; r < n; r++) {
-                const ptrdiff_t at = r * c->q_dim + h * head_dim;
-                float *scratch = run->scratch + h * per_head;
-                attend(m, &rows[r], run->cos_sin + r * head_dim, l, h, s->q + at, s->att + at,
-                       scratch);
-                turn(m, &rows[r], SITE_A, l, h, s->att + at, c->head_dim, scratch);
-            }
-
-        // xm = x + wo att: what attention found is added to the residual stream
-        linear(m, run, run->y, s->att, l, WO, n_rows);
-        for (ptrdiff_t i = 0; i < n * dim; i++) s->xm[i] = s->x[i] + run->y[i];
-
-        // h = silu(w1 fn) * w3 fn
-        norm(m, run, s->fn, s->xm, l, FFN_NORM, n_rows);
-        linear(m, run, s->gate, s->fn, l, W1, n_rows);
-        linear(m, run, s->up, s->fn, l, W3, n_rows);
-        swiglu(s->h, s->gate, s->up, n * c->hidden_dim);
-
-        // x = xm + w2 h enters the next layer
-        linear(m, run, run->y, s->h, l, W2, n_rows);
-        for (ptrdiff_t i = 0; i < n * dim; i++) next->x[i] = s->xm[i] + run->y[i];
-        s = next;
+    // keys get their position and go into the cache, clean of K and V noise
+    for (ptrdiff_t r = 0; r < n; r++) {
+        const ptrdiff_t at = rows[r].position * kv_dim;
+        float *k = s->k + r * kv_dim;
+        for (ptrdiff_t h = 0; h < kv_dim; h += head_dim)
+            rope(k + h, run->cos_sin + r * head_dim, c->head_dim);
+        memcpy(rows[r].sequence->k[l] + at, k, (size_t)kv_dim * sizeof *k);
+        memcpy(rows[r].sequence->v[l] + at, s->v + r * kv_dim, (size_t)kv_dim * sizeof *k);
     }
 
-    // logits = classifier rmsnorm(x), only for the rows that want them, moved together first
+    // att = softmax(q.k / sqrt(head_dim)) v, head by head, turned at A
+    const ptrdiff_t per_head = 2 * head_dim + run->context;
+#pragma omp parallel for schedule(static) if (n * c->q_dim * 64 > WORTH_THREADS)
+    for (int h = 0; h < c->n_heads; h++)
+        for (ptrdiff_t r = 0; r < n; r++) {
+            const ptrdiff_t at = r * c->q_dim + h * head_dim;
+            float *scratch = run->scratch + h * per_head;
+            attend(m, &rows[r], run->cos_sin + r * head_dim, l, h, s->q + at, s->att + at,
+                   scratch);
+            turn(m, &rows[r], SITE_A, l, h, s->att + at, c->head_dim, scratch);
+        }
+
+    // xm = x + wo att: what attention found is added to the residual stream
+    linear(m, run, run->y, s->att, l, WO, n_rows);
+    for (ptrdiff_t i = 0; i < n * dim; i++) s->xm[i] = s->x[i] + run->y[i];
+
+    // h = silu(w1 fn) * w3 fn
+    norm(m, run, s->fn, s->xm, l, FFN_NORM, n_rows);
+    linear(m, run, s->gate, s->fn, l, W1, n_rows);
+    linear(m, run, s->up, s->fn, l, W3, n_rows);
+    swiglu(s->h, s->gate, s->up, n * c->hidden_dim);
+
+    // x = xm + w2 h enters the next layer
+    linear(m, run, run->y, s->h, l, W2, n_rows);
+    for (ptrdiff_t i = 0; i < n * dim; i++) next->x[i] = s->xm[i] + run->y[i];
+}
+
+// logits = classifier rmsnorm(x), only for the rows that want them, which are moved together first.
+static void classify(const Model *m, Run *run, Row *rows, int n_rows) {
+    const Config *c = &m->config;
+    const Slot *s = &run->slots[c->n_layers % run->n_slots];
     ptrdiff_t n_wanted = 0;
-    for (ptrdiff_t r = 0; r < n; r++) {
+    for (ptrdiff_t r = 0; r < n_rows; r++) {
         rows[r].logits = NULL;
         if (!rows[r].wants_logits) continue;
         rows[r].logits = run->logits + n_wanted * c->vocab_size;
-        memmove(s->x + n_wanted++ * dim, s->x + r * dim, (size_t)dim * sizeof(float));
+        memmove(s->x + n_wanted++ * c->dim, s->x + r * c->dim, (size_t)c->dim * sizeof(float));
     }
     norm(m, run, s->fn, s->x, 0, FINAL_NORM, (int)n_wanted);
     linear(m, run, run->logits, s->fn, 0, WCLS, (int)n_wanted);
 }
 
+// Computes n_rows rows; rows of one sequence stand in the order of their positions, and all that
+// they look back on is computed before or with them. Keys, values and wanted logits are the result.
+// The caller sees to n_rows <= run->max_rows, positions < seq_len and tokens < vocab_size.
+static void forward(const Model *m, Run *run, Row *rows, int n_rows) {
+    enter_rows(m, run, rows, n_rows);
+    embed(m, run, run->slots[0].x, n_rows);
+    for (int l = 0; l < m->config.n_layers; l++) layer_forward(m, run, l, n_rows);
+    classify(m, run, rows, n_rows);
+}
+
 // Runs tokens (n) of a sequence from position start on, in blocks that fit. The logits of the last
 // one come back, or NULL when they are not wanted. Valid until the next forward.
-static const float *feed(const Model *m, Run *run, Sequence *s, const int *tokens, int n, int start,
+static float *feed(const Model *m, Run *run, Sequence *s, const int *tokens, int n, int start,
                          bool drugged, bool wants_logits) {
     Row *rows = resize(NULL, run->max_rows, sizeof *rows);
-    const float *logits = NULL;
+    float *logits = NULL;
     for (int done = 0; done < n;) {
         int n_rows = n - done < run->max_rows ? n - done : run->max_rows;
         for (int r = 0; r < n_rows; r++, done++)
@@ -1023,8 +1063,8 @@ static const float *feed(const Model *m, Run *run, Sequence *s, const int *token
  * 5  The cold shower
  *
  * A token computed under noise leaves noisy keys and values in the cache (only K and V noise of its
- * own layer does not, but the layers above see its effects), and so does a sober one that looks back
- * on them. A shower takes all tokens from the first dirty one on and runs them again, sober, as one
+ * own layer does not, but the layers above see its effects), and so does a sober one that looks
+ * back on them. A shower takes all tokens from the first dirty one on and runs them again, sober, as one
  * block. Then the cache is, to the last bit, that of a model that never was on drugs; what it wrote
  * in that state stays written.
  */
@@ -1096,14 +1136,6 @@ static Pair pop_pair(Merger *g) {
     g->heap[i] = last;
     return best;
 }
-
-// How many bytes a UTF-8 character has that starts with this one; 1 also if none does.
-static int character_length(char first) {
-    unsigned char c = (unsigned char)first;
-    return c < 0xC2 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 1;
-}
-
-static bool continues_character(char c) { return ((unsigned char)c & 0xC0) == 0x80; }
 
 // The length of the character at s, of which n bytes are left; 1 for a broken one.
 static int whole_character(const char *s, int n) {
@@ -1207,16 +1239,40 @@ static void print_token(Printer *p, const Tokenizer *t, int token) {
     fflush(p->to);
 }
 
+// The text of n tokens. The caller frees it.
+static char *decode(const Tokenizer *t, const int *tokens, int n) {
+    char *text;
+    size_t size;
+    Printer p = {.to = open_memstream(&text, &size), .at_start = true};
+    if (!p.to) die(1, "out of memory");
+    for (int i = 0; i < n; i++) print_token(&p, t, tokens[i]);
+    print_rest(&p);
+    fclose(p.to);
+    return text;
+}
+
 /* ================================================================================================
  * 7  Talking
  */
+
+// The usual way, for comparison: chance at the very end.
+typedef struct {
+    double temperature; // 0: take the most probable token
+    double top_p;       // among the most probable tokens that together have this probability
+    double logit_noise; // standard deviation of normal noise on the logits, before all that
+} Dice;
+
+enum { GENERATE, CHAT, TRIP, EXPLORE, PROBE, N_MODES };
 typedef struct {
     const char *prompt, *system;
     int n_new;          // tokens to write, 0: until the context is full
     int shower_every;   // drugged tokens, 0: never
-    double temperature; // 0: take the most probable token
-    double top_p;
-    bool drugged_prompt, chat;
+    Dice dice;
+    bool drugged_prompt;
+    int mode;           // GENERATE, ...
+    int k;              // seeds, twins: how often an experiment is repeated
+    double max_theta;   // of a trip, radians
+    const char *out;    // where an experiment's numbers go, NULL: nowhere
     Noise noise;
     Dose doses[N_SITES];
 } Options;
@@ -1251,8 +1307,8 @@ static int by_probability(const void *a, const void *b) { // for qsort, largest 
     return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->token - y->token;
 }
 
-// The usual way, for comparison: dice at the end. Draws from softmax(logits / temperature) among
-// the fewest tokens that together have a probability of top_p. u is uniform in [0, 1).
+// Draws from softmax(logits / temperature) among the fewest tokens that together have a probability
+// of top_p. u is uniform in [0, 1).
 static int sample(const float *logits, int n, double temperature, double top_p, double u) {
     Candidate *c = resize(NULL, n, sizeof *c);
     float max = logits[argmax(logits, n)];
@@ -1270,12 +1326,68 @@ static int sample(const float *logits, int n, double temperature, double top_p, 
     return token;
 }
 
-static int choose(const Talk *t, const float *logits) {
-    const Options *o = t->options;
-    int n = t->model->config.vocab_size;
-    if (!(o->temperature > 0)) return argmax(logits, n);
-    uint64_t key = within(within(o->noise.seed, SITE_SAMPLE), t->sequence.length);
-    return sample(logits, n, o->temperature, o->top_p, uniform(key, 0));
+// The token that follows at a position. logits (n) are changed if there is to be noise on them.
+static int choose(float *logits, int n, const Dice *dice, uint64_t seed, int position) {
+    const uint64_t key = within(within(seed, SITE_SAMPLE), position);
+    for (int i = 0; dice->logit_noise > 0 && i < n; i++) { // Box-Muller: two uniforms, one normal
+        double u = 1 - uniform(key, 2 * (uint32_t)i + 1), v = uniform(key, 2 * (uint32_t)i + 2);
+        logits[i] += (float)(dice->logit_noise * sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
+    }
+    if (!(dice->temperature > 0)) return argmax(logits, n);
+    return sample(logits, n, dice->temperature, dice->top_p, uniform(key, 0));
+}
+
+// -log softmax(z)[token], in nats: how surprising the token is. z (n) are logits.
+static double surprise(const float *z, int n, int token) {
+    const double max = z[argmax(z, n)];
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += exp(z[i] - max);
+    return log(sum) + max - z[token];
+}
+
+// One of several texts that are written side by side.
+typedef struct {
+    Sequence *sequence; // the prompt is in its cache
+    Dice dice;
+    int next;           // the token that comes now
+    int *tokens;        // (n_tokens) what was written; the caller makes room for n_new
+    int n_tokens;
+    float *hidden;      // (n_new, dim) what left the layers for each but the last, or NULL
+} Text;
+
+// Writes up to n_new tokens of each text, one row of each in every call of forward, so that weights
+// are read once for all. A text that comes to its end drops out.
+static void write_texts(const Model *m, Run *run, Text *texts, int n, int n_new) {
+    const Config *c = &m->config;
+    Row *rows = resize(NULL, n, sizeof *rows);
+    Text **active = resize(NULL, n, sizeof *active);
+    for (int i = 0; i < n; i++) active[i] = &texts[i];
+    for (int done = 0; done < n_new; done++) {
+        int kept = 0;
+        for (int i = 0; i < n; i++) {
+            Text *t = active[i];
+            if (t->next == c->eos || t->next == c->bos) continue;
+            t->tokens[t->n_tokens++] = t->next;
+            rows[kept] = (Row){t->next, t->sequence->length, t->sequence, true, true, NULL};
+            active[kept++] = t;
+        }
+        n = done + 1 < n_new ? kept : 0;
+        for (int first = 0; first < n; first += run->max_rows) {
+            const int n_rows = n - first < run->max_rows ? n - first : run->max_rows;
+            forward(m, run, rows + first, n_rows);
+            for (int i = first; i < first + n_rows; i++) {
+                Text *t = active[i];
+                t->next = choose(rows[i].logits, c->vocab_size, &t->dice, t->sequence->noise.seed,
+                                 t->sequence->length);
+                if (t->hidden)
+                    memcpy(t->hidden + (t->n_tokens - 1) * (ptrdiff_t)c->dim,
+                           run->slots[0].x + (ptrdiff_t)(i - first) * c->dim,
+                           (size_t)c->dim * sizeof(float));
+            }
+        }
+    }
+    free(rows);
+    free(active);
 }
 
 // Reads tokens (n) and answers with up to n_new tokens, printed as they come. The prompt is read
@@ -1289,11 +1401,11 @@ static void reply(Talk *t, const int *tokens, int n) {
     sequence_reserve(t->model, s, s->length + n + most - 1);
 
     double start = now();
-    const float *logits = feed(t->model, &t->run, s, tokens, n, s->length, o->drugged_prompt, true);
+    float *logits = feed(t->model, &t->run, s, tokens, n, s->length, o->drugged_prompt, true);
     double prompt_done = now();
     t->n_prompt += n;
     for (int i = 1;; i++) {
-        int next = choose(t, logits);
+        int next = choose(logits, c->vocab_size, &o->dice, o->noise.seed, s->length);
         t->stopped_at = next == c->eos ? "the end of the text (EOS)"
                       : next == c->bos ? "the start of another text (BOS)" : NULL;
         if (t->stopped_at) break;
@@ -1374,12 +1486,744 @@ static void chat(Talk *t) {
     free(line);
 }
 
+static void talk(const Model *m, const Options *o) {
+    Talk t = {.model = m, .options = o, .printer = {.to = stdout, .at_start = true},
+              .sequence = sequence_new(o->noise)};
+    run_init(&t.run, m, 64, 1);
+    if (o->mode == CHAT) chat(&t);
+    else generate(&t);
+    fprintf(stderr,
+            "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
+            t.n_prompt, t.n_prompt / fmax(t.prompt_seconds, 1e-9), t.n_new,
+            t.n_new / fmax(t.new_seconds, 1e-9), t.stopped_at ? t.stopped_at : "Ctrl-D",
+            (unsigned long long)o->noise.seed, t.n_showers, t.n_showers == 1 ? "" : "s");
+    run_free(&t.run);
+    sequence_free(m, &t.sequence);
+}
+
 /* ================================================================================================
- * 8  The command line
+ * 8  The laboratory
+ */
+
+// A prompt that was read once, soberly, and what every experiment begins with.
+typedef struct {
+    const Model *model;
+    Run run;
+    const Options *options;
+    int *prompt, n_prompt, n_new; // n_new: how many tokens fit and are wanted
+    Sequence sequence;            // the prompt's
+    float *logits;                // (vocab_size) what comes after it
+} Lab;
+
+static void lab_open(Lab *lab, const Model *m, const Options *o, int max_rows) {
+    *lab = (Lab){.model = m, .options = o, .sequence = sequence_new((Noise){0})};
+    lab->prompt = encode(m, o->prompt, strlen(o->prompt), true, &lab->n_prompt);
+    const int room = m->config.seq_len - lab->n_prompt;
+    if (!lab->n_prompt || room < 1)
+        die(1, "-i has %d tokens, it needs 1 to %d for this model", lab->n_prompt,
+            m->config.seq_len - 1);
+    lab->n_new = o->n_new && o->n_new < room ? o->n_new : room;
+    run_init(&lab->run, m, max_rows, 1);
+    const float *z = feed(m, &lab->run, &lab->sequence, lab->prompt, lab->n_prompt, 0, false, true);
+    const size_t bytes = (size_t)m->config.vocab_size * sizeof *z;
+    lab->logits = memcpy(resize(NULL, (ptrdiff_t)bytes, 1), z, bytes);
+}
+
+static void lab_close(Lab *lab) {
+    sequence_free(lab->model, &lab->sequence);
+    run_free(&lab->run);
+    free(lab->prompt);
+    free(lab->logits);
+}
+
+// A sequence of its own that remembers the prompt, with room for what is written behind it.
+static Sequence after_prompt(const Lab *lab, Noise noise) {
+    const Config *c = &lab->model->config;
+    const size_t bytes = (size_t)lab->n_prompt * (size_t)c->kv_dim * sizeof(float);
+    Sequence s = sequence_new(noise);
+    sequence_reserve(lab->model, &s, lab->n_prompt + lab->n_new);
+    for (int l = 0; l < c->n_layers; l++) {
+        memcpy(s.k[l], lab->sequence.k[l], bytes);
+        memcpy(s.v[l], lab->sequence.v[l], bytes);
+    }
+    memcpy(s.tokens, lab->prompt, (size_t)lab->n_prompt * sizeof *s.tokens);
+    s.length = lab->n_prompt;
+    return s;
+}
+
+// The sober model's most probable continuation. tokens (n_new); returns how many there are.
+static int sober_continuation(Lab *lab, int *tokens) {
+    const Config *c = &lab->model->config;
+    Sequence s = after_prompt(lab, (Noise){0});
+    Text t = {.sequence = &s, .tokens = tokens, .next = argmax(lab->logits, c->vocab_size)};
+    write_texts(lab->model, &lab->run, &t, 1, lab->n_new);
+    sequence_free(lab->model, &s);
+    return t.n_tokens;
+}
+
+static void progress(const char *what, int done, int of) {
+    if (!isatty(STDERR_FILENO)) return;
+    if (done < of) fprintf(stderr, "\r%s %d of %d", what, done, of);
+    else fputs("\r\033[K", stderr);
+}
+
+// The token as a word of a table: what it prints, on one line. The caller frees it.
+static char *visible(const Model *m, int token) {
+    const Piece *p = &m->tokenizer.pieces[token];
+    char *text = resize(NULL, 4 * (ptrdiff_t)p->length + 1, 1);
+    int n = 0;
+    for (int i = 0; i < p->length; i++) {
+        const unsigned char c = (unsigned char)p->bytes[i];
+        const bool plain = c >= 32 && c != 127 && (p->kind != BYTE || c < 127);
+        if (plain) text[n++] = (char)c;
+        else n += sprintf(text + n, c == '\n' ? "\\n" : "<%02X>", c);
+    }
+    text[n] = '\0';
+    return text;
+}
+
+// ---- trip: how far does a glitch carry?
+//
+// One pass over a prompt with a few dosed layers, beside its sober twin. At every level (level 0 is
+// the embedding, level l + 1 what leaves layer l) the two hidden states of the last token are
+// compared by 1 - cosine: 0 when they point the same way, 1 at a right angle, 2 when opposed. Why
+// the cosine? Whatever reads the residual stream norms it first: only the direction is left.
+//
+// A place c is dosed in two ways: a window of three layers centred on c, clipped to the model, and
+// the full stack, layers 0 to c. Nothing is protected but the sink. What to look for: a spike
+// behind the window; whether the sober layers above then correct the glitch (it fades) or pass it
+// on (it grows); and how little room a late window leaves for either.
+enum { WINDOW, STACK, N_THETAS = 31, TRIP_ROWS = 512 };
+
+typedef struct {
+    int n_layers, n_thetas; // the thetas run from 0 to max_theta in equal steps
+    double max_theta;
+    float *distance;        // (2 kinds, n_layers places, n_thetas, n_layers + 1 levels)
+    int site, n_tokens, k;  // what was measured, and over how many seeds, from noise.seed on
+    Noise noise;
+} Trip;
+
+// The n_layers + 1 levels of one passage.
+static float *trip_levels(const Trip *t, int kind, int place, int i_theta) {
+    const ptrdiff_t passage = ((ptrdiff_t)kind * t->n_layers + place) * t->n_thetas + i_theta;
+    return t->distance + passage * (t->n_layers + 1);
+}
+
+static double trip_theta(const Trip *t, int i) { return t->max_theta * i / (t->n_thetas - 1); }
+
+// 1 - cosine of a and b (n), exactly 0 if they are the same to the last bit.
+static double trip_distance(const float *a, const float *b, int n) {
+    double aa = 0, bb = 0, ab = 0;
+    for (int i = 0; i < n; i++) {
+        aa += (double)a[i] * (double)a[i];
+        bb += (double)b[i] * (double)b[i];
+        ab += (double)a[i] * (double)b[i];
+    }
+    if (!isfinite(aa + bb)) die(1, "a hidden state is not finite: this model overflows fp32");
+    return memcmp(a, b, (size_t)n * sizeof *a) ? fmax(0, 1 - ab / sqrt(aa * bb)) : 0;
+}
+
+// What a measurement works with: thetas side by side, a sequence for each.
+typedef struct {
+    const Model *m;
+    Run run;          // of one slot, whose x all layers read and write
+    Row *rows;        // (count, n)
+    float *sober;     // (n_layers + 1 levels, n, dim) the twin
+    float *chain;     // (count, n, dim) what enters the next layer if all before it are dosed
+    int start, count; // thetas number start to start + count - 1
+} Tour;
+
+// Takes them through the network, one place dosed. Below the first dosed layer they are sober and
+// equal, so they start from the twin's state right there. A stack is the stack before and one
+// dosed layer more: it starts where the chain is, and what is below has been measured. No layer
+// looks back on the keys and values of another, so those of an earlier passage do no harm.
+static void trip_pass(Trip *t, Tour *w, int kind, int place) {
+    const int dim = w->m->config.dim, n_rows = w->count * t->n_tokens;
+    const int first = kind == STACK ? place : place > 0 ? place - 1 : 0;
+    const int last = kind == WINDOW && place < t->n_layers - 1 ? place + 1 : place;
+    const ptrdiff_t size = (ptrdiff_t)t->n_tokens * dim; // of a state
+    const size_t bytes = (size_t)size * sizeof(float);
+    const bool on_chain = kind == STACK && place > 0;
+    float *x = w->run.slots[0].x;
+    for (int b = 0; b < w->count; b++) {
+        float *levels = trip_levels(t, kind, place, w->start + b);
+        if (on_chain)
+            memcpy(levels, trip_levels(t, kind, place - 1, w->start + b),
+                   (size_t)(place + 1) * sizeof *levels);
+        memcpy(x + b * size, on_chain ? w->chain + b * size : w->sober + first * size, bytes);
+    }
+    for (int l = first; l < t->n_layers; l++) {
+        for (int r = 0; r < n_rows; r++) w->rows[r].drugged = l <= last;
+        layer_forward(w->m, &w->run, l, n_rows);
+        if (kind == STACK && l == place) memcpy(w->chain, x, (size_t)w->count * bytes);
+        const float *twin = w->sober + (l + 2) * size - dim; // its last token
+        for (int b = 0; b < w->count; b++)
+            trip_levels(t, kind, place, w->start + b)[l + 1] +=
+                (float)(trip_distance(x + (b + 1) * size - dim, twin, dim) / t->k);
+    }
+}
+
+// Measures tokens (n) at one site for every kind, place and theta, as the mean over k seeds. The
+// caller frees distance. Memory grows with TRIP_ROWS or n, whichever is more.
+static Trip trip_measure(const Model *m, const int *tokens, int n, int site, double max_theta,
+                         Noise noise, int k) {
+    const int n_layers = m->config.n_layers, n_dose = N_SITES * n_layers, fit = TRIP_ROWS / n;
+    const int beside = fit < 1 ? 1 : fit < N_THETAS ? fit : N_THETAS;
+    const ptrdiff_t size = (ptrdiff_t)n * m->config.dim;
+    const ptrdiff_t n_distances = (ptrdiff_t)2 * n_layers * N_THETAS * (n_layers + 1);
+    Trip t = {n_layers, N_THETAS, max_theta, NULL, site, n, k, noise};
+    t.distance = resize(NULL, n_distances, sizeof(float));
+    memset(t.distance, 0, (size_t)n_distances * sizeof(float));
+
+    Tour w = {.m = m, .rows = resize(NULL, (ptrdiff_t)beside * n, sizeof(Row))};
+    Sequence *s = resize(NULL, beside, sizeof *s);
+    float *memory = resize(NULL, (n_layers + 1 + beside) * size + beside * n_dose, sizeof *memory);
+    w.sober = memory;
+    w.chain = w.sober + (n_layers + 1) * size;
+    float *doses = w.chain + beside * size; // (beside, N_SITES, n_layers)
+    run_init(&w.run, m, beside * n, 1);
+    for (int b = 0; b < beside; b++) s[b] = sequence_new((Noise){0});
+    for (int r = 0; r < beside * n; r++)
+        w.rows[r] = (Row){tokens[r % n], r % n, &s[r / n], false, false, NULL};
+
+    enter_rows(m, &w.run, w.rows, n);
+    embed(m, &w.run, w.run.slots[0].x, n);
+    for (int l = 0; l <= n_layers; l++) {
+        memcpy(w.sober + l * size, w.run.slots[0].x, (size_t)size * sizeof(float));
+        if (l < n_layers) layer_forward(m, &w.run, l, n);
+    }
+    for (int i = 0; i < k; i++)
+        for (w.start = 0; w.start < N_THETAS; w.start += w.count) {
+            w.count = N_THETAS - w.start < beside ? N_THETAS - w.start : beside;
+            for (int b = 0; b < w.count; b++) { // in all layers; Row.drugged says in which it acts
+                float *dose = doses + (ptrdiff_t)b * n_dose;
+                for (int j = 0; j < n_dose; j++)
+                    dose[j] = j / n_layers == site ? (float)trip_theta(&t, w.start + b) : 0;
+                s[b].noise = (Noise){noise.seed + (uint64_t)i, noise.family, dose};
+            }
+            enter_rows(m, &w.run, w.rows, w.count * n);
+            for (int p = 0; p < 2 * n_layers; p++) {
+                progress("theta", i * N_THETAS + w.start, k * N_THETAS);
+                trip_pass(&t, &w, p / n_layers, p % n_layers);
+            }
+        }
+    progress("theta", k * N_THETAS, k * N_THETAS);
+    for (int b = 0; b < beside; b++) sequence_free(m, &s[b]);
+    run_free(&w.run);
+    free(w.rows);
+    free(s);
+    free(memory);
+    return t;
+}
+
+// The largest of n distances.
+static float trip_peak(const float *x, ptrdiff_t n) {
+    float peak = 0;
+    for (ptrdiff_t i = 0; i < n; i++) peak = x[i] > peak ? x[i] : peak;
+    return peak;
+}
+
+// n distances in five shades from 0 to the peak, each `width` wide. They follow the square root: as
+// 1 - cos a is about a² / 2, twice the shade is twice the angle, and small glitches show as well.
+static const char *const SHADES[] = {" ", "░", "▒", "▓", "█"};
+static void print_shades(const float *x, int n, int width, float peak) {
+    fputs("│", stdout);
+    for (int i = 0; i < n * width; i++) {
+        const int shade = peak > 0 ? (int)(5 * sqrtf(x[i / width] / peak)) : 0;
+        fputs(SHADES[shade < 4 ? shade : 4], stdout);
+    }
+    fputs("│", stdout);
+}
+
+// Maps of both kinds at theta number `shown`, then all doses in the window in the middle.
+static void trip_print(const Trip *t, int shown) {
+    const int n = t->n_layers, levels = n + 1, fit = 40 / levels, middle = n / 2;
+    const int width = fit < 1 ? 1 : fit < 4 ? fit : 4, end = levels * width - 7;
+    float peak[2] = {0};
+    printf("How far the last of %d tokens strays from its sober twin, 1 - cosine, at every level:\n"
+           "0 is the embedding, l + 1 what leaves layer l. -%c %.4g, mean of %d seed%s from %llu.\n"
+           "\n%-*sfull stack up to\nlayer  level 0%*d   layer  level 0%*d\n", t->n_tokens,
+           "HQKVA"[t->site], trip_theta(t, shown), t->k, t->k == 1 ? "" : "s",
+           (unsigned long long)t->noise.seed, end + 17, "window of 3 around", end, n, end, n);
+    for (int i = 0; i < 2 * n; i++)
+        peak[i / n] = fmaxf(peak[i / n], trip_peak(trip_levels(t, i / n, i % n, shown), levels));
+    for (int i = 0; i < 2 * n; i++) {
+        printf("%s%5d ", i % 2 ? "  " : "", i / 2);
+        print_shades(trip_levels(t, i % 2, i / 2, shown), levels, width, peak[i % 2]);
+        if (i % 2) puts("");
+    }
+    printf("\nshades begin at         ░         ▒         ▓         █   largest\n");
+    for (int kind = 0; kind < 2; kind++) {
+        printf("%-15s", kind == WINDOW ? "window" : "full stack");
+        for (int shade = 1; shade <= 5; shade++)
+            printf(" %9.3g", shade * shade * (double)peak[kind] / 25);
+        puts("");
+    }
+    printf("\nThe window around layer %d at all doses, each line in shades of its own largest\n"
+           "theta  level 0%*d   largest  at level  in the end\n", middle, end, n);
+    for (int i = 0; i < t->n_thetas; i += 3) {
+        const float *x = trip_levels(t, WINDOW, middle, i), most = trip_peak(x, levels);
+        int at = 0;
+        while (x[at] < most) at++;
+        printf("%5.2f ", trip_theta(t, i));
+        print_shades(x, levels, width, most);
+        printf("  %8.3g  %8d  %10.3g\n", (double)most, at, (double)x[n]);
+    }
+}
+
+// What becomes of the next word, theta in the middle window: the ten most probable tokens of the
+// sober model, a sign for every 2 %. `|` and `-` are the sober probability, `|` and `+` the mean
+// drugged one; so `-` is what a token loses and `+` what it wins.
+static void trip_bars(const Model *m, const int *tokens, int n, int site, double theta, Noise noise,
+                      int k) {
+    const int n_layers = m->config.n_layers, vocab_size = m->config.vocab_size;
+    float *doses = resize(NULL, N_SITES * n_layers, sizeof *doses);
+    double *drugged = resize(NULL, vocab_size, sizeof *drugged);
+    Candidate *sober = resize(NULL, vocab_size, sizeof *sober);
+    Run run;
+    run_init(&run, m, n < 64 ? n : 64, 1);
+    for (int i = 0; i < N_SITES * n_layers; i++)
+        doses[i] = i / n_layers == site && abs(i % n_layers - n_layers / 2) <= 1 ? (float)theta : 0;
+    for (int i = 0; i <= k; i++) { // the sober pass, then one for each seed
+        Sequence s = sequence_new((Noise){noise.seed + (uint64_t)i - 1, noise.family, doses});
+        float *p = feed(m, &run, &s, tokens, n, 0, i > 0, true);
+        softmax(p, vocab_size, 1);
+        for (int token = 0; token < vocab_size; token++) {
+            if (!i) sober[token] = (Candidate){p[token], token};
+            drugged[token] = i ? drugged[token] + (double)p[token] / k : 0;
+        }
+        sequence_free(m, &s);
+    }
+    qsort(sober, (size_t)vocab_size, sizeof *sober, by_probability);
+    printf("\nThe next token, theta %.4g in that window: | kept, - lost, + won, 2 %% each\n"
+           "                   sober  drugged\n", theta);
+    for (int i = 0; i < 10 && i < vocab_size; i++) {
+        const double p = (double)sober[i].p, q = drugged[sober[i].token];
+        char *text = visible(m, sober[i].token);
+        printf("%-16s %5.1f %%  %5.1f %%  ", text, 100 * p, 100 * q);
+        free(text);
+        for (double percent = 1; percent < 100 * fmax(p, q); percent += 2)
+            putchar(percent > 100 * p ? '+' : percent > 100 * q ? '-' : '|');
+        puts("");
+    }
+    run_free(&run);
+    free(doses);
+    free(drugged);
+    free(sober);
+}
+
+static void trip_csv(FILE *to, const Trip *t) {
+    fputs("kind,place,theta,level,distance\n", to);
+    for (int i = 0; i < 2 * t->n_layers * t->n_thetas; i++)
+        for (int level = 0; level <= t->n_layers; level++) {
+            const int passage = i / t->n_thetas, kind = passage / t->n_layers;
+            fprintf(to, "%s,%d,%.9g,%d,%.9g\n", kind == WINDOW ? "window" : "stack",
+                    passage % t->n_layers, trip_theta(t, i % t->n_thetas), level,
+                    (double)trip_levels(t, 0, 0, i)[level]);
+        }
+}
+
+// A drawing that stands on its own: for each kind a row of panels, one for each of five thetas, in
+// it place down and level across. The gray is the root of the distance: as 1 - cos a is about
+// a² / 2, twice as dark is twice the angle, and one picture shows small doses and large ones.
+static void trip_svg(FILE *to, const Trip *t) {
+    const int n = t->n_layers;
+    const double wide = 150. / (n + 1), high = 150. / n; // of a cell
+    fprintf(to, "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1000 550' "
+                "font-family='sans-serif' font-size='12'>\n<rect width='1000' height='550' "
+                "fill='#fff'/>\n<text x='20' y='26' font-size='17'>How far does a glitch carry? "
+                "1 − cosine between the last token and its sober twin</text>\n<text x='20' y='46'>"
+                "Site %c, %s directions, a prompt of %d tokens, mean of %d seed%s from %llu. Level "
+                "0 is the embedding, level l + 1 what leaves layer l.</text>\n<text x='20' y='540'>"
+                "The gray is the square root of 1 − cosine: twice as dark is about twice the angle."
+                " Each row has its own scale.</text>\n", "HQKVA"[t->site],
+            t->noise.family == FAMILY_CENTRED ? "centred" : "upstream", t->n_tokens, t->k,
+            t->k == 1 ? "" : "s", (unsigned long long)t->noise.seed);
+    for (int kind = 0; kind < 2; kind++) {
+        const float *all = trip_levels(t, kind, 0, 0);
+        const float peak = trip_peak(all, (ptrdiff_t)n * t->n_thetas * (n + 1));
+        fprintf(to, "<g transform='translate(62 %d)'><text x='-42' y='-26' font-size='14'>%s</text>"
+                    "<text transform='translate(-30 75) rotate(-90)' text-anchor='middle'>layer of "
+                    "injection</text><text x='838' y='-7'>1 − cosine</text>\n", 105 + 230 * kind,
+                kind == WINDOW ? "Windows of 3 layers, centred on the layer of injection"
+                               : "Full stack, from layer 0 to the layer of injection");
+        for (int j = 0; j <= 5; j++) // the legend, largest on top
+            fprintf(to, "<rect x='838' y='%d' width='20' height='25' stroke='#000' fill='#%06x'/>"
+                        "<text x='864' y='%d'>%.3g</text>\n", 25 * j, 51 * j * 0x10101, 25 * j + 17,
+                    (double)peak * (5 - j) * (5 - j) / 25);
+        for (int i = 0; i < 5; i++) {
+            const int theta = (i + 1) * (t->n_thetas - 1) / 5;
+            fprintf(to, "<g transform='translate(%d)' text-anchor='middle'><text x='75' y='-7'>θ = "
+                        "%.3g rad</text><text x='75' y='178'>level</text>\n", 168 * i,
+                    trip_theta(t, theta));
+            for (int j = 0; j < 3; j++) { // the first, the middle and the last
+                const int level = j * n / 2, layer = j * (n - 1) / 2;
+                const double x = (level + .5) * wide, y = (layer + .5) * high + 4;
+                fprintf(to, "<text x='%.1f' y='164'>%d</text>\n", x, level);
+                if (!i) fprintf(to, "<text x='-12' y='%.1f'>%d</text>\n", y, layer);
+            }
+            fprintf(to, "<g transform='scale(%.6f %.6f)' shape-rendering='crispEdges'>\n", wide,
+                    high);
+            for (int c = 0; c < n * (n + 1); c++) {
+                const float d = trip_levels(t, kind, c / (n + 1), theta)[c % (n + 1)];
+                const int gray = 255 - (int)(peak > 0 ? 255 * sqrtf(d / peak) + .5f : 0);
+                fprintf(to, "<rect class='cell' x='%d' y='%d' width='1' height='1' "
+                            "fill='#%06x'/>\n", c % (n + 1), c / (n + 1), gray * 0x10101);
+            }
+            fputs("</g><rect width='150' height='150' fill='none' stroke='#000'/></g>\n", to);
+        }
+        fputs("</g>\n", to);
+    }
+    fputs("</svg>\n", to);
+}
+
+static void trip(const Model *m, const Options *o) {
+    const char *ending = o->out ? strrchr(o->out, '.') : NULL;
+    const bool svg = ending && !strcmp(ending, ".svg");
+    int site = SITE_A, n_dosed = 0, n;
+    for (int i = 0; i < N_SITES; i++)
+        if (o->doses[i].theta > 0) site = i, n_dosed++;
+    const double theta = n_dosed ? o->doses[site].theta : o->max_theta / 2;
+    if (n_dosed > 1) die(2, "-m trip looks at one site, so give one dose");
+    if (o->out && !svg && !(ending && !strcmp(ending, ".csv")))
+        die(2, "-o takes a file that ends in .csv or .svg, got '%s'", o->out);
+    if (theta > o->max_theta)
+        die(2, "-%c %g is beyond the trip's largest angle, -x %g", "HQKVA"[site], theta,
+            o->max_theta);
+    int *tokens = encode(m, o->prompt, strlen(o->prompt), true, &n);
+    if (n <= SINK)
+        die(1, "-i: %d tokens, and the first %d are never turned, so nothing can be dosed; use a "
+            "longer prompt", n, SINK);
+    if (n > m->config.seq_len)
+        die(1, "-i has %d tokens, the model's context only %d", n, m->config.seq_len);
+    if (m->config.n_layers < 3)
+        die(1, "a trip doses windows of 3 layers, this model has %d", m->config.n_layers);
+    Output file = o->out ? output_open(o->out) : (Output){0}; // now, so that no work is lost
+    const Trip t = trip_measure(m, tokens, n, site, o->max_theta, o->noise, o->k);
+    const int shown = (int)lround(theta / o->max_theta * (t.n_thetas - 1));
+    trip_print(&t, shown);
+    trip_bars(m, tokens, n, site, trip_theta(&t, shown), o->noise, o->k);
+    if (svg) trip_svg(file.to, &t);
+    else if (o->out) trip_csv(file.to, &t);
+    if (o->out) output_close(&file);
+    free(tokens);
+    free(t.distance);
+}
+
+// ---- probe: does the answer survive the noise?
+//
+// The sober model writes; then drugged twins are fed the same tokens and asked at each of them what
+// they would have said. Where they agree, the answer stands firm; where they do not, it hung by a
+// thread. The probability that the sober model gave to its token is printed beside it: noise inside
+// the network asks another question than the height of the last peak.
+
+// agrees (n): the share of k twins that would have written each token. probability (n): the sober
+// model's. Both 0 to 1.
+static void probe_measure(Lab *lab, const int *tokens, int n, int k, double *agrees,
+                          double *probability) {
+    const Model *m = lab->model;
+    const int vocab = m->config.vocab_size, max = lab->run.max_rows;
+    Row *rows = resize(NULL, max, sizeof *rows);
+    for (int twin = -1; twin < k; twin++) { // -1: the sober one
+        Noise noise = lab->options->noise;
+        noise.seed += (uint64_t)twin;
+        Sequence s = after_prompt(lab, noise);
+        for (int i = 0; i < n; i++) agrees[i] = twin < 0 ? 0 : agrees[i];
+        agrees[0] += twin >= 0; // the first token follows from the prompt, which is read soberly
+        probability[0] = exp(-surprise(lab->logits, vocab, tokens[0]));
+        for (int done = 0; done < n - 1;) {
+            const int n_rows = n - 1 - done < max ? n - 1 - done : max;
+            for (int r = 0; r < n_rows; r++)
+                rows[r] = (Row){tokens[done + r], s.length + r, &s, twin >= 0, true, NULL};
+            forward(m, &lab->run, rows, n_rows);
+            for (int r = 0; r < n_rows; r++) {
+                const int next = ++done;
+                const float *z = rows[r].logits;
+                if (twin < 0) probability[next] = exp(-surprise(z, vocab, tokens[next]));
+                else agrees[next] += argmax(z, vocab) == tokens[next];
+            }
+        }
+        sequence_free(m, &s);
+        progress("twin", twin + 1, k);
+    }
+    for (int i = 0; i < n; i++) agrees[i] /= k;
+    free(rows);
+}
+
+static void probe(const Model *m, const Options *o) {
+    Lab lab;
+    Output out = o->out ? output_open(o->out) : (Output){0}; // now, so that no work is lost
+    lab_open(&lab, m, o, 64);
+    int *tokens = resize(NULL, lab.n_new, sizeof *tokens);
+    const int n = sober_continuation(&lab, tokens);
+    double *agrees = resize(NULL, n, sizeof *agrees);
+    double *probability = resize(NULL, n, sizeof *probability);
+    if (n) probe_measure(&lab, tokens, n, o->k, agrees, probability);
+
+    for (int i = 0; i < n && isatty(STDOUT_FILENO); i++) { // the darker, the less agreement
+        const Piece *p = &m->tokenizer.pieces[tokens[i]];
+        printf("\033[38;5;%dm%.*s", 236 + (int)(19 * agrees[i]), p->length, p->bytes);
+        if (i + 1 == n) puts("\033[0m\n");
+    }
+    printf("%-20s %10s %12s\n", "token", "agreement", "probability");
+    for (int i = 0; i < n; i++) {
+        char *text = visible(m, tokens[i]);
+        printf("%-20s %9.0f%% %12.4f\n", text, 100 * agrees[i], probability[i]);
+        free(text);
+    }
+    if (o->out) {
+        fputs("position,token,agreement,probability\n", out.to);
+        for (int i = 0; i < n; i++) {
+            char *text = visible(m, tokens[i]);
+            fprintf(out.to, "%d", lab.n_prompt + i);
+            print_cell(out.to, (Style){0}, text, (int)strlen(text), false, false);
+            fprintf(out.to, ",%.9g,%.9g\n", agrees[i], probability[i]);
+            free(text);
+        }
+        output_close(&out);
+    }
+    free(tokens);
+    free(agrees);
+    free(probability);
+    lab_close(&lab);
+}
+
+// ---- explore: what does a dose do to whole texts, and is it better than throwing dice?
+//
+// Every method of making a text different is tried at several strengths with several seeds: the
+// five sites of DRµGS, temperature, and noise on the logits. What makes texts more various also makes
+// them less likely, so the honest question is: at the same diversity, whose texts does the sober
+// model find likelier? Diversity is the share of different ones among all pairs of neighbouring
+// tokens in a cell's texts (distinct-2, Li et al. 2016).
+enum { TEMPERATURE = N_SITES, LOGIT_NOISE, N_METHODS, N_STRENGTHS = 9 };
+static const char *const METHODS[N_METHODS] = {"H", "Q", "K", "V", "A", "temperature",
+                                               "logit noise"};
+static const double STRENGTHS[N_METHODS][N_STRENGTHS] = { // radians; -; standard deviation in nats
+    {.01, .05, .1, .15, .2, .35, .5, .8, 1}, {.01, .05, .1, .15, .2, .35, .5, .8, 1},
+    {.01, .05, .1, .15, .2, .35, .5, .8, 1}, {.01, .05, .1, .15, .2, .35, .5, .8, 1},
+    {.01, .05, .1, .15, .2, .35, .5, .8, 1}, {.1, .2, .35, .5, .65, .8, 1, 1.25, 1.5},
+    {.1, .25, .5, .75, 1, 1.5, 2, 3, 4}};
+
+// One method at one strength, k texts.
+typedef struct {
+    int distinct;     // different texts
+    double prefix;    // characters in common with the sober text, from the beginning, on average
+    double angle;     // radians between what left the layers, drugged, and sober on the same tokens
+    double diversity; // distinct-2, 0 to 1
+    double likelihood; // log-probability a token, nats, under the sober model
+} Cell;
+
+// Reads a text soberly: *log_p is its log-probability, *angle the sum of the angles to what the one
+// who wrote it had in mind. Both are sums over its tokens; angles over all but the last.
+static void judge(Lab *lab, const Text *t, double *log_p, double *angle) {
+    const Config *c = &lab->model->config;
+    const int max = lab->run.max_rows, n = t->n_tokens;
+    Row *rows = resize(NULL, max, sizeof *rows);
+    Sequence s = after_prompt(lab, (Noise){0});
+    *angle = 0;
+    *log_p = n ? -surprise(lab->logits, c->vocab_size, t->tokens[0]) : 0;
+    for (int done = 0; done < n - 1;) {
+        const int n_rows = n - 1 - done < max ? n - 1 - done : max;
+        for (int r = 0; r < n_rows; r++)
+            rows[r] = (Row){t->tokens[done + r], s.length + r, &s, false, true, NULL};
+        forward(lab->model, &lab->run, rows, n_rows);
+        for (ptrdiff_t r = 0; r < n_rows; r++, done++) {
+            const float *a = lab->run.slots[0].x + r * c->dim;
+            const float *b = t->hidden + (ptrdiff_t)done * c->dim;
+            const double aa = dot(a, a, c->dim), bb = dot(b, b, c->dim), ab = dot(a, b, c->dim);
+            *log_p -= surprise(rows[r].logits, c->vocab_size, t->tokens[done + 1]);
+            *angle += acos(fmax(-1, fmin(1, ab / sqrt(aa * bb))));
+        }
+    }
+    sequence_free(lab->model, &s);
+    free(rows);
+}
+
+// The share of different pairs among all pairs of neighbours in k texts.
+static double diversity(const Text *texts, int k) {
+    int n = 0, n_different = 0, most = 0;
+    for (int i = 0; i < k; i++) most += texts[i].n_tokens;
+    int64_t *seen = resize(NULL, most, sizeof *seen);
+    for (int i = 0; i < k; i++)
+        for (int j = 0; j + 1 < texts[i].n_tokens; j++, n++) {
+            const int64_t pair = (int64_t)texts[i].tokens[j] << 32 | texts[i].tokens[j + 1];
+            int p = 0;
+            while (p < n_different && seen[p] != pair) p++;
+            if (p == n_different) seen[n_different++] = pair;
+        }
+    free(seen);
+    return n ? (double)n_different / n : 0;
+}
+
+// The likelihood that a method's curve over diversity has at d, a straight line between its cells,
+// or NAN where it does not reach.
+static double curve_at(const Cell *cells, double d) {
+    double best = NAN;
+    for (int i = 0; i + 1 < N_STRENGTHS; i++) {
+        const Cell *a = &cells[i], *b = &cells[i + 1];
+        if (a->diversity > b->diversity) { const Cell *swap = a; a = b; b = swap; }
+        if (d < a->diversity || d > b->diversity || a->diversity == b->diversity) continue;
+        const double t = (d - a->diversity) / (b->diversity - a->diversity);
+        const double y = a->likelihood + t * (b->likelihood - a->likelihood);
+        if (isnan(best) || y > best) best = y;
+    }
+    return best;
+}
+
+// Writes all texts of the cells [first, first + n) side by side and measures them.
+static void explore_cells(Lab *lab, const float *theta, int first, int n, Cell *cells, Text *texts,
+                          const char *sober) {
+    const Model *m = lab->model;
+    const Options *o = lab->options;
+    const int k = o->k, L = m->config.n_layers;
+    Sequence *sequences = resize(NULL, n * k, sizeof *sequences);
+    for (int i = 0; i < n * k; i++) {
+        const int cell = first + i / k, method = cell / N_STRENGTHS;
+        const double strength = STRENGTHS[method][cell % N_STRENGTHS];
+        const bool drug = method < N_SITES;
+        sequences[i] = after_prompt(lab, (Noise){o->noise.seed + (uint64_t)(i % k), o->noise.family,
+                                                 drug ? theta + cell * N_SITES * L : NULL});
+        const Dice dice = {method == TEMPERATURE ? strength : 0, 1,
+                           method == LOGIT_NOISE ? strength : 0};
+        Text *t = &texts[first * k + i];
+        *t = (Text){.sequence = &sequences[i], .dice = dice,
+                    .tokens = resize(NULL, lab->n_new, sizeof(int)),
+                    .hidden = resize(NULL, (ptrdiff_t)lab->n_new * m->config.dim, sizeof(float))};
+        const size_t bytes = (size_t)m->config.vocab_size * sizeof(float);
+        float *z = memcpy(resize(NULL, (ptrdiff_t)bytes, 1), lab->logits, bytes);
+        t->next = choose(z, m->config.vocab_size, &t->dice, sequences[i].noise.seed, lab->n_prompt);
+        free(z);
+    }
+    write_texts(m, &lab->run, texts + first * k, n * k, lab->n_new);
+    for (int cell = first; cell < first + n; cell++) {
+        Cell *to = &cells[cell];
+        double n_tokens = 0, n_angles = 0;
+        *to = (Cell){.diversity = diversity(texts + cell * k, k)};
+        for (int i = 0; i < k; i++) {
+            Text *t = &texts[cell * k + i];
+            double log_p, angle;
+            judge(lab, t, &log_p, &angle);
+            to->likelihood += log_p;
+            to->angle += angle;
+            n_tokens += t->n_tokens;
+            n_angles += t->n_tokens > 0 ? t->n_tokens - 1 : 0;
+            char *text = decode(&m->tokenizer, t->tokens, t->n_tokens);
+            int same = 0, new = 1;
+            while (text[same] && text[same] == sober[same]) same++;
+            to->prefix += (double)same / k;
+            for (int j = 0; j < i; j++) {
+                const Text *other = &texts[cell * k + j];
+                new &= other->n_tokens != t->n_tokens
+                    || memcmp(other->tokens, t->tokens, (size_t)t->n_tokens * sizeof(int)) != 0;
+            }
+            to->distinct += new;
+            free(text);
+            free(t->hidden);
+        }
+        to->likelihood /= fmax(n_tokens, 1);
+        to->angle /= fmax(n_angles, 1);
+    }
+    for (int i = 0; i < n * k; i++) sequence_free(m, &sequences[i]);
+    free(sequences);
+}
+
+// Every text with its cell, as CSV, or as Markdown if the name ends in .md.
+static void explore_save(const Lab *lab, Output *out, const Cell *cells, const Text *texts) {
+    const char *ending = strrchr(out->path, '.');
+    const Style style = {0, ending && !strcmp(ending, ".md")};
+    static const char *const columns[] = {"method", "strength", "seed", "distinct", "prefix",
+                                          "angle", "diversity", "log-probability", "text"};
+    for (int i = 0; i < 9; i++)
+        print_cell(out->to, style, columns[i], (int)strlen(columns[i]), !i, i == 8);
+    if (style.markdown) fputs("|---|---|---|---|---|---|---|---|---|\n", out->to);
+    for (int i = 0; i < N_METHODS * N_STRENGTHS * lab->options->k; i++) {
+        const int cell = i / lab->options->k, method = cell / N_STRENGTHS;
+        const Cell *c = &cells[cell];
+        const double numbers[] = {STRENGTHS[method][cell % N_STRENGTHS],
+                                  (double)lab->options->noise.seed + i % lab->options->k,
+                                  c->distinct, c->prefix, c->angle, c->diversity, c->likelihood};
+        print_cell(out->to, style, METHODS[method], (int)strlen(METHODS[method]), true, false);
+        for (int j = 0; j < 7; j++) {
+            char number[32];
+            const int n = snprintf(number, sizeof number, "%.9g", numbers[j]);
+            print_cell(out->to, style, number, n, false, false);
+        }
+        char *text = decode(&lab->model->tokenizer, texts[i].tokens, texts[i].n_tokens);
+        for (char *b = text; style.markdown && *b; b++) *b = *b == '\n' ? ' ' : *b;
+        print_cell(out->to, style, text, (int)strlen(text), false, true);
+        free(text);
+    }
+    output_close(out);
+}
+
+static void explore(const Model *m, const Options *o) {
+    enum { N_CELLS = N_METHODS * N_STRENGTHS };
+    const Config *c = &m->config;
+    // Side by side as many texts as 1 GB of keys, values and hidden states hold, but whole cells.
+    Lab lab;
+    Output out = o->out ? output_open(o->out) : (Output){0}; // now, so that no work is lost
+    lab_open(&lab, m, o, 256);
+    const double per_text = ((double)(lab.n_prompt + lab.n_new) * 2 * c->n_layers * c->kv_dim
+                             + (double)lab.n_new * c->dim) * sizeof(float);
+    const int fit = (int)fmin(N_CELLS, 1e9 / per_text / o->k), batch = fit < 1 ? 1 : fit;
+    fprintf(stderr, "%d texts, %d side by side, %.0f MB for each batch\n", N_CELLS * o->k,
+            batch * o->k, per_text * batch * o->k / 1e6);
+
+    float *theta = resize(NULL, (ptrdiff_t)N_CELLS * N_SITES * c->n_layers, sizeof *theta);
+    for (int cell = 0; cell < N_CELLS; cell++) { // the site's shape, if one was asked for, else all
+        Dose doses[N_SITES] = {{0}};
+        const int method = cell / N_STRENGTHS;
+        if (method < N_SITES) {
+            doses[method] = o->doses[method];
+            doses[method].theta = STRENGTHS[method][cell % N_STRENGTHS];
+        }
+        dose_layers(theta + cell * N_SITES * c->n_layers, doses, c->n_layers);
+    }
+    int *tokens = resize(NULL, lab.n_new, sizeof *tokens);
+    const int n_sober = sober_continuation(&lab, tokens);
+    char *sober = decode(&m->tokenizer, tokens, n_sober);
+    Cell cells[N_CELLS];
+    Text *texts = resize(NULL, N_CELLS * o->k, sizeof *texts);
+    for (int first = 0; first < N_CELLS; first += batch) {
+        progress("cell", first, N_CELLS);
+        explore_cells(&lab, theta, first, first + batch < N_CELLS ? batch : N_CELLS - first, cells,
+                      texts, sober);
+    }
+    progress("cell", N_CELLS, N_CELLS);
+
+    printf("sober: %s\n\n%-12s %8s %8s %8s %8s %10s %16s\n", sober, "method", "strength",
+           "distinct", "prefix", "angle", "diversity", "log-probability");
+    for (int i = 0; i < N_CELLS; i++)
+        printf("%-12s %8g %5d/%-2d %8.0f %8.3f %10.3f %16.4f\n", METHODS[i / N_STRENGTHS],
+               STRENGTHS[i / N_STRENGTHS][i % N_STRENGTHS], cells[i].distinct, o->k,
+               cells[i].prefix, cells[i].angle, cells[i].diversity, cells[i].likelihood);
+    puts("\nAt the same diversity, nats a token by which the sober model finds a text likelier than\n"
+         "one made with temperature (mean over the doses whose diversity temperature reaches):\n");
+    for (int method = 0; method < N_METHODS; method++) {
+        double sum = 0;
+        int n = 0;
+        for (int i = 0; i < N_STRENGTHS && method != TEMPERATURE; i++) {
+            const Cell *cell = &cells[method * N_STRENGTHS + i];
+            const double there = curve_at(&cells[TEMPERATURE * N_STRENGTHS], cell->diversity);
+            if (!isnan(there)) { sum += cell->likelihood - there; n++; }
+        }
+        if (n) printf("%-12s %+.4f  (%d doses)\n", METHODS[method], sum / n, n);
+    }
+    if (o->out) explore_save(&lab, &out, cells, texts);
+    for (int i = 0; i < N_CELLS * o->k; i++) free(texts[i].tokens);
+    free(texts);
+    free(tokens);
+    free(sober);
+    free(theta);
+    lab_close(&lab);
+}
+
+/* ================================================================================================
+ * 9  The command line
  */
 static const char USAGE[] =
     "usage: drugs <model.bin> [options]\n"
-    "  -m <mode>    generate (default) or chat\n"
+    "  -m <mode>    generate (default), chat, or an experiment: trip, explore, probe\n"
     "  -i <text>    prompt\n"
     "  -y <text>    system prompt, for chat\n"
     "  -n <tokens>  how many to write, 0: until the context is full (256)\n"
@@ -1394,6 +2238,9 @@ static const char USAGE[] =
     "  -c <tokens>  a cold shower after so many drugged tokens, 0: never (420)\n"
     "  -t <temp>    temperature, 0: take the most probable token (0)\n"
     "  -p <top_p>   keep the most probable tokens up to this probability, with -t (.9)\n"
+    "  -k <seeds>   experiments: how often each is repeated (5)\n"
+    "  -x <theta>   trip: the largest angle, in radians (1.5)\n"
+    "  -o <file>    experiments: the numbers as .csv (explore also .md, trip also .svg)\n"
     "  -h           this help\n";
 
 // Reads a number within [least, most]; whole ones only if asked. Exits with 2 on anything else.
@@ -1451,18 +2298,19 @@ static void help(const char *usage, int argc, char **argv) {
 }
 
 static void parse_options(Options *o, int argc, char **argv) {
+    static const char *const modes[] = {"generate", "chat", "trip", "explore", "probe"};
     double depth = -1, spread = -1;
     if (argv[1][0] == '-')
         die(2, "the model file comes first, then the options; %s -h lists them", program);
-    *o = (Options){.prompt = "", .n_new = 256, .shower_every = 420, .top_p = .9,
-                   .noise = {420, FAMILY_CENTRED, NULL}};
+    *o = (Options){.prompt = "", .n_new = 256, .shower_every = 420, .dice = {.top_p = .9},
+                   .k = 5, .max_theta = 1.5, .noise = {420, FAMILY_CENTRED, NULL}};
     for (int i = 2; i < argc; i++) {
         const char *flag = argv[i], *site = NULL;
         if (flag[0] != '-' || !flag[1] || flag[2])
             die(2, "'%s' is not an option; %s -h lists them", flag, program);
         if (flag[1] == 'h') help(USAGE, 2, &argv[i - 1]);
         if (flag[1] == 'u') { o->drugged_prompt = true; continue; }
-        if (!strchr("HQKVAminsytpdwcr", flag[1]))
+        if (!strchr("HQKVAminsytpdwcrkxo", flag[1]))
             die(2, "there is no option %s; %s -h lists them", flag, program);
         if (++i == argc) die(2, "%s needs a value; %s -h lists them", flag, program);
         const char *text = argv[i];
@@ -1474,18 +2322,21 @@ static void parse_options(Options *o, int argc, char **argv) {
         case 's':
             o->noise.seed = (uint64_t)number('s', "a whole number", text, 0, 0x1p53, true);
             break;
-        case 't': o->temperature = number('t', "a temperature", text, 0, 1000, false); break;
-        case 'p': o->top_p = number('p', "a probability", text, 0, 1, false); break;
+        case 't': o->dice.temperature = number('t', "a temperature", text, 0, 1000, false); break;
+        case 'p': o->dice.top_p = number('p', "a probability", text, 0, 1, false); break;
         case 'd': depth = number('d', "a depth", text, 0, 1, false); break;
         case 'w': spread = number('w', "a spread", text, 0, 1, false); break;
         case 'c':
             o->shower_every = (int)number('c', "a number of tokens", text, 0, 1 << 28, true);
             break;
         case 'm':
-            o->chat = !strcmp(text, "chat");
-            if (!o->chat && strcmp(text, "generate"))
-                die(2, "-m takes generate or chat, got '%s'", text);
+            for (o->mode = 0; o->mode < N_MODES && strcmp(text, modes[o->mode]);) o->mode++;
+            if (o->mode == N_MODES)
+                die(2, "-m takes generate, chat, trip, explore or probe, got '%s'", text);
             break;
+        case 'k': o->k = (int)number('k', "a number of seeds", text, 1, 1000, true); break;
+        case 'x': o->max_theta = number('x', "an angle in radians", text, 1e-6, 1000, false); break;
+        case 'o': o->out = text; break;
         case 'r':
             o->noise.family = strcmp(text, "upstream") ? FAMILY_CENTRED : FAMILY_UPSTREAM;
             if (strcmp(text, "centred") && strcmp(text, "upstream"))
@@ -1520,20 +2371,11 @@ int main(int argc, char **argv) {
     for (int i = 0; i < n_layers * N_SITES; i++)
         if (theta[i] > 0) options.noise.theta = theta;
 
-    Talk talk = {.model = &model, .options = &options, .printer = {.to = stdout, .at_start = true},
-                 .sequence = sequence_new(options.noise)};
-    run_init(&talk.run, &model, 64, 1);
-    if (options.chat) chat(&talk);
-    else generate(&talk);
+    if (options.mode == TRIP) trip(&model, &options);
+    else if (options.mode == EXPLORE) explore(&model, &options);
+    else if (options.mode == PROBE) probe(&model, &options);
+    else talk(&model, &options);
     if (ferror(stdout) || fflush(stdout)) die(1, "standard output cannot be written; disk full?");
-
-    fprintf(stderr,
-            "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
-            talk.n_prompt, talk.n_prompt / fmax(talk.prompt_seconds, 1e-9), talk.n_new,
-            talk.n_new / fmax(talk.new_seconds, 1e-9), talk.stopped_at ? talk.stopped_at : "Ctrl-D",
-            (unsigned long long)options.noise.seed, talk.n_showers, talk.n_showers == 1 ? "" : "s");
-    run_free(&talk.run);
-    sequence_free(&model, &talk.sequence);
     free(theta);
     model_close(&model);
     return 0;

@@ -2,8 +2,10 @@
 """export.py: turn a Llama or Mistral checkpoint into one flat file for drugs.c.
 
     python3 export.py INPUT [-o model.bin] [--tokenizer FILE]
+    python3 export.py model.bin --to hf DIR
 
-INPUT is one of these; which one is found by looking:
+The second form goes back: it turns a flat file into a new Hugging Face folder, for other tools.
+In the first, INPUT is one of these; which one is found by looking:
 
     a Hugging Face folder       config.json + model.safetensors, whole or in shards
     a Meta folder               params.json + consolidated.00.pth, consolidated.01.pth, ...
@@ -45,8 +47,9 @@ The flat file, all little-endian:
 A matrix is stored row after row, (out, in).  Rows of wq and wk are in *interleaved* order: RoPE
 turns rows 2i and 2i+1 of a head together.
 
-The promise: what the flat file cannot express exactly is refused, by name, before anything is
-written.  The output appears whole or not at all.  Memory stays small however large the model is.
+The promise: what the output cannot express exactly is refused, by name, before anything is
+written; of what only rare text will ever meet, a warning speaks.  The output appears whole or not
+at all.  Memory stays small however large the model is.
 Nothing in a checkpoint is ever executed.
 """
 
@@ -59,7 +62,9 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import re
+import shutil
 import struct
 import sys
 import zipfile
@@ -74,7 +79,7 @@ from dataclasses import astuple, dataclass
 
 
 class Refused(Exception):
-    """Input that is damaged, or that the flat file could not express."""
+    """Input that is damaged, or that the output could not express."""
 
     def __init__(self, why, path=None):
         super().__init__(why)
@@ -127,7 +132,7 @@ def warn(path, what):
 # 2. What a model is
 #
 # A Config, a mapping from (kind, layer) to tensors that can be read row by row, and a Tokenizer.
-# There are four readers, which find the first two, and one writer.
+# Four readers find the first two, for one writer; a reader and a writer more lead back.
 
 Kind = collections.namedtuple("Kind", "shape hf meta")
 
@@ -286,19 +291,37 @@ class View:
                         for row in range(first, last) for tensor, source in self.origin(row))
 
 
-def interleaved(tensor, head_dim):
-    """wq or wk, from Hugging Face's order of rows into that of the flat file.
+def reorder(tensors, head_dim, group):
+    """Puts the rows of wq and wk into the flat file's order (group = 2) or back (head_dim / 2).
 
     RoPE turns pairs of numbers.  Hugging Face keeps the two halves of every pair half a head
     apart, rows i and i + head_dim/2; the original Llama and the flat file keep them side by
-    side, rows 2i and 2i+1.  Heads follow each other either way, so wk, which under
+    side, rows 2i and 2i+1.  Either way is the transpose of the other, if a head is seen as a
+    table whose lines are `group` long.  Heads follow each other, so wk, which under
     grouped-query attention has fewer of them, needs no care of its own.
     """
-    def origin(row):
-        head, within = divmod(row, head_dim)
-        pair, second = divmod(within, 2)
-        return [(tensor, head * head_dim + pair + second * (head_dim // 2))]
-    return View(tensor.shape, origin)
+    def view(tensor):
+        def origin(row):
+            head, within = divmod(row, head_dim)
+            line, column = divmod(within, group)
+            return [(tensor, head * head_dim + column * (head_dim // group) + line)]
+        return View(tensor.shape, origin)
+    return {key: view(tensor) if key[0] in ("wq", "wk") else tensor
+            for key, tensor in tensors.items()}
+
+
+def place(file, at, layout, alignment=1):
+    """Nameless fp32 tensors that fill a file from `at` to its end; layout is (key, shape)s."""
+    tensors = {}
+    for key, shape in layout:
+        at += -at % alignment
+        tensors[key] = Stored(file, at, "F32", shape)
+        at += 4 * math.prod(shape)
+        if at > file.size:              # the layout may be as long as a header lies
+            break
+    demand(at == file.size, f"is {file.size} bytes long, which is not what its header says: it is "
+           "truncated or something else")
+    return tensors
 
 
 def gather(config, found, family):
@@ -360,19 +383,25 @@ def read_tokenizer(path, rows, added=()):
     with reading(path):
         tokenizer = readers.get(os.path.splitext(path)[1], read_sentencepiece)(path)
         add_tokens(tokenizer.pieces, added)
-        for token, (score, kind, text) in tokenizer.pieces.items():
-            demand(whole(token, 0, rows), f"piece {text!r} has id {token!r}, but the model knows "
-                   f"only {rows}: the tokenizer belongs to another model")
-            demand(math.isfinite(score), f"is damaged: piece {token} has the score {score}")
-            demand(len(text) < 2 ** 16, f"piece {token} is {len(text)} bytes long, more than 65535")
-        unknown = [token for token, piece in tokenizer.pieces.items() if piece[1] == UNKNOWN]
-        demand(len(unknown) < 2, f"pieces {unknown} are all unknown pieces: there can be only one")
+        check_pieces(tokenizer.pieces, rows)
     return tokenizer
+
+
+def check_pieces(pieces, rows):
+    for token, (score, kind, text) in pieces.items():
+        demand(whole(token, 0, rows), f"piece {text!r} has id {token!r}, but the model knows "
+               f"only {rows}: the tokenizer belongs to another model")
+        demand(math.isfinite(score), f"is damaged: piece {token} has the score {score}")
+        demand(len(text) < 2 ** 16, f"piece {token} is {len(text)} bytes long, more than 65535")
+        demand(kind <= USER_DEFINED and (kind != BYTE or len(text) == 1),
+               f"is damaged: piece {token}, {text!r}, is of kind {kind}")
+    unknown = [token for token, piece in pieces.items() if piece[1] == UNKNOWN]
+    demand(len(unknown) < 2, f"pieces {unknown} are all unknown pieces: there can be only one")
 
 
 def byte_piece(name):
     """b"A" for "<0x41>", None for any other name."""
-    match = re.match(r"<0x([0-9A-Fa-f]{2})>\Z", name)
+    match = re.match(r"<0x([0-9A-F]{2})>\Z", name)
     return match and bytes([int(match.group(1), 16)])
 
 
@@ -520,6 +549,14 @@ def steps(node):
 # ------------------------------------------------------------------------------------------------
 # 5. Reader: a Hugging Face folder
 
+# What config.json calls the fields of a Config.
+SETTINGS = dict(
+    dim="hidden_size", hidden_dim="intermediate_size", n_layers="num_hidden_layers",
+    n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
+    vocab_size="vocab_size", seq_len="max_position_embeddings",
+    shared_classifier="tie_word_embeddings", sliding_window="sliding_window",
+    rope_theta="rope_theta", norm_eps="rms_norm_eps", bos_id="bos_token_id", eos_id="eos_token_id")
+
 
 def read_hf(folder):
     with reading_json(os.path.join(folder, "config.json")) as settings:
@@ -530,11 +567,7 @@ def read_hf(folder):
         embedding, classifier = name_of("tok_emb", 0, "hf"), name_of("wcls", 0, "hf")
         if classifier in found:
             found.setdefault(embedding, found.pop(classifier))
-    tensors = gather(config, found, "hf")
-    for key, tensor in tensors.items():
-        if key[0] in ("wq", "wk"):
-            tensors[key] = interleaved(tensor, config.head_dim)
-    return config, tensors
+    return config, reorder(gather(config, found, "hf"), config.head_dim, 2)
 
 
 def hf_config(s):
@@ -553,15 +586,12 @@ def hf_config(s):
         theta = rope.get("rope_theta", theta)
     # Null means no window; to say nothing at all means 4096, for Hugging Face as well.
     window = s.get("sliding_window", 4096) if architecture.lower().startswith("mistral") else 0
-    eos = s.get("eos_token_id")
-    return Config(
-        dim=s["hidden_size"], hidden_dim=s["intermediate_size"], n_layers=s["num_hidden_layers"],
-        n_heads=s["num_attention_heads"], n_kv_heads=s.get("num_key_value_heads"),
-        head_dim=s.get("head_dim"), vocab_size=s["vocab_size"],
-        seq_len=s.get("max_position_embeddings", 2048),
-        shared_classifier=bool(s.get("tie_word_embeddings")), sliding_window=window,
-        rope_theta=theta, norm_eps=s.get("rms_norm_eps", 1e-6), bos_id=s.get("bos_token_id"),
-        eos_id=eos[0] if isinstance(eos, list) else eos)
+    s = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **s}
+    fields = {ours: s.get(theirs) for ours, theirs in SETTINGS.items()}
+    if isinstance(fields["eos_id"], list):
+        fields["eos_id"] = fields["eos_id"][0]
+    return Config(**{**fields, "rope_theta": theta, "sliding_window": window,
+                     "shared_classifier": bool(fields["shared_classifier"])})
 
 
 def hf_tensors(folder):
@@ -620,7 +650,14 @@ class TorchFile(pickle.Unpickler):
         pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl")]
         demand(len(pickles) == 1, "is a zip, but not one that torch.save() wrote")
         self.prefix = pickles[0][:-len("data.pkl")]
-        super().__init__(io.BytesIO(self.file.read(*self.record("data.pkl"))))
+        program = self.file.read(*self.record("data.pkl"))
+        # Unpickling reserves memory for whatever count or place in its memo is named, gigabytes if
+        # need be, and only then notices a lie.  Looking through the program first is safe: genops
+        # refuses counts beyond its end.  And it cannot need more places than it has bytes.
+        for opcode, argument, _ in pickletools.genops(program):
+            demand("PUT" not in opcode.name or argument < len(program), "is damaged: the pickle "
+                   f"keeps something in place {argument}, which is further than it needs")
+        super().__init__(io.BytesIO(program))
 
     def record(self, name):
         """Where a record of the zip lies in the file, and its length."""
@@ -753,26 +790,20 @@ def read_v0(path):
     # The sign of vocab_size is a flag: negative if the classifier has a matrix of its own.
     config = Config(dim, hidden_dim, n_layers, n_heads, n_kv_heads, None, abs(vocab_size), seq_len,
                     shared_classifier=vocab_size > 0)
-    tensors, offset = {}, 28
-    wrong = (f"is {file.size} bytes long, which is not what the header of a llama2.c v0 file says: "
-             "it is truncated or something else")
-    for kind in V0_ORDER[:-1] if config.shared_classifier else V0_ORDER:
-        if kind == "RoPE":
-            offset += 4 * seq_len * config.head_dim     # cosines and sines; drugs.c computes them
-            continue
-        for layer in range(n_layers if kind in LAYER_KINDS else 1):
-            tensors[kind, layer] = Stored(file, offset, "F32", config.shape(kind))
-            offset += 4 * math.prod(config.shape(kind))
-            demand(offset <= file.size, wrong)
-    demand(offset == file.size, wrong)
-    return config, tensors
+    # RoPE is a table of cosines and sines; drugs.c computes them.
+    keys = ((kind, layer) for kind in (V0_ORDER[:-1] if config.shared_classifier else V0_ORDER)
+            for layer in range(n_layers if kind in LAYER_KINDS else 1))
+    return config, place(file, 28, (
+        (key, (seq_len, config.head_dim) if key[0] == "RoPE" else config.shape(key[0]))
+        for key in keys))
 
 
 # ------------------------------------------------------------------------------------------------
 # 8. Which reader
 
+MAGIC, VERSION = b"drugs.c\0", 1
 STRANGERS = {
-    b"drugs.c\0": "is a flat file already",
+    MAGIC: "is a flat file already; --to hf DIR turns it back into a Hugging Face folder",
     b"GGUF": "is a GGUF file; export the checkpoint that it was made from",
     b"24ka": "is a llama2.c export of version 1 or 2; export it with version 0, or its checkpoint",
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9": "is in PyTorch's old format; save it with 1.6 or later",
@@ -801,42 +832,34 @@ def read_model(path, named_tokenizer):
     for name in "bos_id", "eos_id":
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
-        demand(whole(getattr(config, name), -1, config.vocab_size),
-               f"{name} is {getattr(config, name)!r}, but there are {config.vocab_size} tokens")
+    check_ends(config)
     return config, tensors, tokenizer
 
 
-# ------------------------------------------------------------------------------------------------
-# 9. The writer
+def check_ends(config):
+    for name in "bos_id", "eos_id":
+        demand(whole(getattr(config, name), -1, config.vocab_size),
+               f"{name} is {getattr(config, name)!r}, but there are {config.vocab_size} tokens")
 
-MAGIC, VERSION = b"drugs.c\0", 1
-HEADER_BYTES, ALIGNMENT = 256, 64
+
+# ------------------------------------------------------------------------------------------------
+# 9. The writer of the flat file
+
+HEADER, HEADER_BYTES, ALIGNMENT = "<8s11I2f2iIQ", 256, 64
 CHUNK_BYTES = 1 << 16               # of fp32, at a time: what stays in the caches is fastest
 
 
-def write_model(c, tensors, tokenizer, output):
-    section, flags = tokenizer_section(tokenizer, c.vocab_size)
-    header = struct.pack("<8s11I2f2iIQ", MAGIC, VERSION, *astuple(c), flags, len(section))
-    done, total = 0, sum(4 * math.prod(c.shape(kind)) for kind, _ in c.layout())
-    with replacing(output) as stream:
-        stream.write(header.ljust(HEADER_BYTES, b"\0") + section)
-        for kind, layer in c.layout():
-            rows, *columns = c.shape(kind)
-            step = max(1, CHUNK_BYTES // (4 * math.prod(columns)))
-            stream.write(bytes(-stream.tell() % ALIGNMENT))
-            for first in range(0, rows, step):
-                done += stream.write(tensors[kind, layer].rows(first, min(first + step, rows)))
-                if sys.stderr.isatty():
-                    print(f"\r{done / 1e6:.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr)
-        size = stream.tell()
-    print(f"{output}: {c.n_layers} layers, dim {c.dim}, {c.n_heads} heads ({c.n_kv_heads} for "
-          f"keys), {c.vocab_size} pieces, {size / 1e6:.1f} MB")
+def write_flat(c, tensors, tokenizer, output):
+    begin = front(c, tokenizer)
+    with replacing(output) as temporary, open(temporary, "wb") as stream:
+        stream.write(begin)
+        return write_tensors(stream, c, tensors, ALIGNMENT)
 
 
-def tokenizer_section(tokenizer, vocab_size):
-    """The bytes of the tokenizer and the flags that go into the header."""
+def front(c, tokenizer):
+    """The header and the tokenizer, all that comes before the tensors."""
     section, byte_values = [], set()
-    for token in range(vocab_size):
+    for token in range(c.vocab_size):
         # An embedding is often padded to a round number of rows; the rest gets empty pieces.
         score, kind, text = tokenizer.pieces.get(token, (0, CONTROL, b""))
         if kind == BYTE:
@@ -844,41 +867,217 @@ def tokenizer_section(tokenizer, vocab_size):
         else:
             text = text.replace(SPACE.encode(), b" ")
         section.append(struct.pack("<fBBH", score, kind if text else CONTROL, 0, len(text)) + text)
-    return b"".join(section), tokenizer.dummy_prefix | (len(byte_values) == 256) << 1
+    section, flags = b"".join(section), tokenizer.dummy_prefix | (len(byte_values) == 256) << 1
+    header = struct.pack(HEADER, MAGIC, VERSION, *astuple(c), flags, len(section))
+    return header.ljust(HEADER_BYTES, b"\0") + section
+
+
+def write_tensors(stream, c, tensors, alignment=1):
+    done, total = 0, sum(4 * math.prod(c.shape(kind)) for kind, _ in c.layout())
+    for kind, layer in c.layout():
+        rows, *columns = c.shape(kind)
+        step = max(1, CHUNK_BYTES // (4 * math.prod(columns)))
+        stream.write(bytes(-stream.tell() % alignment))
+        for first in range(0, rows, step):
+            done += stream.write(tensors[kind, layer].rows(first, min(first + step, rows)))
+            if sys.stderr.isatty():
+                print(f"\r{done / 1e6:.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr)
+    return stream.tell()
 
 
 @contextlib.contextmanager
-def replacing(output):
-    """A file that takes the place of `output` only once it is complete."""
-    temporary = output + ".tmp"
+def replacing(output, folder=False):
+    """The name of a file, or a folder, that takes the place of `output` once it is complete."""
+    temporary = os.path.abspath(output) + ".tmp"
+    if folder:
+        os.mkdir(temporary)             # if it exists already, it is not ours to remove
     try:
-        with open(temporary, "wb") as stream:
-            yield stream
+        yield temporary
         os.replace(temporary, output)
     except BaseException:               # even if someone presses ^C
         with contextlib.suppress(OSError):
-            os.remove(temporary)
+            shutil.rmtree(temporary) if folder else os.remove(temporary)
         raise
 
 
+# ------------------------------------------------------------------------------------------------
+# 10. The way back: from a flat file to a Hugging Face folder
+
+
+def read_flat(path):
+    demand(not os.path.isdir(path), "is a folder; --to needs a flat file")
+    file, pieces, at = File(path), {}, HEADER_BYTES
+    demand(file.stream.read(len(MAGIC)) == MAGIC, "is no flat file, which --to needs")
+    _, version, *numbers, flags, _ = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
+    demand(version == VERSION, f"is a flat file of version {version}; only {VERSION} is known")
+    config = Config(*numbers)
+    demand(config.shared_classifier < 2, "is damaged: shared_classifier is neither 0 nor 1")
+    check_ends(config)
+    for token in range(config.vocab_size):
+        score, kind, _, length = struct.unpack("<fBBH", file.read(at, 8))
+        pieces[token] = score, kind, file.read(at + 8, length)
+        at += 8 + length
+    check_pieces(pieces, config.vocab_size)
+    tokenizer = Tokenizer(pieces, flags & 1, config.bos_id, config.eos_id)
+    demand(front(config, tokenizer) == file.read(0, at),
+           "is damaged: its header or its tokenizer is not as export.py writes them")
+    layout = ((key, config.shape(key[0])) for key in config.layout())
+    return config, place(file, at, layout, ALIGNMENT), tokenizer
+
+
+def write_hf(c, tensors, tokenizer, folder):
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for kind, layer in c.layout():
+        first, end = end, end + 4 * math.prod(c.shape(kind))
+        header[name_of(kind, layer, "hf")] = {"dtype": "F32", "shape": c.shape(kind),
+                                              "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)     # the data shall begin at a multiple of 8 bytes
+    content = hf_tokenizer(tokenizer, folder)
+    files = {"config.json": hf_settings(c, content), "tokenizer.json": content,
+             "tokenizer_config.json": hf_tokenizer_settings(c, content)}
+    with replacing(folder, folder=True) as temporary:
+        for name in files:
+            with open(os.path.join(temporary, name), "w") as stream:
+                json.dump(files[name], stream, indent=2)
+        with open(os.path.join(temporary, "model.safetensors"), "wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            return write_tensors(stream, c, reorder(tensors, c.head_dim, c.head_dim // 2))
+
+
+def hf_settings(c, tokenizer):
+    """config.json; hf_config() is the way back."""
+    family = "mistral" if c.sliding_window else "llama"
+    fields = dict(vars(c), shared_classifier=bool(c.shared_classifier),
+                  sliding_window=c.sliding_window or None)
+    for field in "rope_theta", "norm_eps":
+        fields[field] = shortest(fields[field])
+    for field, name in ("bos_id", "<s>"), ("eos_id", "</s>"):
+        # Where nothing is said, readers think of these names: then -1 has to say that it is none.
+        if fields[field] == -1 and name not in tokenizer["model"]["vocab"]:
+            fields[field] = None
+    return {"architectures": [family.capitalize() + "ForCausalLM"], "model_type": family,
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
+            "torch_dtype": "float32", **{SETTINGS[field]: fields[field] for field in fields}}
+
+
+def shortest(number):
+    """The number with the fewest digits that is this fp32: 1e-05, not 9.999999747378752e-06."""
+    texts = (f"{number:.{digits}g}" for digits in range(1, 10))
+    return next(float(text) for text in texts
+                if struct.pack("<f", float(text)) == struct.pack("<f", number))
+
+
+def hf_tokenizer(tokenizer, folder):
+    """tokenizer.json; read_tokenizer_json() is the way back."""
+    vocab, scores, added, unknown = {}, {}, [], None
+    n_bytes = sum(kind == BYTE for _, kind, _ in tokenizer.pieces.values())
+    demand(n_bytes in (0, 256), f"has {n_bytes} byte pieces: tokenizer.json needs all 256, or none")
+    for token, (score, kind, text) in tokenizer.pieces.items():
+        name = f"<0x{text[0]:02X}>" if kind == BYTE else text.decode()
+        if not name:
+            continue                    # padding
+        if kind == NORMAL:
+            name = name.replace(" ", SPACE)
+            scores[name] = score
+        elif kind != BYTE:
+            # These are looked for before the normaliser has turned spaces into anything.
+            added.append(dict(id=token, content=name, single_word=False, lstrip=False, rstrip=False,
+                              normalized=False, special=kind != USER_DEFINED))
+            unknown = name if kind == UNKNOWN else unknown
+        demand(name not in vocab, f"pieces {vocab.get(name)} and {token} would both be {name!r}, "
+               "which tokenizer.json cannot express")
+        vocab[name] = token
+    steps = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    undo = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if tokenizer.dummy_prefix:
+        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
+        undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    post = None
+    for bos in [name for name in vocab if vocab[name] == tokenizer.bos_id]:
+        first, second = ([{"SpecialToken": {"id": bos, "type_id": n}},
+                          {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
+        post = {"type": "TemplateProcessing", "single": first, "pair": first + second,
+                "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
+        "post_processor": post, "decoder": {"type": "Sequence", "decoders": undo},
+        "model": {"type": "BPE", "dropout": None, "unk_token": unknown,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+                  "byte_fallback": n_bytes > 0, "ignore_merges": False, "vocab": vocab,
+                  "merges": merges_of(scores, folder)}}
+
+
+def merges_of(scores, folder):
+    """All ways to join two pieces into one, the best first; scores are those of normal pieces."""
+    merges, ranked, inexact = [], set(), False
+    for name in sorted(scores, key=scores.get, reverse=True):
+        known = len(merges)
+        for cut in range(1, len(name)):
+            left, right = name[:cut], name[cut:]
+            if left in scores and right in scores:
+                merges.append(f"{left} {right}")
+            # SentencePiece also joins characters that are no pieces ...
+            elif (left in scores or cut == 1) and (right in scores or len(right) == 1):
+                inexact = True
+        if len(merges) > known:
+            # ... and of equals the leftmost first.
+            inexact |= scores[name] in ranked
+            ranked.add(scores[name])
+    if inexact:
+        warn(folder, "some pieces have equal scores, or characters that are no pieces; "
+             "other tools may cut text that has them in another way")
+    return merges
+
+
+def hf_tokenizer_settings(c, tokenizer):
+    """tokenizer_config.json, without which Hugging Face would add tokens that it thinks usual."""
+    names = {token: name for name, token in tokenizer["model"]["vocab"].items()}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "bos_token": names.get(c.bos_id), "eos_token": names.get(c.eos_id),
+            "unk_token": tokenizer["model"]["unk_token"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. The command line
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        prog="export.py", description="Turn a Llama or Mistral checkpoint into one flat file.")
-    parser.add_argument("input", help="Hugging Face or Meta folder, llama2.c .pt or v0 .bin")
-    parser.add_argument("-o", "--output", default="model.bin", help="default: model.bin")
+    parser = argparse.ArgumentParser(prog="export.py", description="Turn a Llama or Mistral "
+                                     "checkpoint into one flat file, or a flat file back into one.")
+    parser.add_argument("input", help="Hugging Face or Meta folder, llama2.c .pt or v0 .bin; for "
+                        "--to a flat file")
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument("-o", "--output", default="model.bin", help="default: model.bin")
+    outputs.add_argument("--to", nargs=2, metavar=("hf", "DIR"),
+                         help="write a Hugging Face folder; DIR is new or empty")
     parser.add_argument("--tokenizer", help="default: the one beside the weights")
     arguments = parser.parse_args()
+    path, output = arguments.input, arguments.to[1] if arguments.to else arguments.output
+    if arguments.to and (arguments.to[0] != "hf" or arguments.tokenizer):
+        parser.error("--to knows only hf, and --tokenizer has no place beside it")
     try:
-        with reading(arguments.output):
-            demand(not os.path.isdir(arguments.output), "is a folder; name a file after -o")
-            demand(os.path.realpath(arguments.output) != os.path.realpath(arguments.input),
-                   "is the input; name another file after -o")
-        with reading(arguments.input):
-            write_model(*read_model(arguments.input, arguments.tokenizer), arguments.output)
+        with reading(output):
+            if arguments.to:
+                demand(not os.path.lexists(output) or os.path.isdir(output)
+                       and not os.listdir(output), "exists; name a new or empty folder after --to")
+            else:
+                demand(not os.path.isdir(output), "is a folder; name a file after -o")
+                demand(os.path.realpath(output) != os.path.realpath(path),
+                       "is the input; name another file after -o")
+        with reading(path):
+            model = read_flat(path) if arguments.to else read_model(path, arguments.tokenizer)
+            size = (write_hf if arguments.to else write_flat)(*model, output)
+            c = model[0]
+            print(f"{output}: {c.n_layers} layers, dim {c.dim}, {c.n_heads} heads ({c.n_kv_heads} "
+                  f"for keys), {c.vocab_size} pieces, {size / 1e6:.1f} MB")
     except Refused as error:
         sys.exit(f"export.py: {error.path}: {error}")
     except OSError as error:
-        sys.exit(f"export.py: {error.filename or arguments.output}: {error.strerror}")
+        sys.exit(f"export.py: {error.filename or output}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit("export.py: interrupted; nothing was written")
 

@@ -26,13 +26,13 @@
 /* ================================================================================================
  * 1  The maths of going back
  */
-enum { COLUMNS = 2 * LANES, STRIP = 512, BLOCK = 32 };
+enum { COLUMNS = 2 * LANES, STRIP = 512, BLOCK = 64 };
 
 // out (n_rows, n_cols) += a b. a[r][k] stands at a[r * a_row + k * a_k], and b is (n_k, n_cols).
 // It goes back through a matrix (dX += dY W: the rows of W, weighted with dY) and forms a matrix's
-// gradient (dW = dYᵀ X: the same with dY read the other way round). matmul in drugs.c goes along the
-// rows of W; this goes across, in strips and blocks, so that what was fetched from memory once is
-// used for all rows.
+// gradient (dW = dYᵀ X: the same with dY read the other way round). matmul in drugs.c goes along
+// the rows of W; this goes across. So that what was fetched from memory once serves all rows, a
+// block of b, 64 rows of 16 columns, is first put together where it stays in the cache.
 static void add_product(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a_k, const float *b,
                         ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols) {
     const ptrdiff_t quarter = (n_cols / 4 + COLUMNS - 1) / COLUMNS * COLUMNS;
@@ -40,20 +40,37 @@ static void add_product(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a
 #pragma omp parallel for schedule(static) if (n_rows * n_k * n_cols > WORTH_THREADS)
     for (ptrdiff_t first = 0; first < n_cols; first += strip) {
         const ptrdiff_t last = first + strip < n_cols ? first + strip : n_cols;
-        for (ptrdiff_t k = 0; k < n_k; k += BLOCK) {
-            const int n = (int)(n_k - k < BLOCK ? n_k - k : BLOCK);
-            for (ptrdiff_t r = 0; r < n_rows; r += TILE)
-                for (ptrdiff_t c = first; c < last; c += COLUMNS) {
-                    float *to = out + r * n_cols + c;
-                    const float *at = a + r * a_row + k * a_k, *from = b + k * n_cols + c;
-                    if (r + TILE <= n_rows && c + COLUMNS <= last)
-                        sum_tile(to, n_cols, at, a_row, a_k, from, n_cols, COLUMNS, n, TILE, 2);
-                    else
-                        for (ptrdiff_t i = 0; i < TILE && r + i < n_rows; i++)
-                            sum_tile(to + i * n_cols, 0, at + i * a_row, 0, a_k, from, n_cols,
-                                     last - c, n, 1, 2);
+        for (ptrdiff_t k = 0; k < n_k; k += BLOCK)
+            for (ptrdiff_t c = first; c < last; c += COLUMNS) {
+                const int n = (int)(n_k - k < BLOCK ? n_k - k : BLOCK);
+                const ptrdiff_t left = last - c; // columns
+                const float *block = b + k * n_cols + c;
+                ptrdiff_t stride = n_cols;
+                float packed[BLOCK * COLUMNS];
+                if (n_rows >= TILE && left >= COLUMNS) {
+                    for (int q = 0; q < n; q++)
+                        memcpy(packed + q * COLUMNS, block + q * n_cols, COLUMNS * sizeof(float));
+                    block = packed;
+                    stride = COLUMNS;
                 }
-        }
+                for (ptrdiff_t r = 0; r < n_rows; r += TILE) {
+                    float *to = out + r * n_cols + c;
+                    const float *at = a + r * a_row + k * a_k;
+                    const ptrdiff_t rows_left = n_rows - r;
+                    if (left < COLUMNS)
+                        for (int i = 0; i < TILE && i < rows_left; i++)
+                            sum_tile(to + i * n_cols, 0, at + i * a_row, 0, a_k, block, stride,
+                                     left, n, 1, 2);
+                    else if (rows_left == 1)
+                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 1, 2);
+                    else if (rows_left == 2)
+                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 2, 2);
+                    else if (rows_left == 3)
+                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 3, 2);
+                    else
+                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, TILE, 2);
+                }
+            }
     }
 }
 
@@ -106,8 +123,8 @@ static void turn_backward(const Noise *z, uint64_t place, float theta, const flo
  *
  * For n rows the gradient of a matrix, where Y = X Wᵀ, is dW = dYᵀ X: a sum of n products of a
  * column and a row, a matrix of rank n at most. It is as large as W and holds no more than dY and X
- * do. So we keep what the forward pass computed, all the X, and what the backward pass computes, all
- * the dY, and never write dW down. For Llama-2-7B and 13 rows that is 0.2 GB instead of 25.
+ * do. So we keep what the forward pass computed, all the X, and what the backward pass computes,
+ * all the dY, and never write dW down. For Llama-2-7B and 13 rows that is 0.2 GB instead of 25.
  */
 typedef struct Step {
     const Model *model;
@@ -252,7 +269,7 @@ static void backward(Step *s) {
     memset(s->dgains, 0, (size_t)(2 * L + 1) * (size_t)dim * sizeof(float));
     loss_backward(s);
 
-    // logits = classifier rmsnorm(x). The rows that count stand together and go back to their places
+    // logits = classifier rmsnorm(x). Rows that count stand together and go back to their places
     const Slot *a = &s->acts.slots[L], *g = &s->grads.slots[L];
     linear_backward(s, g->fn, s->grads.logits, a->fn, 0, WCLS, s->n_loss);
     norm_backward(s, g->x, g->fn, a->x, 0, FINAL_NORM, s->n_loss);
@@ -400,8 +417,8 @@ static int factors(const Step *s, int layer, int which, const float **dy, const 
  *
  * n dot products with the lesson's inputs, and n vectors to add: half a percent more work for
  * Llama-2-7B and 13 rows. It also shows what a step can do at most: an x that is perpendicular to
- * all n inputs of the lesson is not affected at all. And since eta is only a factor at the end, each
- * sequence can have its own, and all columns of the table are written side by side.
+ * all n inputs of the lesson is not affected at all. And since eta is only a factor at the end,
+ * each sequence can have its own, and all columns of the table are written side by side.
  */
 typedef struct {
     Sequence sequence; // comes first: forward knows only this, behind_door finds eta behind it
@@ -494,15 +511,15 @@ static void add_gradient(const Step *s, float *w, float factor, int layer, int w
     if (which == TOK_EMB) {
         for (ptrdiff_t i = 0; i < s->n_inputs; i++)
             if (s->inputs[i] >= first && s->inputs[i] < first + n)
-                add_scaled(w + (s->inputs[i] - first) * (ptrdiff_t)n_in, factor, s->dinputs + i * n_in,
-                           n_in);
+                add_scaled(w + (s->inputs[i] - first) * (ptrdiff_t)n_in, factor,
+                           s->dinputs + i * n_in, n_in);
     } else if (!n_factors) {
         add_scaled(w, factor, dgain(s, layer, which), n_in);
     }
 }
 
-// Writes the model with the step taken. Tensors pass through a few rows at a time, so there is never
-// a second model in memory.
+// Writes the model with the step taken. Tensors pass through a few rows at a time, so there is
+// never a second model in memory.
 static void write_stepped(const Step *s, float eta, const char *path) {
     enum { ROWS = 64 };
     const Model *m = s->model;
@@ -559,17 +576,9 @@ static double gradient_norm2(const Step *s, int layer, int which) {
     return sum;
 }
 
-// -log softmax(z)[target], in nats.
-static double surprise(const float *z, int n, int target) {
-    const double max = z[argmax(z, n)];
-    double sum = 0;
-    for (int i = 0; i < n; i++) sum += exp(z[i] - max);
-    return log(sum) + max - z[target];
-}
-
-// Mean loss of the stepped model on tokens (n), in two parts: predictions of the tokens before
-// `split`, and of those from there on. A part without predictions is NAN.
-static void text_loss(SteppedRun *t, float eta, const int *tokens, int n, int split,
+// Mean loss of the stepped model on tokens (n), in two parts: predictions of the tokens from
+// `first` up to before `split`, and of those from there on. A part without predictions is -1.
+static void text_loss(SteppedRun *t, float eta, const int *tokens, int n, int first, int split,
                       double loss[2]) {
     const Model *m = t->step->model;
     Column column = {sequence_new((Noise){0}), eta};
@@ -583,11 +592,12 @@ static void text_loss(SteppedRun *t, float eta, const int *tokens, int n, int sp
         forward(m, &t->run, rows, n_rows);
         for (int r = 0; r < n_rows; r++) {
             const int next = ++done, part = next >= split;
+            if (next < first) continue;
             sums[part] += surprise(rows[r].logits, m->config.vocab_size, tokens[next]);
             counts[part]++;
         }
     }
-    for (int i = 0; i < 2; i++) loss[i] = counts[i] ? sums[i] / counts[i] : NAN;
+    for (int i = 0; i < 2; i++) loss[i] = counts[i] ? sums[i] / counts[i] : -1;
     sequence_free(m, &column.sequence);
     free(rows);
 }
@@ -605,21 +615,6 @@ typedef struct {
     Options doses;
 } Experiment;
 
-// What a token looks like, on one line, in a buffer of its own that the next call uses again.
-static const char *visible(const Model *m, int token) {
-    static char text[64];
-    const Piece *p = &m->tokenizer.pieces[token];
-    int n = 0;
-    for (int i = 0; i < p->length && n < 50; i++) {
-        unsigned char c = (unsigned char)p->bytes[i];
-        if (c == '\n') n += sprintf(text + n, "\\n");
-        else if (c < 32 || (p->kind == BYTE && c > 126)) n += sprintf(text + n, "<%02X>", c);
-        else text[n++] = (char)c;
-    }
-    text[n] = '\0';
-    return text;
-}
-
 // The lesson as the untouched model sees it, and how the gradient is spread over the model.
 static double print_before(const Step *s) {
     static const char *const names[] = {"att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3",
@@ -632,8 +627,10 @@ static double print_before(const Step *s) {
         const float *z = s->rows[r].logits, at = z[s->targets[r]];
         int rank = 1;
         for (int i = 0; i < c->vocab_size; i++) rank += z[i] > at;
-        printf("    %-16s %11.6f %6d\n", visible(s->model, s->targets[r]),
-               exp(-surprise(z, c->vocab_size, s->targets[r])), rank);
+        char *text = visible(s->model, s->targets[r]);
+        printf("    %-16s %11.6f %6d\n", text, exp(-surprise(z, c->vocab_size, s->targets[r])),
+               rank);
+        free(text);
     }
     double kinds[WCLS + 1] = {0}, total = 0;
     printf("\nIts gradient, |g| by layer:  ");
@@ -656,74 +653,35 @@ static double print_before(const Step *s) {
     return total;
 }
 
-// Writes up to n_new greedy tokens behind the prompt for each step size, side by side: one row of
-// each sequence in every call, so the weights are read once for all. Returns the texts.
+// Writes up to n_new greedy tokens behind the prompt for each step size. Returns the texts, prompts
+// included; the caller frees them.
 static char **write_columns(SteppedRun *t, const Experiment *e, const int *prompt, int n_prompt) {
     const Model *m = t->step->model;
-    const int n = e->n_etas;
+    const int n = e->n_etas, room = m->config.seq_len - n_prompt;
+    const int n_new = e->n_new < room ? e->n_new : room;
     Column columns[MAX_STEP_SIZES];
-    Printer printers[MAX_STEP_SIZES];
-    Row rows[MAX_STEP_SIZES];
-    char **texts = resize(NULL, n, sizeof *texts);
-    size_t sizes[MAX_STEP_SIZES];
-    int n_rows = 0;
-    const int room = m->config.seq_len - n_prompt, most = e->n_new < room ? e->n_new : room;
+    Text texts[MAX_STEP_SIZES];
+    char **written = resize(NULL, n, sizeof *written);
     for (int i = 0; i < n; i++) {
         columns[i] = (Column){sequence_new((Noise){0}), (float)e->eta[i]};
-        printers[i] = (Printer){.to = open_memstream(&texts[i], &sizes[i]), .at_start = true};
-        if (!printers[i].to) die(1, "out of memory");
-        sequence_reserve(m, &columns[i].sequence, n_prompt + most);
-        for (int p = 0; p < n_prompt; p++) print_token(&printers[i], &m->tokenizer, prompt[p]);
         Sequence *s = &columns[i].sequence;
+        sequence_reserve(m, s, n_prompt + n_new);
         const float *logits = feed(m, &t->run, s, prompt, n_prompt, 0, false, true);
-        const int next = argmax(logits, m->config.vocab_size);
-        rows[n_rows++] = (Row){next, n_prompt, s, false, true, NULL};
+        texts[i] = (Text){.sequence = s, .next = argmax(logits, m->config.vocab_size),
+                          .tokens = (int *)resize(NULL, n_prompt + n_new, sizeof(int)) + n_prompt};
     }
-    for (int done = 0; done < most && n_rows; done++) {
-        int kept = 0;
-        for (int r = 0; r < n_rows; r++) { // columns whose text ended drop out
-            const Column *column = (const Column *)rows[r].sequence;
-            if (rows[r].token == m->config.eos || rows[r].token == m->config.bos) continue;
-            print_token(&printers[column - columns], &m->tokenizer, rows[r].token);
-            rows[kept++] = rows[r];
-        }
-        n_rows = kept;
-        if (!n_rows || done + 1 == most) break;
-        forward(m, &t->run, rows, n_rows);
-        for (int r = 0; r < n_rows; r++) {
-            rows[r].token = argmax(rows[r].logits, m->config.vocab_size);
-            rows[r].position++;
-        }
-    }
+    write_texts(m, &t->run, texts, n, n_new);
     for (int i = 0; i < n; i++) {
-        print_rest(&printers[i]);
-        fclose(printers[i].to);
+        int *whole = texts[i].tokens - n_prompt;
+        memcpy(whole, prompt, (size_t)n_prompt * sizeof *prompt);
+        written[i] = decode(&m->tokenizer, whole, n_prompt + texts[i].n_tokens);
+        free(whole);
         sequence_free(m, &columns[i].sequence);
     }
-    return texts;
+    return written;
 }
 
 static const char SPACE[] = " \n\t\r"; // what words stand between
-
-// How a table looks: on a terminal (width > 0, cells cut to it), as CSV or as Markdown.
-typedef struct { int width; bool markdown; } Style;
-
-// One cell, n bytes long. CSV quotes text and doubles the quotes within, Markdown escapes its bars.
-static void print_cell(FILE *out, Style style, const char *text, int n, bool first, bool last) {
-    const char *quote = style.width || style.markdown ? "" : "\"";
-    if (!style.width) fprintf(out, "%s%s", style.markdown ? "| " : first ? "" : ",", quote);
-    int shown = 0; // characters, not bytes
-    for (int i = 0; i < n; i++) {
-        if (!continues_character(text[i]) && ++shown == style.width) break;
-        if (*quote && text[i] == '"') fputc('"', out);
-        if (style.markdown && text[i] == '|') fputc('\\', out);
-        fputc(text[i], out);
-    }
-    if (style.width && shown == style.width) shown--;
-    if (style.width && !last) fprintf(out, "%*s", style.width - shown, "");
-    if (!style.width) fprintf(out, "%s%s", quote, style.markdown ? last ? " |" : " " : "");
-    if (last) fputc('\n', out);
-}
 
 // One word a row, one column a step size, as in the article.
 static void print_table(FILE *out, Style style, const Experiment *e, char *const *texts) {
@@ -750,7 +708,7 @@ static void print_table(FILE *out, Style style, const Experiment *e, char *const
 
 static void print_loss(double loss) {
     if (isfinite(loss)) printf(" %12.4f", loss);
-    else printf(" %12s", isnan(loss) ? "-" : "not finite");
+    else printf(" %12s", "not finite");
 }
 
 // Plasticity against stability: what the lesson gained, and what everything else paid for it.
@@ -768,12 +726,14 @@ static void print_after(SteppedRun *t, const Experiment *e, double norm2) {
            "step size", "lesson", "first order", "its sequel", "other text");
     for (int i = 0; i < e->n_etas; i++) {
         double parts[2], others[2];
-        text_loss(t, (float)e->eta[i], passage, n_whole, n_lesson, parts);
-        text_loss(t, (float)e->eta[i], other, n_other, n_other, others);
+        const float eta = (float)e->eta[i];
+        text_loss(t, eta, passage, n_whole, e->last_only ? n_lesson - 1 : 1, n_lesson, parts);
+        text_loss(t, eta, other, n_other, 1, n_other, others);
         printf("    %-10g", e->eta[i]);
         print_loss(parts[0]);
         print_loss(t->step->loss - e->eta[i] * norm2);
-        print_loss(parts[1]);
+        if (parts[1] < 0) printf(" %12s", "-");
+        else print_loss(parts[1]);
         print_loss(others[0]);
         puts("");
     }
@@ -873,9 +833,10 @@ static void parse_experiment(Experiment *e, int argc, char **argv) {
     do { // a list of numbers
         char one[32];
         const int n = (int)strcspn(at, ",");
-        snprintf(one, sizeof one, "%.*s", n, at);
+        if (n >= (int)sizeof one) die(2, "-e: '%.*s' is too long for a number", n, at);
+        sprintf(one, "%.*s", n, at);
         if (e->n_etas == MAX_STEP_SIZES) die(2, "-e takes at most %d step sizes", MAX_STEP_SIZES);
-        e->eta[e->n_etas++] = number('e', "step sizes like 0,1e-3", one, 0, 1e30, false);
+        e->eta[e->n_etas++] = number('e', "step sizes like 0,1e-3", one, 0, 1000, false);
         at += n;
     } while (*at++);
     if (e->out && e->n_etas != 1) die(2, "-o writes one model, so -e must be one step size");

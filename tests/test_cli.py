@@ -61,11 +61,12 @@ class TestGenerate(Case):
             self.assertIn("wrote %d at" % limit, done.err)
             lengths.append(len(done.out))
         self.assertEqual(lengths, sorted(set(lengths)))
-        done = self.good("-i", "To be", "-n", "0")
+        long = "Hamlet speaks: " * 9 + "To be, or not to be, that is the question:"
+        done = self.good("-i", long, "-n", "0")
         read, wrote = map(int, re.search(r"read (\d+) .* wrote (\d+) ", done.err).groups())
         self.assertEqual(read + wrote, CONTEXT + 1)         # the last one needs no room
         self.assertIn("until the end of the context", done.err)
-        self.assertEqual(self.good("-i", "To be", "-n", "9999").out, done.out)
+        self.assertEqual(self.good("-i", long, "-n", "9999").out, done.out)
 
     def test_seeds(self):
         for drug in (["-V", ".7"], ["-t", "1"], ["-t", ".8", "-p", "1"], ["-H", ".7", "-u"]):
@@ -102,7 +103,7 @@ class TestGenerate(Case):
         self.assertEqual(showers("-V", ".7", "-c", "10"), 5)
         self.assertEqual(showers("-V", ".7", "-c", "0"), 0)
         self.assertEqual(showers("-c", "10"), 0)            # nothing to wash off
-        self.assertNotEqual(self.text("-V", ".7", "-c", "10"), self.text("-V", ".7", "-c", "0"))
+        self.assertNotEqual(self.text("-H", ".7", "-c", "1"), self.text("-H", ".7", "-c", "0"))
 
 
 class TestChat(Case):
@@ -132,13 +133,13 @@ class TestChat(Case):
 
     def test_a_line_that_does_not_fit(self):
         done = self.chat(said=b"x y " * 25000 + b"\nhello\n")
-        self.assertRegex(done.err, r"drugs: that is \d+ tokens, and the context has room for 160\n")
+        self.assertRegex(done.err, r"drugs: that is \d+ tokens, the context has room for 160\n")
         self.assertEqual(done.out, self.chat(said=b"hello\n").out)
 
     def test_the_end_of_the_context(self):
-        done = self.chat("-n", "0", said=b"hello\nhello\n")
+        done = self.chat("-n", "0", said=b"Hamlet speaks: " * 9 + b"To be, or not to be\n" * 2)
         self.assertIn("until the end of the context", done.err)
-        self.assertEqual(done.err.count("drugs: "), 1)
+        self.assertEqual(done.err.count("drugs: the context is full"), 1)
 
     def test_showers_between_turns(self):
         said = b"hello\nand you?\n"
@@ -179,7 +180,7 @@ class TestErrors(Case):
             self.bad(2, MODEL, option, words=[option, "needs a value"])
         for option in "-i", "-y":
             self.bad(2, MODEL, option, words=[option, "needs a value"])
-        for option in "-x", "-", "--", "-nn", "--help", "-n5", "word", "":
+        for option in "-z", "-", "--", "-nn", "--help", "-n5", "word", "":
             self.bad(2, MODEL, option, "5", words=[option])
 
     def test_good_values(self):
