@@ -41,6 +41,7 @@
 #include <unistd.h>
 
 static const char *program = "drugs";
+static const char *unfinished; // a file that is being written, see Output
 
 // Prints one line on stderr and exits: 1 when something failed, 2 when the command line is wrong.
 __attribute__((noreturn, format(printf, 2, 3)))
@@ -53,6 +54,7 @@ static void die(int status, const char *format, ...) {
     for (char *c = line; *c; c++)
         if (*c == '\n' || *c == '\r') *c = ' '; // whatever was quoted
     fflush(stdout); // keep what was said so far in front of the complaint
+    if (unfinished) remove(unfinished);
     fprintf(stderr, "%s: %s\n", program, line);
     exit(status);
 }
@@ -78,16 +80,15 @@ static Output output_open(const char *path) {
     sprintf(o.beside, "%s.tmp", path);
     o.to = fopen(o.beside, "wb");
     if (!o.to) die(1, "%s cannot be written: %s", path, strerror(errno));
+    unfinished = o.beside;
     return o;
 }
 
 static void output_close(Output *o) {
     bool failed = ferror(o->to) | fflush(o->to) | fsync(fileno(o->to)), unclosed = fclose(o->to);
-    if (failed || unclosed || rename(o->beside, o->path)) {
-        const char *reason = strerror(errno);
-        remove(o->beside);
-        die(1, "%s cannot be written: %s", o->path, reason);
-    }
+    if (failed || unclosed || rename(o->beside, o->path))
+        die(1, "%s cannot be written: %s", o->path, strerror(errno));
+    unfinished = NULL;
     free(o->beside);
 }
 
@@ -416,7 +417,7 @@ typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(siz
                                  may_alias));
 
 // Threads cost some microseconds to wake; below this many multiply-adds one core is faster.
-static const ptrdiff_t WORTH_THREADS = 1 << 20;
+static const ptrdiff_t WORTH_THREADS = 1000000;
 
 // The first n <= LANES floats at p; the others are zero and add nothing to a sum of products.
 static inline vec load(const float *p, ptrdiff_t n) {
@@ -508,12 +509,12 @@ static void matmul(float *out,       // (n_rows, n_out)
 }
 
 // The other way through a matrix: rows are not multiplied with, but weighted and added up.
-// out[r] += sum over k of a[r][k] * x[k], R rows and n <= 16 columns of it; a[r][k] stands at
+// out[r] += sum over k of a[r][k] * x[k], R rows and n <= 32 columns of it; a[r][k] stands at
 // a[r * a_row + k * a_k]. R and V, the number of vectors in n columns, are constants.
 __attribute__((always_inline)) static inline void
 sum_tile(float *out, ptrdiff_t out_stride, const float *a, ptrdiff_t a_row, ptrdiff_t a_k,
          const float *x, ptrdiff_t x_stride, ptrdiff_t n, int n_k, const int R, const int V) {
-    vec sum[TILE][2];
+    vec sum[TILE][TILE];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++)
             sum[r][v] = load(out + r * out_stride + v * LANES, n - v * LANES);
@@ -574,8 +575,9 @@ static inline vec exp_lanes(vec x) {
     return (vec)(((bits)e + ((bits)shifted << 23)) & ~tiny); // n is in the low digits of shifted
 }
 
-// x = exp(x * scale) / sum. The largest is taken off first, or exp would overflow.
-static void softmax(float *x, int n, float scale) {
+// x = exp(x * scale) / sum. The largest is taken off first, or exp would overflow. Returns the log
+// of that sum, as if nothing had been taken off.
+static double softmax(float *x, int n, float scale) {
     float max = x[0];
     vec sum = {0};
     for (int i = 1; i < n; i++) max = x[i] > max ? x[i] : max;
@@ -586,6 +588,7 @@ static void softmax(float *x, int n, float scale) {
     }
     const float total = sum_lanes(sum);
     for (int i = 0; i < n; i++) x[i] /= total;
+    return log(total) + max * (double)scale;
 }
 
 // SwiGLU (Shazeer 2020): h = silu(gate) * up, where silu(z) = z / (1 + exp(-z)) runs from nearly 0
@@ -773,7 +776,6 @@ typedef struct Run {
     float *scratch;  // (n_heads, 2 * head_dim + context): a query, a direction u, attention weights
     int context;     // longest context that scratch has room for
     float *memory;   // what the buffers are cut out of
-    size_t bytes;    // its size
 } Run;
 
 // Makes room for length tokens in all caches of a sequence. Nothing is made larger than needed.
@@ -813,7 +815,6 @@ static void run_init(Run *run, const Model *m, int max_rows, int n_slots) {
     ptrdiff_t per_row = 5 * (ptrdiff_t)c->dim + 2 * c->q_dim + 2 * c->kv_dim + 3 * c->hidden_dim;
     per_row = per_row * n_slots + c->dim + c->head_dim + c->vocab_size;
     float *next = run->memory = resize(NULL, per_row * max_rows, sizeof(float));
-    run->bytes = (size_t)per_row * (size_t)max_rows * sizeof(float);
     for (int i = 0; i <= n_slots; i++) { // each slot, and at last what exists once
         Slot *s = &run->slots[i % n_slots];
         const struct { float **buffer; int width; } parts[] = {
@@ -1240,7 +1241,7 @@ static void print_token(Printer *p, const Tokenizer *t, int token) {
 }
 
 // The text of n tokens. The caller frees it.
-static char *decode(const Tokenizer *t, const int *tokens, int n) {
+static char *text_of(const Tokenizer *t, const int *tokens, int n) {
     char *text;
     size_t size;
     Printer p = {.to = open_memstream(&text, &size), .at_start = true};
@@ -1492,6 +1493,7 @@ static void talk(const Model *m, const Options *o) {
     run_init(&t.run, m, 64, 1);
     if (o->mode == CHAT) chat(&t);
     else generate(&t);
+    fflush(stdout);
     fprintf(stderr,
             "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
             t.n_prompt, t.n_prompt / fmax(t.prompt_seconds, 1e-9), t.n_new,
@@ -2107,7 +2109,7 @@ static void explore_cells(Lab *lab, const float *theta, int first, int n, Cell *
             to->angle += angle;
             n_tokens += t->n_tokens;
             n_angles += t->n_tokens > 0 ? t->n_tokens - 1 : 0;
-            char *text = decode(&m->tokenizer, t->tokens, t->n_tokens);
+            char *text = text_of(&m->tokenizer, t->tokens, t->n_tokens);
             int same = 0, new = 1;
             while (text[same] && text[same] == sober[same]) same++;
             to->prefix += (double)same / k;
@@ -2148,7 +2150,7 @@ static void explore_save(const Lab *lab, Output *out, const Cell *cells, const T
             const int n = snprintf(number, sizeof number, "%.9g", numbers[j]);
             print_cell(out->to, style, number, n, false, false);
         }
-        char *text = decode(&lab->model->tokenizer, texts[i].tokens, texts[i].n_tokens);
+        char *text = text_of(&lab->model->tokenizer, texts[i].tokens, texts[i].n_tokens);
         for (char *b = text; style.markdown && *b; b++) *b = *b == '\n' ? ' ' : *b;
         print_cell(out->to, style, text, (int)strlen(text), false, true);
         free(text);
@@ -2181,7 +2183,7 @@ static void explore(const Model *m, const Options *o) {
     }
     int *tokens = resize(NULL, lab.n_new, sizeof *tokens);
     const int n_sober = sober_continuation(&lab, tokens);
-    char *sober = decode(&m->tokenizer, tokens, n_sober);
+    char *sober = text_of(&m->tokenizer, tokens, n_sober);
     Cell cells[N_CELLS];
     Text *texts = resize(NULL, N_CELLS * o->k, sizeof *texts);
     for (int first = 0; first < N_CELLS; first += batch) {

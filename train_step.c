@@ -26,13 +26,14 @@
 /* ================================================================================================
  * 1  The maths of going back
  */
-enum { COLUMNS = 2 * LANES, STRIP = 512, BLOCK = 64 };
+enum { COLUMNS = 4 * LANES, STRIP = 512, MANY_ROWS = 32, BLOCK = 32 };
 
 // out (n_rows, n_cols) += a b. a[r][k] stands at a[r * a_row + k * a_k], and b is (n_k, n_cols).
 // It goes back through a matrix (dX += dY W: the rows of W, weighted with dY) and forms a matrix's
 // gradient (dW = dYᵀ X: the same with dY read the other way round). matmul in drugs.c goes along
-// the rows of W; this goes across. So that what was fetched from memory once serves all rows, a
-// block of b, 64 rows of 16 columns, is first put together where it stays in the cache.
+// the rows of W; this goes across, in strips of columns and blocks of rows, so that what was
+// fetched from memory once serves all rows of out. Where these are many, a block is put together
+// first: numbers that lie a power of two apart would push each other out of the cache.
 static void add_product(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a_k, const float *b,
                         ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols) {
     const ptrdiff_t quarter = (n_cols / 4 + COLUMNS - 1) / COLUMNS * COLUMNS;
@@ -47,28 +48,26 @@ static void add_product(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a
                 const float *block = b + k * n_cols + c;
                 ptrdiff_t stride = n_cols;
                 float packed[BLOCK * COLUMNS];
-                if (n_rows >= TILE && left >= COLUMNS) {
+                if (n_rows > MANY_ROWS && left >= COLUMNS) {
                     for (int q = 0; q < n; q++)
-                        memcpy(packed + q * COLUMNS, block + q * n_cols, COLUMNS * sizeof(float));
+                        memcpy(packed + q * COLUMNS, block + q * n_cols, sizeof packed / BLOCK);
                     block = packed;
                     stride = COLUMNS;
                 }
-                for (ptrdiff_t r = 0; r < n_rows; r += TILE) {
+                for (ptrdiff_t r = 0; r < n_rows; r += 3) {
                     float *to = out + r * n_cols + c;
                     const float *at = a + r * a_row + k * a_k;
                     const ptrdiff_t rows_left = n_rows - r;
                     if (left < COLUMNS)
-                        for (int i = 0; i < TILE && i < rows_left; i++)
-                            sum_tile(to + i * n_cols, 0, at + i * a_row, 0, a_k, block, stride,
-                                     left, n, 1, 2);
+                        for (int i = 0; i < 3 && i < rows_left; i++)
+                            sum_tile(to + i * n_cols, 0, at + i * a_row, 0, a_k, block, stride, left,
+                                     n, 1, 4);
                     else if (rows_left == 1)
-                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 1, 2);
+                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 1, 4);
                     else if (rows_left == 2)
-                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 2, 2);
-                    else if (rows_left == 3)
-                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 3, 2);
+                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 2, 4);
                     else
-                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, TILE, 2);
+                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 3, 4);
                 }
             }
     }
@@ -149,10 +148,12 @@ static float *dgain(const Step *s, int layer, int which) {
 }
 
 // Y = X Wᵀ, so dX += dY W, with the weights that the forward pass used; only then they may change.
-static void linear_backward(Step *s, float *dx, const float *dy, const float *x, int layer,
-                            int which, int n_rows) {
+// dx is emptied first if this is the first of its sources.
+static void linear_backward(Step *s, float *dx, bool first, const float *dy, const float *x,
+                            int layer, int which, int n_rows) {
     int n_out, n_in;
     tensor_shape(&s->model->config, which, &n_out, &n_in);
+    if (first) memset(dx, 0, (size_t)n_rows * (size_t)n_in * sizeof *dx);
     add_product(dx, dy, n_out, 1, *tensor(s->model, layer, which), n_rows, n_out, n_in);
     if (s->update) s->update(s, layer, which, dy, x, n_rows);
 }
@@ -243,19 +244,21 @@ static void attend_backward(const Step *s, int r, int layer, int head, float *sc
 // probabilities, minus one at the target. acts.logits stays; grads.logits gets the gradient.
 static void loss_backward(Step *s) {
     const int n = s->model->config.vocab_size;
-    double loss = 0;
-    for (ptrdiff_t r = 0; r < s->n_rows; r++) {
+    double *losses = resize(NULL, s->n_rows, sizeof *losses);
+#pragma omp parallel for schedule(static) if ((ptrdiff_t)s->n_rows * n * 16 > WORTH_THREADS)
+    for (int r = 0; r < s->n_rows; r++) {
+        losses[r] = 0;
         if (s->targets[r] < 0) continue;
         const float *z = s->rows[r].logits;
         float *dz = s->grads.logits + (z - s->acts.logits);
-        const float max = z[argmax(z, n)];
-        double sum = 0;
-        for (int i = 0; i < n; i++) sum += dz[i] = expf(z[i] - max);
-        for (int i = 0; i < n; i++) dz[i] *= (float)(1 / (sum * s->n_loss));
+        memcpy(dz, z, (size_t)n * sizeof *dz);
+        losses[r] = softmax(dz, n, 1) - z[s->targets[r]];
+        for (int i = 0; i < n; i++) dz[i] /= (float)s->n_loss;
         dz[s->targets[r]] -= 1.0f / (float)s->n_loss;
-        loss += log(sum) - (z[s->targets[r]] - max);
     }
-    s->loss = loss / s->n_loss;
+    s->loss = 0;
+    for (int r = 0; r < s->n_rows; r++) s->loss += losses[r] / s->n_loss;
+    free(losses);
 }
 
 // The mirror of forward: each block below has its twin there, in the opposite order.
@@ -265,13 +268,13 @@ static void backward(Step *s) {
     const int rows = s->n_rows, L = c->n_layers;
     const ptrdiff_t dim = c->dim, n = rows;
     const ptrdiff_t per_head = 4 * c->head_dim + 2 * (ptrdiff_t)s->acts.context;
-    memset(s->grads.memory, 0, s->grads.bytes);
     memset(s->dgains, 0, (size_t)(2 * L + 1) * (size_t)dim * sizeof(float));
     loss_backward(s);
 
     // logits = classifier rmsnorm(x). Rows that count stand together and go back to their places
     const Slot *a = &s->acts.slots[L], *g = &s->grads.slots[L];
-    linear_backward(s, g->fn, s->grads.logits, a->fn, 0, WCLS, s->n_loss);
+    linear_backward(s, g->fn, true, s->grads.logits, a->fn, 0, WCLS, s->n_loss);
+    memset(g->x, 0, (size_t)(n * dim) * sizeof *g->x);
     norm_backward(s, g->x, g->fn, a->x, 0, FINAL_NORM, s->n_loss);
     for (ptrdiff_t r = n - 1, i = s->n_loss; r >= 0; r--) {
         const size_t bytes = (size_t)dim * sizeof(float);
@@ -286,7 +289,7 @@ static void backward(Step *s) {
 
         // x = xm + w2 h: dx goes both ways
         memcpy(g->xm, dx, (size_t)(n * dim) * sizeof(float));
-        linear_backward(s, g->h, dx, a->h, l, W2, rows);
+        linear_backward(s, g->h, true, dx, a->h, l, W2, rows);
 
         // h = silu(gate) * up, silu(z) = z S(z) with S = 1 / (1 + exp(-z)) and S' = S (1 - S)
 #pragma omp parallel for schedule(static) if (n * c->hidden_dim * 16 > WORTH_THREADS)
@@ -295,16 +298,19 @@ static void backward(Step *s) {
             g->up[i] = g->h[i] * z * sigmoid;
             g->gate[i] = g->h[i] * a->up[i] * sigmoid * (1.0f + z * (1.0f - sigmoid));
         }
-        linear_backward(s, g->fn, g->gate, a->fn, l, W1, rows);
-        linear_backward(s, g->fn, g->up, a->fn, l, W3, rows);
+        linear_backward(s, g->fn, true, g->gate, a->fn, l, W1, rows);
+        linear_backward(s, g->fn, false, g->up, a->fn, l, W3, rows);
         norm_backward(s, g->xm, g->fn, a->xm, l, FFN_NORM, rows);
 
         // xm = x + wo att
         memcpy(g->x, g->xm, (size_t)(n * dim) * sizeof(float));
-        linear_backward(s, g->att, g->xm, a->att, l, WO, rows);
+        linear_backward(s, g->att, true, g->xm, a->att, l, WO, rows);
 
         // attention; the query heads that share a key head add to the same dk and dv
         const int group = c->n_heads / c->n_kv_heads;
+        memset(g->q, 0, (size_t)(n * c->q_dim) * sizeof *g->q);
+        memset(g->k, 0, (size_t)(n * c->kv_dim) * sizeof *g->k);
+        memset(g->v, 0, (size_t)(n * c->kv_dim) * sizeof *g->v);
 #pragma omp parallel for schedule(static) if (n * c->q_dim * 64 > WORTH_THREADS)
         for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++)
             for (int r = 0; r < rows; r++)
@@ -316,9 +322,9 @@ static void backward(Step *s) {
                               c->head_dim);
 
         // q, k, v = wq, wk, wv of xn; xn = rmsnorm(x) turned at H
-        linear_backward(s, g->xn, g->q, a->xn, l, WQ, rows);
-        linear_backward(s, g->xn, g->k, a->xn, l, WK, rows);
-        linear_backward(s, g->xn, g->v, a->xn, l, WV, rows);
+        linear_backward(s, g->xn, true, g->q, a->xn, l, WQ, rows);
+        linear_backward(s, g->xn, false, g->k, a->xn, l, WK, rows);
+        linear_backward(s, g->xn, false, g->v, a->xn, l, WV, rows);
         for (ptrdiff_t r = 0; r < n; r++) {
             float theta = dose_of(m, &s->rows[r], SITE_H, l), *sober = s->acts.y, *u = s->grads.y;
             if (!(theta > 0)) continue;
@@ -674,7 +680,7 @@ static char **write_columns(SteppedRun *t, const Experiment *e, const int *promp
     for (int i = 0; i < n; i++) {
         int *whole = texts[i].tokens - n_prompt;
         memcpy(whole, prompt, (size_t)n_prompt * sizeof *prompt);
-        written[i] = decode(&m->tokenizer, whole, n_prompt + texts[i].n_tokens);
+        written[i] = text_of(&m->tokenizer, whole, n_prompt + texts[i].n_tokens);
         free(whole);
         sequence_free(m, &columns[i].sequence);
     }
