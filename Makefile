@@ -1,6 +1,7 @@
 # make          the programs, for this machine
 # make demo     what DRµGS does to a small model that is included
 # make lesson   what one gradient step does to it
+# make trip     how far a glitch carries; make explore: whole texts; make probe: does it survive?
 # make pretrain raises such a model anew, tests/fresh.bin; SEED=5 for another one
 # make test     all tests
 # make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -16,8 +17,9 @@ accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
 
 # gnu11 has POSIX's mmap and getline, and lets a multiply and an add become one instruction. Sums are
 # never reordered, so -ffast-math has no place here.
-FLAGS := -std=gnu11 -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -Wno-psabi $(CFLAGS) $(OPENMP)
-C_TESTS = tests/test_drugs tests/test_loader tests/test_step
+FLAGS := -std=gnu11 -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -Wno-psabi \
+         $(CFLAGS) $(OPENMP)
+C_TESTS = tests/test_drugs tests/test_loader tests/test_step tests/test_lab
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 PROGRAMS = drugs train_step tests/logits tests/pretrain tests/bench
@@ -62,6 +64,15 @@ demo: drugs
 lesson: train_step
 	./train_step tests/hamlet.bin
 
+trip: drugs
+	./drugs tests/hamlet.bin -m trip -i "Here is some advice: To be a good leader, you must" -V 1
+
+explore: drugs
+	./drugs tests/hamlet.bin -m explore -i "To be" -n 64
+
+probe: drugs
+	./drugs tests/hamlet.bin -m probe -i "To be" -n 40 -V .5 -k 20
+
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)
 
@@ -72,6 +83,7 @@ test: $(PROGRAMS) $(C_TESTS)
 	tests/test_drugs
 	tests/test_loader
 	tests/test_step
+	tests/test_lab
 	python3 -m unittest discover tests
 
 debug:
@@ -80,4 +92,4 @@ debug:
 clean:
 	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin
 
-.PHONY: all test debug demo lesson pretrain bench clean criterion always
+.PHONY: all test debug demo lesson trip explore probe pretrain bench clean criterion always

@@ -529,11 +529,12 @@ static int common_words(const char *a, const char *b) {
 // soliloquy, of which the lesson is but one line; after a large one a stutter, then ruin. A prompt
 // that speaks of Shakespeare needs no step.
 Test(hamlet, one_step) {
+    const char *other = getenv("HAMLET"), *model = other ? other : "tests/hamlet.bin";
     Lesson l;
     char soliloquy[1024], *text[6];
     double loss[2];
     int n;
-    study(&l, "tests/hamlet.bin", TO_BE);
+    study(&l, model, TO_BE);
     snprintf(soliloquy, sizeof soliloquy, "%s%s", TO_BE, SEQUEL);
     for (int i = 0; i < 5; i++)
         text[i] = written(&l, (double[]){0, 1e-4, 1e-3, 1e-2, .1}[i], "To be");

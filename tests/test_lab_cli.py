@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Tests of the experiments that ./drugs runs, on the small model tests/hamlet.bin.
+
+    make && python3 -m unittest discover tests
+"""
+
+import csv
+import os
+import pty
+import re
+import subprocess
+import tempfile
+import unittest
+import xml.etree.ElementTree
+
+from test_cli import CONTEXT, DRUGS, MODEL, Case
+
+LAYERS = 5                              # of this model
+PROMPT = "To be, or not to be"
+MODES = {"trip": ["-k", "2"], "probe": ["-n", "12", "-A", "1.6"], "explore": ["-n", "8", "-k", "2"]}
+
+
+class LabCase(Case):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def lab(self, mode, *arguments, out=None):
+        """What the terminal shows, as text, and if asked what is in the file."""
+        arguments = ["-m", mode, "-i", PROMPT, *MODES[mode], *arguments]
+        if not out:
+            return self.good(*arguments).out.decode("utf-8", "surrogateescape")
+        path = os.path.join(self.folder, out)
+        shown = self.lab(mode, *arguments[4:], "-o", path)
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            return shown, stream.read()
+
+    def table(self, mode, *arguments):
+        shown, saved = self.lab(mode, *arguments, out="x.csv")
+        return shown, list(csv.DictReader(saved.splitlines(keepends=True)))
+
+
+class TestModes(LabCase):
+    def test_quiet_and_repeatable(self):
+        """Without a terminal there are no colours and no progress; a run can be repeated, and what
+        goes to a file does not change what is shown."""
+        for mode, more in MODES.items():
+            done = self.good("-m", mode, "-i", PROMPT, *more)
+            self.assertNotRegex(done.out, b"[\x1b\r]", mode)
+            pattern = r"126 texts, 126 side by side, \d+ MB .*\n" if mode == "explore" else ""
+            self.assertRegex(done.err, r"\A%s\Z" % pattern, mode)
+            again, _ = self.lab(mode, out="x.csv")
+            self.assertEqual(again, done.out.decode("utf-8", "surrogateescape"), mode)
+            self.assertEqual(os.listdir(self.folder), ["x.csv"])
+
+    def test_seeds(self):
+        """Every experiment takes its seeds from -s on, and directions from the family."""
+        for mode in MODES:
+            first = self.table(mode)
+            for other in ("-s", "421"), ("-r", "upstream"), ("-k", "3"):
+                self.assertNotEqual(self.table(mode, *other), first, (mode, other))
+
+
+class TestProbe(LabCase):
+    def test_numbers(self):
+        """The file has what is shown, agreement is a share of the twins, and the text is what the
+        sober model writes."""
+        shown, rows = self.table("probe", "-k", "7")
+        lines = shown.splitlines()
+        self.assertEqual([list(rows[0]), len(rows)],
+                         [["position", "token", "agreement", "probability"], 12])
+        self.assertEqual(lines.pop(0).split(), ["token", "agreement", "probability"])
+        for i, (row, line) in enumerate(zip(rows, lines)):
+            agreement, probability = float(row["agreement"]), float(row["probability"])
+            self.assertEqual(line, "%-20s %9.0f%% %12.4f" % (row["token"], 100 * agreement,
+                                                             probability))
+            self.assertEqual(int(row["position"]), int(rows[0]["position"]) + i)
+            self.assertAlmostEqual(7 * agreement, round(7 * agreement), 6)
+            self.assertTrue(0 < probability <= 1 and 0 <= agreement <= 1, row)
+        self.assertEqual(len(lines), 12)
+        self.assertTrue(any(0 < float(row["agreement"]) < 1 for row in rows), shown)
+        text = "".join(row["token"].replace("\\n", "\n") for row in rows)
+        done = self.good("-i", PROMPT, "-n", "12")
+        self.assertEqual(done.out.decode(), PROMPT + text + "\n")
+        self.assertIn("read %s tokens" % rows[0]["position"], done.err)
+
+    def test_sober(self):
+        """Without a dose all agree; twins change nothing about the probability."""
+        _, rows = self.table("probe")
+        for sober in (["-A", "0"], ["-A", "0", "-s", "7", "-k", "1"]):
+            _, same = self.table("probe", *sober)
+            self.assertEqual({row["agreement"] for row in same}, {"1"})
+            self.assertEqual(*([row["probability"] for row in table] for table in (same, rows)))
+
+    def test_terminal(self):
+        """On a terminal the text stands above, each token in the gray of its agreement, and the
+        numbers are the same; progress comes and goes."""
+        plain, rows = self.table("probe")
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        with subprocess.Popen([DRUGS, MODEL, "-m", "probe", "-i", PROMPT, *MODES["probe"]],
+                              stdout=theirs, stderr=theirs) as child:
+            os.close(theirs)
+            got = b""
+            try:
+                while True:
+                    got += os.read(ours, 4096)
+            except OSError:             # the other end is closed
+                pass
+        self.assertEqual(child.returncode, 0)
+        progress, rest = got.decode().replace("\r\n", "\n").split("\r\033[K")
+        self.assertEqual(progress, "".join("\rtwin %d of 5" % i for i in range(5)))
+        text, rest = rest.split("\033[0m\n\n")
+        self.assertEqual(rest, plain)
+        shades = re.findall(r"\033\[38;5;(\d+)m([^\033]*)", text)
+        self.assertEqual([(236 + int(19 * float(row["agreement"])),
+                           row["token"].replace("\\n", "\n")) for row in rows],
+                         [(int(shade), token) for shade, token in shades])
+        self.assertGreater(len({shade for shade, _ in shades}), 1)
+
+
+class TestTrip(LabCase):
+    def test_numbers(self):
+        """The file has every passage; without a dose, and below the first dosed layer, the distance
+        is exactly 0, above it is not; the table that is shown is made of it."""
+        shown, rows = self.table("trip", "-K", ".6", "-x", "3")
+        self.assertEqual(len(rows), 2 * LAYERS * 31 * (LAYERS + 1))
+        middle = {}
+        for row in rows:
+            place, level, theta = int(row["place"]), int(row["level"]), float(row["theta"])
+            first = max(place - 1, 0) if row["kind"] == "window" else 0
+            self.assertEqual(row["distance"] == "0", theta == 0 or level <= first, row)
+            if row["kind"] == "window" and place == LAYERS // 2:
+                middle.setdefault("%5.2f" % theta, []).append(float(row["distance"]))
+        lines = re.findall(r"^( \d\.\d\d) │.*│ +(\S+) +(\d+) +(\S+)$", shown, re.M)
+        self.assertEqual(lines, [
+            (theta, "%.3g" % max(x), str(x.index(max(x))), "%.3g" % x[-1])
+            for theta, x in list(middle.items())[::3]])
+        self.assertIn("-K 0.6, mean of 2 seeds from 420", shown)
+        for kind in "window", "full stack":
+            peak = max(float(row["distance"]) for row in rows
+                       if row["theta"] == "0.6" and row["kind"] in kind)
+            self.assertRegex(shown, r"\n%s .* %s\n" % (kind, re.escape("%.3g" % peak)))
+
+    def test_default_dose(self):
+        """Without a dose it is the attention output's, half the largest angle; one of 0 is none."""
+        self.assertEqual(self.lab("trip", "-x", "1"), self.lab("trip", "-x", "1", "-A", ".5"))
+        self.assertEqual(self.lab("trip", "-Q", "1"), self.lab("trip", "-Q", "1", "-H", "0"))
+
+    def test_drawing(self):
+        """The drawing is XML; each cell has the gray of its distance, on its kind's own scale."""
+        _, rows = self.table("trip", "-H", "1")
+        _, drawing = self.lab("trip", "-H", "1", out="x.svg")
+        cells = [cell.attrib for cell in xml.etree.ElementTree.fromstring(drawing).iter()
+                 if cell.get("class") == "cell"]
+        self.assertEqual(len(cells), 2 * 5 * LAYERS * (LAYERS + 1))
+        for kind in "window", "stack":
+            mine = [row for row in rows if row["kind"] == kind]
+            peak = max(float(row["distance"]) for row in mine)
+            for theta in range(6, 31, 6):
+                for i, row in enumerate(x for x in mine if x["theta"] == "%.9g" % (theta / 20)):
+                    cell = cells.pop(0)
+                    self.assertEqual((int(cell["x"]), int(cell["y"])), divmod(i, LAYERS + 1)[::-1])
+                    gray = 255 - 255 * (float(row["distance"]) / peak) ** .5
+                    fill = cell["fill"]
+                    self.assertTrue(fill[1:3] == fill[3:5] == fill[5:], fill)
+                    self.assertLess(abs(int(fill[1:3], 16) - gray), .51)
+
+
+class TestExplore(LabCase):
+    def test_numbers(self):
+        """The file has every text with the numbers of its cell, as they are shown; the likelihoods
+        against temperature follow from them."""
+        shown, rows = self.table("explore")
+        self.assertEqual(len(rows), 126)
+        sober, table, verdict = re.fullmatch(
+            r"sober: (.*?)\n\nmethod [^\n]*\n(.*)\n\nAt the [^\n]*\n[^\n]*\n\n(.*)\n", shown,
+            re.S).groups()
+        cells = {}
+        for i, row in enumerate(rows):
+            numbers = [float(row[name]) for name in ("strength", "prefix", "angle", "diversity",
+                                                     "log-probability")]
+            line = "%-12s %8g %5d/2  %8.0f %8.3f %10.3f %16.4f" % (
+                row["method"], numbers[0], int(row["distinct"]), *numbers[1:])
+            self.assertEqual(line, table.splitlines()[i // 2])
+            self.assertEqual(int(row["seed"]), 420 + i % 2)
+            cells.setdefault(row["method"], {})[numbers[0]] = numbers[3:]
+            texts = [one["text"] for one in rows[i - i % 2:][:2]]
+            self.assertEqual(len(set(texts)), int(row["distinct"]), row)
+            prefix = sum(len(os.path.commonprefix([sober, text])) for text in texts) / 2
+            self.assertAlmostEqual(numbers[1], prefix)
+        self.assertEqual({row["text"] for row in rows if row["strength"] in ("0.01", "0.1")
+                          and row["method"] != "H"}, {sober})
+        chance = list(cells.pop("temperature").values())
+        want = []
+        for method, doses in cells.items():
+            gains = []
+            for diversity, likelihood in doses.values():
+                there = [y + (diversity - x) / (x2 - x) * (y2 - y)
+                         for (x, y), (x2, y2) in zip(chance, chance[1:])
+                         if x != x2 and min(x, x2) <= diversity <= max(x, x2)]
+                gains += [likelihood - max(there)] if there else []
+            if gains:
+                want.append((method, "%+.4f" % (sum(gains) / len(gains)), str(len(gains))))
+        self.assertEqual(re.findall(r"^(\S.*?) +([-+]\S+)  \((\d+) doses\)$", verdict, re.M), want)
+        self.assertGreater(len(want), 3)
+
+    def test_markdown(self):
+        """Markdown has the cells of the CSV, one text a line."""
+        _, rows = self.table("explore")
+        _, saved = self.lab("explore", out="x.md")
+        lines = [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in saved.splitlines()]
+        self.assertEqual(lines.pop(0), list(rows[0]))
+        self.assertEqual(set(lines.pop(0)), {"---"})
+        self.assertEqual([[cell.replace("\\|", "|") for cell in line] for line in lines],
+                         [[cell.replace("\n", " ") for cell in row.values()] for row in rows])
+
+    def test_shape(self):
+        """A site's shape is kept, its dose is not; what a shape keeps out has no angle."""
+        _, rows = self.table("explore", "-V", ".1@ceil:0=0", "-A", ".7")
+        _, plain = self.table("explore")
+        for row, other in zip(rows, plain):
+            sober = row["method"] in ("V", "temperature", "logit noise")
+            self.assertEqual(row["angle"] == "0", sober, row)
+            self.assertTrue(row["method"] == "V" or row == other, row)
+
+
+class TestErrors(LabCase):
+    def test_options(self):
+        """What is wrong is named on one line, and nothing is left behind."""
+        path = os.path.join(self.folder, "x.csv")
+        trip = [MODEL, "-m", "trip", "-i", PROMPT]
+        wrong = {"-k": ("0", "x", "1.5", "1001", "-1", "nan", ""), "-V": ("nan",),
+                 "-x": ("0", "nan", "inf", "-1", "1001", "x"), "-m": ("trips",)}
+        for option, values in wrong.items():
+            for value in values:
+                self.bad(2, *trip, "-o", path, option, value, words=[option, "'%s'" % value])
+        self.bad(2, *trip, "-o", path, "-V", ".1", "-A", ".1", words=["-m trip", "one dose"])
+        self.bad(2, *trip, "-o", path, "-V", "1.6", words=["-V 1.6", "-x 1.5"])
+        for ending in "x.txt", "x", "x.md", "csv":
+            self.bad(2, *trip, "-o", os.path.join(self.folder, ending), words=["-o", ending])
+        self.bad(1, MODEL, "-o", path, "-m", "trip", "-i", "ab",
+                 words=["-i", "nothing can be dosed"])
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_prompt_that_does_not_fit(self):
+        """It is refused, and no part of a file is left behind."""
+        for mode in MODES:
+            with self.subTest(mode):
+                path = os.path.join(self.folder, mode + ".csv")
+                self.bad(1, MODEL, "-m", mode, "-o", path, "-i", "x y " * CONTEXT, words=["-i"])
+                self.assertEqual([name for name in os.listdir(self.folder) if mode in name], [])
+
+    def test_nowhere(self):
+        """A file that cannot be written is refused before any work."""
+        path = os.path.join(self.folder, "missing", "x.csv")
+        for mode, more in MODES.items():
+            self.bad(1, MODEL, "-m", mode, "-i", PROMPT, *more, "-o", path, words=[path])
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
