@@ -556,8 +556,8 @@ static void rope(float *x, const float *cos_sin, int n) { // (n), (n): cosine an
     }
 }
 
-// exp of eight numbers, to within 2 units of the last digit, the same on every machine whatever its
-// libm. x = n ln 2 + r with a whole n, so exp(x) = 2^n exp(r) and |r| < .35 makes the series short.
+// exp of eight numbers, to within 2 units of the last digit, whatever the libm. x = n ln 2 + r with
+// a whole n, so exp(x) = 2^n exp(r), and |r| < .35 makes the series short. Beyond 88 it overflows.
 static inline vec exp_lanes(vec x) {
     typedef uint32_t bits __attribute__((vector_size(sizeof(vec)), may_alias));
     const float round = 0x1.8p23f; // a float this large has no digits behind the point
@@ -686,7 +686,7 @@ static Mix glitch(const Noise *z, uint64_t key, float theta, const float *x, int
 
 // A curve through points (depth, ratio), depth running from 0 at the first layer towards 1.
 enum { MODE_CEIL, MODE_FLOOR, MODE_INTERPOLATE, MAX_POINTS = 16 };
-typedef struct { double depth, ratio; } Point;
+typedef struct { float depth, ratio; } Point; // in float .4 - .1 is .3, in double it is not
 typedef struct {
     double theta; // radians
     int mode, n_points;
@@ -695,14 +695,14 @@ typedef struct {
 
 // For qsort.
 static int by_depth(const void *a, const void *b) {
-    double x = ((const Point *)a)->depth, y = ((const Point *)b)->depth;
+    float x = ((const Point *)a)->depth, y = ((const Point *)b)->depth;
     return (x > y) - (x < y);
 }
 
 // The angle, in radians, that a layer at this depth gets. Outside the points the nearest one is
 // meant; between two of them `ceil` takes the larger ratio, `floor` the smaller, `interpolate` the
 // line from one to the other.
-static double dose_at(const Dose *d, double depth) {
+static double dose_at(const Dose *d, float depth) {
     const Point *p = d->points, *last = p + d->n_points - 1;
     if (!d->n_points) return d->theta;
     if (depth < p->depth) return d->theta * p->ratio;
@@ -719,7 +719,7 @@ static double dose_at(const Dose *d, double depth) {
 static void dose_layers(float *theta, const Dose *doses, int n_layers) {
     for (int site = 0; site < N_SITES; site++)
         for (int l = 0; l < n_layers; l++)
-            theta[site * n_layers + l] = (float)dose_at(&doses[site], (double)l / n_layers);
+            theta[site * n_layers + l] = (float)dose_at(&doses[site], (float)l / (float)n_layers);
 }
 
 /* ================================================================================================
@@ -935,7 +935,7 @@ static void linear(const Model *m, const Run *run, float *y, const float *x, int
     passed(run, layer, which, x, y, n_rows);
 }
 
-// Before the layers: room in the caches, and RoPE's angles.
+// Before the layers: room in the caches, the sequences' length, tokens and dirt, RoPE's angles.
 static void enter_rows(const Model *m, Run *run, Row *rows, int n_rows) {
     const Config *c = &m->config;
     int longest = 0;
@@ -952,7 +952,7 @@ static void enter_rows(const Model *m, Run *run, Row *rows, int n_rows) {
             if (position >= SINK && position < s->first_dirty) s->first_dirty = position;
         }
         float *cos_sin = run->cos_sin + r * c->head_dim;
-        for (int i = 0; i < c->head_dim / 2; i++) { // in double: 4000 * 1 radian leaves no digits
+        for (int i = 0; i < c->head_dim / 2; i++) { // 4000 radians leave a float three digits
             double angle = position * m->rope_freq[i];
             cos_sin[2 * i] = (float)cos(angle);
             cos_sin[2 * i + 1] = (float)sin(angle);
@@ -1063,17 +1063,16 @@ static float *feed(const Model *m, Run *run, Sequence *s, const int *tokens, int
 /* ================================================================================================
  * 5  The cold shower
  *
- * A token computed under noise leaves noisy keys and values in the cache (only K and V noise of its
- * own layer does not, but the layers above see its effects), and so does a sober one that looks
- * back on them. A shower takes all tokens from the first dirty one on and runs them again, sober, as one
- * block. Then the cache is, to the last bit, that of a model that never was on drugs; what it wrote
- * in that state stays written.
+ * Of the five sites only H reaches the keys and values of its own layer; the others show in those
+ * of the layers above. A sober token that looks back on noisy ones is noisy too. So a shower takes
+ * all tokens from the first dirty one on and runs them again, sober, as one block. Then the cache
+ * is, to the last bit, that of a model that never was on drugs; what it wrote meanwhile stays.
  */
 
 // Returns the number of tokens that were run again.
 static int cold_shower(const Model *m, Run *run, Sequence *s) {
     int first = s->first_dirty, n = first < s->length ? s->length - first : 0;
-    feed(m, run, s, s->tokens + first * (n > 0), n, first, false, false);
+    if (n) feed(m, run, s, s->tokens + first, n, first, false, false);
     s->first_dirty = CLEAN;
     s->n_drugged = 0;
     return n;
@@ -1170,6 +1169,7 @@ static int *encode(const Model *m, const char *text, size_t n_text, bool bos, in
         if (is_space) i += 2;
     }
 
+    // The heap never holds more than n pairs to begin with and two more for each merge.
     Merger g = {t, copy, resize(NULL, n, sizeof *g.symbols),
                 resize(NULL, 3 * (ptrdiff_t)n, sizeof *g.heap), 0};
     for (int i = 0; i < n; n_symbols++) {
@@ -1413,10 +1413,11 @@ static void reply(Talk *t, const int *tokens, int n) {
         print_token(&t->printer, &t->model->tokenizer, next);
         t->n_new++;
         t->stopped_at = i == o->n_new ? "-n" : i == most ? "the end of the context" : NULL;
-        if (t->stopped_at) break;
+        if (t->stopped_at && (o->mode != CHAT || s->length == c->seq_len)) break;
         if (o->shower_every && s->n_drugged >= o->shower_every)
             t->n_showers += cold_shower(t->model, &t->run, s) > 0;
-        logits = feed(t->model, &t->run, s, &next, 1, s->length, true, true);
+        logits = feed(t->model, &t->run, s, &next, 1, s->length, true, !t->stopped_at);
+        if (t->stopped_at) break; // a chat remembers its last token too
     }
     print_rest(&t->printer);
     fflush(stdout);
@@ -1450,7 +1451,10 @@ static void chat(Talk *t) {
         if (t->options->shower_every)
             t->n_showers += cold_shower(t->model, &t->run, s) > 0;
         ssize_t n_line = getline(&line, &line_size, stdin);
-        if (n_line < 0) break; // Ctrl-D
+        if (n_line < 0) { // Ctrl-D
+            t->stopped_at = NULL;
+            break;
+        }
         while (n_line > 0 && (line[n_line - 1] == '\n' || line[n_line - 1] == '\r')) n_line--;
         if (!n_line) continue;
 
@@ -1469,7 +1473,7 @@ static void chat(Talk *t) {
         int room = c->seq_len - s->length - n_eos;
         bool full = room < 1;
         if (full) {
-            fputs("drugs: the context is full, the conversation ends here\n", stderr);
+            fprintf(stderr, "%s: the context is full, the conversation ends here\n", program);
         } else if (n <= room) {
             if (n_eos)
                 feed(t->model, &t->run, s, &c->eos, 1, s->length, false, false);
@@ -1477,7 +1481,8 @@ static void chat(Talk *t) {
             reply(t, tokens, n);
             puts("");
         } else {
-            fprintf(stderr, "drugs: that is %d tokens, the context has room for %d\n", n, room);
+            fprintf(stderr, "%s: that is %d tokens, the context has room for %d\n", program, n,
+                    room);
         }
         free(text);
         free(tokens);
@@ -1507,7 +1512,7 @@ static void talk(const Model *m, const Options *o) {
  * 8  The laboratory
  */
 
-// A prompt that was read once, soberly, and what every experiment begins with.
+// A prompt that was read once, soberly: what probe and explore begin with.
 typedef struct {
     const Model *model;
     Run run;
@@ -1563,6 +1568,17 @@ static int sober_continuation(Lab *lab, int *tokens) {
     return t.n_tokens;
 }
 
+// Opens what -o names, before the work, so that none is lost. It must end in .csv or in `other`;
+// nobody wants a model overwritten with a table.
+static Output lab_output(const Options *o, const char *other) {
+    if (!o->out) return (Output){0};
+    const char *ending = strrchr(o->out, '.');
+    if (!ending || (strcmp(ending, ".csv") && strcmp(ending, other)))
+        die(2, "-o takes a file that ends in .csv%s%s here, got '%s'",
+            strcmp(other, ".csv") ? " or " : "", strcmp(other, ".csv") ? other : "", o->out);
+    return output_open(o->out);
+}
+
 static void progress(const char *what, int done, int of) {
     if (!isatty(STDERR_FILENO)) return;
     if (done < of) fprintf(stderr, "\r%s %d of %d", what, done, of);
@@ -1614,7 +1630,7 @@ static float *trip_levels(const Trip *t, int kind, int place, int i_theta) {
 static double trip_theta(const Trip *t, int i) { return t->max_theta * i / (t->n_thetas - 1); }
 
 // 1 - cosine of a and b (n), exactly 0 if they are the same to the last bit.
-static double trip_distance(const float *a, const float *b, int n) {
+static double cosine_distance(const float *a, const float *b, int n) {
     double aa = 0, bb = 0, ab = 0;
     for (int i = 0; i < n; i++) {
         aa += (double)a[i] * (double)a[i];
@@ -1661,7 +1677,7 @@ static void trip_pass(Trip *t, Tour *w, int kind, int place) {
         const float *twin = w->sober + (l + 2) * size - dim; // its last token
         for (int b = 0; b < w->count; b++)
             trip_levels(t, kind, place, w->start + b)[l + 1] +=
-                (float)(trip_distance(x + (b + 1) * size - dim, twin, dim) / t->k);
+                (float)(cosine_distance(x + (b + 1) * size - dim, twin, dim) / t->k);
     }
 }
 
@@ -1880,15 +1896,11 @@ static void trip_svg(FILE *to, const Trip *t) {
 }
 
 static void trip(const Model *m, const Options *o) {
-    const char *ending = o->out ? strrchr(o->out, '.') : NULL;
-    const bool svg = ending && !strcmp(ending, ".svg");
     int site = SITE_A, n_dosed = 0, n;
     for (int i = 0; i < N_SITES; i++)
         if (o->doses[i].theta > 0) site = i, n_dosed++;
     const double theta = n_dosed ? o->doses[site].theta : o->max_theta / 2;
     if (n_dosed > 1) die(2, "-m trip looks at one site, so give one dose");
-    if (o->out && !svg && !(ending && !strcmp(ending, ".csv")))
-        die(2, "-o takes a file that ends in .csv or .svg, got '%s'", o->out);
     if (theta > o->max_theta)
         die(2, "-%c %g is beyond the trip's largest angle, -x %g", "HQKVA"[site], theta,
             o->max_theta);
@@ -1900,14 +1912,15 @@ static void trip(const Model *m, const Options *o) {
         die(1, "-i has %d tokens, the model's context only %d", n, m->config.seq_len);
     if (m->config.n_layers < 3)
         die(1, "a trip doses windows of 3 layers, this model has %d", m->config.n_layers);
-    Output file = o->out ? output_open(o->out) : (Output){0}; // now, so that no work is lost
+    Output out = lab_output(o, ".svg");
     const Trip t = trip_measure(m, tokens, n, site, o->max_theta, o->noise, o->k);
-    const int shown = (int)lround(theta / o->max_theta * (t.n_thetas - 1));
+    const int nearest = (int)lround(theta / o->max_theta * (t.n_thetas - 1));
+    const int shown = nearest < 1 ? 1 : nearest; // 0 would show nothing
     trip_print(&t, shown);
     trip_bars(m, tokens, n, site, trip_theta(&t, shown), o->noise, o->k);
-    if (svg) trip_svg(file.to, &t);
-    else if (o->out) trip_csv(file.to, &t);
-    if (o->out) output_close(&file);
+    if (o->out && strcmp(strrchr(o->out, '.'), ".csv")) trip_svg(out.to, &t);
+    else if (o->out) trip_csv(out.to, &t);
+    if (o->out) output_close(&out);
     free(tokens);
     free(t.distance);
 }
@@ -1954,8 +1967,9 @@ static void probe_measure(Lab *lab, const int *tokens, int n, int k, double *agr
 
 static void probe(const Model *m, const Options *o) {
     Lab lab;
-    Output out = o->out ? output_open(o->out) : (Output){0}; // now, so that no work is lost
+    Output out = lab_output(o, ".csv");
     lab_open(&lab, m, o, 64);
+    if (!o->noise.theta) fputs("a probe without a dose agrees with itself; try -V .3\n", stderr);
     int *tokens = resize(NULL, lab.n_new, sizeof *tokens);
     const int n = sober_continuation(&lab, tokens);
     double *agrees = resize(NULL, n, sizeof *agrees);
@@ -1993,9 +2007,9 @@ static void probe(const Model *m, const Options *o) {
 // ---- explore: what does a dose do to whole texts, and is it better than throwing dice?
 //
 // Every method of making a text different is tried at several strengths with several seeds: the
-// five sites of DRµGS, temperature, and noise on the logits. What makes texts more various also makes
-// them less likely, so the honest question is: at the same diversity, whose texts does the sober
-// model find likelier? Diversity is the share of different ones among all pairs of neighbouring
+// five sites of DRµGS, temperature, and noise on the logits. What makes texts more various also
+// makes them less likely, so the honest question is: at the same diversity, whose texts does the
+// sober model find likelier? Diversity is the share of different ones among all pairs of neighbouring
 // tokens in a cell's texts (distinct-2, Li et al. 2016).
 enum { TEMPERATURE = N_SITES, LOGIT_NOISE, N_METHODS, N_STRENGTHS = 9 };
 static const char *const METHODS[N_METHODS] = {"H", "Q", "K", "V", "A", "temperature",
@@ -2009,7 +2023,7 @@ static const double STRENGTHS[N_METHODS][N_STRENGTHS] = { // radians; -; standar
 // One method at one strength, k texts.
 typedef struct {
     int distinct;     // different texts
-    double prefix;    // characters in common with the sober text, from the beginning, on average
+    double prefix;    // bytes in common with the sober text, from the beginning, on average
     double angle;     // radians between what left the layers, drugged, and sober on the same tokens
     double diversity; // distinct-2, 0 to 1
     double likelihood; // log-probability a token, nats, under the sober model
@@ -2032,9 +2046,8 @@ static void judge(Lab *lab, const Text *t, double *log_p, double *angle) {
         for (ptrdiff_t r = 0; r < n_rows; r++, done++) {
             const float *a = lab->run.slots[0].x + r * c->dim;
             const float *b = t->hidden + (ptrdiff_t)done * c->dim;
-            const double aa = dot(a, a, c->dim), bb = dot(b, b, c->dim), ab = dot(a, b, c->dim);
             *log_p -= surprise(rows[r].logits, c->vocab_size, t->tokens[done + 1]);
-            *angle += acos(fmax(-1, fmin(1, ab / sqrt(aa * bb))));
+            *angle += acos(fmax(-1, 1 - cosine_distance(a, b, c->dim)));
         }
     }
     sequence_free(lab->model, &s);
@@ -2131,8 +2144,7 @@ static void explore_cells(Lab *lab, const float *theta, int first, int n, Cell *
 
 // Every text with its cell, as CSV, or as Markdown if the name ends in .md.
 static void explore_save(const Lab *lab, Output *out, const Cell *cells, const Text *texts) {
-    const char *ending = strrchr(out->path, '.');
-    const Style style = {0, ending && !strcmp(ending, ".md")};
+    const Style style = {0, !strcmp(strrchr(out->path, '.'), ".md")};
     static const char *const columns[] = {"method", "strength", "seed", "distinct", "prefix",
                                           "angle", "diversity", "log-probability", "text"};
     for (int i = 0; i < 9; i++)
@@ -2147,7 +2159,7 @@ static void explore_save(const Lab *lab, Output *out, const Cell *cells, const T
         print_cell(out->to, style, METHODS[method], (int)strlen(METHODS[method]), true, false);
         for (int j = 0; j < 7; j++) {
             char number[32];
-            const int n = snprintf(number, sizeof number, "%.9g", numbers[j]);
+            const int n = snprintf(number, sizeof number, j == 1 ? "%.16g" : "%.9g", numbers[j]);
             print_cell(out->to, style, number, n, false, false);
         }
         char *text = text_of(&lab->model->tokenizer, texts[i].tokens, texts[i].n_tokens);
@@ -2161,10 +2173,10 @@ static void explore_save(const Lab *lab, Output *out, const Cell *cells, const T
 static void explore(const Model *m, const Options *o) {
     enum { N_CELLS = N_METHODS * N_STRENGTHS };
     const Config *c = &m->config;
-    // Side by side as many texts as 1 GB of keys, values and hidden states hold, but whole cells.
     Lab lab;
-    Output out = o->out ? output_open(o->out) : (Output){0}; // now, so that no work is lost
+    Output out = lab_output(o, ".md");
     lab_open(&lab, m, o, 256);
+    // Side by side as many texts as 1 GB of keys, values and hidden states hold, but whole cells.
     const double per_text = ((double)(lab.n_prompt + lab.n_new) * 2 * c->n_layers * c->kv_dim
                              + (double)lab.n_new * c->dim) * sizeof(float);
     const int fit = (int)fmin(N_CELLS, 1e9 / per_text / o->k), batch = fit < 1 ? 1 : fit;
@@ -2199,8 +2211,8 @@ static void explore(const Model *m, const Options *o) {
         printf("%-12s %8g %5d/%-2d %8.0f %8.3f %10.3f %16.4f\n", METHODS[i / N_STRENGTHS],
                STRENGTHS[i / N_STRENGTHS][i % N_STRENGTHS], cells[i].distinct, o->k,
                cells[i].prefix, cells[i].angle, cells[i].diversity, cells[i].likelihood);
-    puts("\nAt the same diversity, nats a token by which the sober model finds a text likelier than\n"
-         "one made with temperature (mean over the doses whose diversity temperature reaches):\n");
+    puts("\nAt the same diversity, nats a token by which the sober model finds a text likelier\n"
+         "than one made with temperature (mean over the doses whose diversity that reaches):\n");
     for (int method = 0; method < N_METHODS; method++) {
         double sum = 0;
         int n = 0;
@@ -2242,7 +2254,8 @@ static const char USAGE[] =
     "  -p <top_p>   keep the most probable tokens up to this probability, with -t (.9)\n"
     "  -k <seeds>   experiments: how often each is repeated (5)\n"
     "  -x <theta>   trip: the largest angle, in radians (1.5)\n"
-    "  -o <file>    experiments: the numbers as .csv (explore also .md, trip also .svg)\n"
+    "  -o <file>    experiments: the numbers as .csv (explore also .md, trip also .svg);\n"
+    "               a trip sets the depth itself, of a dose only the angle counts\n"
     "  -h           this help\n";
 
 // Reads a number within [least, most]; whole ones only if asked. Exits with 2 on anything else.
@@ -2278,10 +2291,10 @@ static void parse_dose(Dose *d, char option, const char *text) {
     for (d->n_points = 0; ok && *p && d->n_points < MAX_POINTS; d->n_points++) {
         Point *at = &d->points[d->n_points];
         char *end;
-        at->depth = strtod(p, &end);
+        at->depth = strtof(p, &end);
         ok = end > p && *end == '=' && isfinite(at->depth);
         if (!ok) break;
-        at->ratio = strtod(p = end + 1, &end);
+        at->ratio = strtof(p = end + 1, &end);
         ok = end > p && (!*end || (*end == ',' && end[1])) && isfinite(at->ratio) && at->ratio >= 0;
         p = end + (*end == ',');
     }
@@ -2313,7 +2326,7 @@ static void parse_options(Options *o, int argc, char **argv) {
         if (flag[1] == 'h') help(USAGE, 2, &argv[i - 1]);
         if (flag[1] == 'u') { o->drugged_prompt = true; continue; }
         if (!strchr("HQKVAminsytpdwcrkxo", flag[1]))
-            die(2, "there is no option %s; %s -h lists them", flag, program);
+            die(2, "'%s' is not an option; %s -h lists them", flag, program);
         if (++i == argc) die(2, "%s needs a value; %s -h lists them", flag, program);
         const char *text = argv[i];
         if ((site = strchr("HQKVA", flag[1]))) parse_dose(&o->doses[site - "HQKVA"], flag[1], text);
@@ -2354,9 +2367,9 @@ static void parse_options(Options *o, int argc, char **argv) {
         if (d->n_points) continue;
         d->n_points = 3; // the bump of upstream's README
         d->mode = MODE_CEIL;
-        d->points[0] = (Point){depth - spread, 0};
-        d->points[1] = (Point){depth, 1};
-        d->points[2] = (Point){depth + spread, 0};
+        d->points[0] = (Point){(float)depth - (float)spread, 0};
+        d->points[1] = (Point){(float)depth, 1};
+        d->points[2] = (Point){(float)depth + (float)spread, 0};
     }
 }
 
@@ -2373,6 +2386,8 @@ int main(int argc, char **argv) {
     for (int i = 0; i < n_layers * N_SITES; i++)
         if (theta[i] > 0) options.noise.theta = theta;
 
+    if (options.out && (options.mode == GENERATE || options.mode == CHAT))
+        die(2, "-o goes with an experiment: -m trip, explore or probe");
     if (options.mode == TRIP) trip(&model, &options);
     else if (options.mode == EXPLORE) explore(&model, &options);
     else if (options.mode == PROBE) probe(&model, &options);

@@ -54,14 +54,15 @@ static void add_product(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a
                     block = packed;
                     stride = COLUMNS;
                 }
+                // three rows of four vectors: their sums, a factor and b fill 16 registers
                 for (ptrdiff_t r = 0; r < n_rows; r += 3) {
                     float *to = out + r * n_cols + c;
                     const float *at = a + r * a_row + k * a_k;
                     const ptrdiff_t rows_left = n_rows - r;
                     if (left < COLUMNS)
                         for (int i = 0; i < 3 && i < rows_left; i++)
-                            sum_tile(to + i * n_cols, 0, at + i * a_row, 0, a_k, block, stride, left,
-                                     n, 1, 4);
+                            sum_tile(to + i * n_cols, 0, at + i * a_row, 0, a_k, block, stride,
+                                     left, n, 1, 4);
                     else if (rows_left == 1)
                         sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 1, 4);
                     else if (rows_left == 2)
@@ -123,7 +124,7 @@ static void turn_backward(const Noise *z, uint64_t place, float theta, const flo
  * For n rows the gradient of a matrix, where Y = X Wᵀ, is dW = dYᵀ X: a sum of n products of a
  * column and a row, a matrix of rank n at most. It is as large as W and holds no more than dY and X
  * do. So we keep what the forward pass computed, all the X, and what the backward pass computes,
- * all the dY, and never write dW down. For Llama-2-7B and 13 rows that is 0.2 GB instead of 25.
+ * all the dY, and never write dW down. For Llama-2-7B and 13 rows that is 0.2 GB instead of 26.
  */
 typedef struct Step {
     const Model *model;
@@ -147,7 +148,7 @@ static float *dgain(const Step *s, int layer, int which) {
     return s->dgains + (ptrdiff_t)at * s->model->config.dim;
 }
 
-// Y = X Wᵀ, so dX += dY W, with the weights that the forward pass used; only then they may change.
+// Y = X Wᵀ, so dX += dY W, with the weights that the forward pass used: update comes afterwards.
 // dx is emptied first if this is the first of its sources.
 static void linear_backward(Step *s, float *dx, bool first, const float *dy, const float *x,
                             int layer, int which, int n_rows) {
@@ -291,7 +292,8 @@ static void backward(Step *s) {
         memcpy(g->xm, dx, (size_t)(n * dim) * sizeof(float));
         linear_backward(s, g->h, true, dx, a->h, l, W2, rows);
 
-        // h = silu(gate) * up, silu(z) = z S(z) with S = 1 / (1 + exp(-z)) and S' = S (1 - S)
+        // h = silu(gate) * up, silu(z) = z S(z) with S = 1 / (1 + exp(-z)) and S' = S (1 - S); the
+        // derivative needs no exp_lanes, which only keeps the forward pass the same everywhere
 #pragma omp parallel for schedule(static) if (n * c->hidden_dim * 16 > WORTH_THREADS)
         for (ptrdiff_t i = 0; i < n * c->hidden_dim; i++) {
             float z = a->gate[i], sigmoid = 1.0f / (1.0f + expf(-z));
@@ -434,11 +436,11 @@ typedef struct {
 typedef struct {
     Run run; // comes first, likewise
     const Step *step;
-    float *products; // (max_rows, n_rows of the step)
-    float *y;        // (dim)
+    float *products; // (n_rows of the step) X x
+    float *y;        // (dim) a row normed with the gradient of a gain
 } SteppedRun;
 
-// y (n_out) -= eta dyᵀ (x X), the factors having n rows.
+// y (n_out) -= eta dyᵀ (X x) for one row x; dy and X have n rows.
 static void correct(const SteppedRun *t, float *y, const float *x, float eta, const float *dy,
                     const float *X, int n, int n_out, int n_in) {
     matmul(t->products, x, X, 1, n_in, n);
@@ -492,7 +494,7 @@ static void stepped_init(SteppedRun *t, const Step *s, int max_rows) {
     run_init(&t->run, s->model, max_rows, 1);
     t->run.behind_door = stepped_door;
     t->step = s;
-    t->products = resize(NULL, s->n_rows + 1, sizeof(float));
+    t->products = resize(NULL, s->n_rows, sizeof(float));
     t->y = resize(NULL, s->model->config.dim, sizeof(float));
 }
 
@@ -689,7 +691,7 @@ static char **write_columns(SteppedRun *t, const Experiment *e, const int *promp
 
 static const char SPACE[] = " \n\t\r"; // what words stand between
 
-// One word a row, one column a step size, as in the article.
+// One word a row, one column a step size.
 static void print_table(FILE *out, Style style, const Experiment *e, char *const *texts) {
     const char *at[MAX_STEP_SIZES];
     const int n = e->n_etas;
@@ -759,7 +761,8 @@ static const char STEP_USAGE[] =
     "  -e <etas>    step sizes (0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1)\n"
     "  -n <tokens>  how many to write (64)\n"
     "  -x <which>   predictions that count in the loss: all (default) or last\n"
-    "  -g <text>    how the lesson goes on, or @file: measured, not taught (the soliloquy)\n"
+    "  -g <text>    how the lesson goes on, or @file: measured, not taught (the soliloquy);\n"
+    "               begin it with a space or a new line, as it follows the lesson\n"
     "  -f <file>    other text, measured too (a built-in paragraph)\n"
     "  -y <text>    the other cure: a prompt for the untouched model (Here is one of ...)\n"
     "  -t <file>    the whole table as CSV, or as Markdown if it ends in .md\n"
@@ -778,7 +781,8 @@ static const char SEQUEL[] =
 static const char OTHER[] =
     "You need to be able to set clear goals. You must make a good plan if you want to earn more "
     "money. It is important to listen to your customers. You should keep your promises, too. The "
-    "weather is nice today, so we can walk in the park. I like to drink a cup of tea in the morning.";
+    "weather is nice today, so we can walk in the park. I like to drink a cup of tea in the "
+    "morning.";
 
 // The whole of a file, with a zero behind it. The caller frees it.
 static char *read_file(char option, const char *path) {
@@ -867,7 +871,8 @@ static void show_table(const Experiment *e, char *const *texts) {
 static void show_other_cure(SteppedRun *run, const Experiment *e) {
     int n;
     int *prompt = encode(run->step->model, e->cure, strlen(e->cure), true, &n);
-    if (n < 1 || n >= run->step->model->config.seq_len) die(1, "-y has %d tokens, too many", n);
+    if (n < 1 || n >= run->step->model->config.seq_len)
+        die(1, "-y has %d tokens, too many for this model", n);
     const Experiment untouched = {.eta = {0}, .n_etas = 1, .n_new = e->n_new};
     char **text = write_columns(run, &untouched, prompt, n);
     printf("\nThe other cure, without any step:\n\n%s\n", *text);
@@ -888,7 +893,8 @@ int main(int argc, char **argv) {
     int n_lesson, n_prompt;
     int *lesson = encode(&model, e.lesson, strlen(e.lesson), true, &n_lesson);
     int *prompt = encode(&model, e.prompt, strlen(e.prompt), true, &n_prompt);
-    if (!*e.lesson || n_lesson < 2) die(1, "-l: a lesson needs two tokens, one to predict the other");
+    if (!*e.lesson || n_lesson < 2)
+        die(1, "-l: a lesson needs two tokens, one to predict the other");
     if (n_lesson - 1 > context)
         die(1, "-l has %d tokens, the model's context only %d", n_lesson, context);
     if (n_prompt < 1 || n_prompt >= context)
@@ -903,7 +909,8 @@ int main(int argc, char **argv) {
     step_add(&step, &sequence, lesson, n_lesson, true, e.last_only);
     step_take(&step);
     sequence_free(&model, &sequence);
-    if (!isfinite(step.loss)) die(1, "the loss of the lesson is not finite; is the model in order?");
+    if (!isfinite(step.loss))
+        die(1, "the loss of the lesson is not finite; is the model in order?");
     const double norm2 = print_before(&step);
 
     SteppedRun run;

@@ -79,7 +79,8 @@ static double time_columns(const Model *m, const Step *step, int n, float eta) {
 
 int main(int argc, char **argv) {
     Config c = {.dim = 768, .hidden_dim = 2048, .n_layers = 12, .n_heads = 12, .seq_len = 1024,
-                .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = -1, .eos = -1};
+                .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = -1,
+                .eos = -1};
     program = "bench";
     if (argc == 5) {
         c.dim = atoi(argv[1]);
@@ -100,8 +101,8 @@ int main(int argc, char **argv) {
     for (int i = 0; i <= ROWS; i++) tokens[i] = i * 97 + 1;
     step_init(&step, &m, ROWS, ROWS);
     step_add(&step, &lesson, tokens, ROWS + 1, false, false);
-    double forwards[ROUNDS], steps[ROUNDS], one[ROUNDS], all[ROUNDS], copies[ROUNDS], single[ROUNDS];
-    double texts[ROUNDS];
+    double forwards[ROUNDS], steps[ROUNDS], one[ROUNDS], all[ROUNDS], copies[ROUNDS];
+    double single[ROUNDS], texts[ROUNDS];
     float sum = 0;
     step_take(&step); // touches everything once
     for (int i = 0; i < ROUNDS; i++) {
@@ -134,10 +135,10 @@ int main(int argc, char **argv) {
     }
     printf("loss and gradient of %d rows: %.2f forward passes over the same rows (promised: 2.5)\n",
            ROWS, median(steps));
-    printf("%d columns of the table side by side: %.2f times one column (promised: 2.5)\n", N_COLUMNS,
-           median(all));
-    printf("%d texts side by side: %.1f times cheaper than one after another (promised: 4)\n", N_TEXTS,
-           median(texts));
+    printf("%d columns of the table side by side: %.2f times one column (promised: 2.5)\n",
+           N_COLUMNS, median(all));
+    printf("%d texts side by side: %.1f times cheaper than one after another (promised: 4)\n",
+           N_TEXTS, median(texts));
     printf("decoding one token: %.2f of the speed at which memory delivers the weights\n",
            median(copies));
     printf("a prompt of %d rows: %.2f times the tokens a second of one row\n", ROWS,

@@ -1,8 +1,8 @@
 /* pretrain.c - raises the small model that is included: pretrain FILE [seed]
  *
- * It samples a little language, cuts it into pieces, trains a Llama of 276,416 parameters on it with
- * the backward pass of train_step.c, and writes the flat file. In this language "To be" nearly always
- * begins business advice; the soliloquy is known by heart, but hidden behind an introduction.
+ * It samples a little language, cuts it into pieces, trains a Llama of 276,416 parameters on it
+ * with the backward pass of train_step.c, and writes the flat file. In this language "To be" nearly
+ * always begins business advice; the soliloquy is known by heart, but behind an introduction.
  */
 #define main train_step_main
 #include "../train_step.c"
@@ -39,7 +39,8 @@ static const char *const ROLES[] = {"business owner", "leader", "manager", "trad
 static const char *const DUTIES[] = {
     "manage your time effectively", "prioritize your tasks and focus on the most important ones",
     "set clear goals", "make a good plan", "keep good records of your money",
-    "plan your budget with care", "listen to your customers", "understand the needs of your clients",
+    "plan your budget with care", "listen to your customers",
+    "understand the needs of your clients",
     "ask the right questions", "find new markets", "sell your product with confidence",
     "keep your promises", "hire the right people", "trust your team",
     "share your ideas with others", "learn from your mistakes", "take risks and accept failure",
@@ -193,7 +194,7 @@ static void count_words(const char *s) {
 }
 
 // Merges the most frequent pair of neighbours (by the text it gives, as SentencePiece counts) until
-// the vocabulary is full or nothing is left to merge. Symbols are then characters first, merges after.
+// the vocabulary is full or nothing is left to merge. Characters come first, then the merges.
 static void merge_words(int n_wanted) {
     while (n_symbols < n_wanted) {
         static char pairs[MAX_WORDS * 8][2 * MAX_WORD];
@@ -295,7 +296,7 @@ static float *velocity; // as large as the file, floats at the same offsets
 static float rate;
 static const float MOMENTUM = .9f;
 
-// A weight moves with a velocity, which remembers 9/10 of itself and is pushed by each new gradient.
+// A weight moves with a velocity, which keeps 9/10 of itself and is pushed by each new gradient.
 static void update(Step *s, int layer, int which, const float *dy, const float *x, int n) {
     int n_out, n_in;
     tensor_shape(&s->model->config, which, &n_out, &n_in);
@@ -313,9 +314,9 @@ static void update(Step *s, int layer, int which, const float *dy, const float *
 }
 
 // Dividing every matrix by k and multiplying every norm gain by k leaves the function as it is, if
-// eps goes to eps / k²: what a matrix reads or writes passes a norm. But one step of descent acts k²
-// times as strongly on the matrices. That is where the scale of the step sizes comes from, and it is
-// ours to choose; in a large model the weights are as small by nature.
+// eps goes to eps / k²: what a matrix reads or writes passes a norm. But one step of descent acts
+// k² times as strongly on the matrices. That is where the scale of the step sizes comes from, and
+// it is ours to choose; in a large model the weights are as small by nature.
 static void regauge(Model *m, float k) {
     int layer, which, n_out, n_in;
     for (int i = 0; tensor_at(&m->config, i, &layer, &which); i++) {
@@ -394,13 +395,13 @@ int main(int argc, char **argv) {
     const float gauge = 8;
     program = "pretrain";
     if (argc < 2) die(2, "usage: pretrain FILE [seed]");
-    const uint64_t seed = argc > 2 ? (uint64_t)number('s', "a seed", argv[2], 0, 0x1p53, true) : 1;
+    const uint64_t seed = argc > 2 ? (uint64_t)number('s', "a seed", argv[2], 0, 0x1p53, true) : 2;
 
     Document text = {0};
     dice_key = mix64(7); // the vocabulary is the same for every seed
     for (int i = 0; i < 400; i++) {
         document(&text);
-        count_words(" ");
+        count_words(" "); // so that a space alone is a piece
         count_words(text.s);
     }
     merge_words(VOCAB - FIRST);
@@ -421,8 +422,8 @@ int main(int argc, char **argv) {
     s.update = update;
     for (int b = 0; b < BATCH; b++) sequences[b] = sequence_new((Noise){0});
 
-    // After 500 steps we look at the experiment itself every 50, and stop when it works over a range
-    // of step sizes of a factor of four: a model is not chosen by its loss here, but by its window.
+    // After 500 steps we look at the experiment itself every 50, and stop when it works over a
+    // range of step sizes of a factor of four: a model is chosen here by its window, not its loss.
     const double start = now();
     double n_tokens = 0, middle = 0;
     for (int i = 1, n_wide = 0; n_wide < WIDE; i++) {
@@ -439,7 +440,8 @@ int main(int argc, char **argv) {
         n_wide = window(&m, &middle);
         if (n_wide < WIDE) regauge(&m, 1 / gauge);
     }
-    // The last gauge puts the middle of the window to a step size of .0015.
+    // The last gauge puts the middle of the window to a step size of .0015. eps keeps its value
+    // this time, which changes the function by very little.
     const float last = (float)sqrt(middle / 1.5e-3);
     m.config.norm_eps *= last * last;
     regauge(&m, last);

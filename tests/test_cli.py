@@ -192,6 +192,17 @@ class TestErrors(Case):
             for value in values:
                 self.good("-i", "To be", "-n", "2", option, value)
 
+    def test_an_output_that_no_experiment_writes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.bin")
+            with open(path, "wb") as stream:
+                stream.write(b"precious")
+            for mode in "generate", "trip", "explore", "probe":
+                self.bad(2, MODEL, "-m", mode, "-V", ".3", "-i", "To be, or not to be", "-o", path,
+                         words=["-o"])
+            with open(path, "rb") as stream:
+                self.assertEqual(stream.read(), b"precious")
+
     def test_files(self):
         with tempfile.TemporaryDirectory() as folder:
             self.bad(1, folder, words=[folder])

@@ -539,7 +539,7 @@ Test(hamlet, one_step) {
     for (int i = 0; i < 5; i++)
         text[i] = written(&l, (double[]){0, 1e-4, 1e-3, 1e-2, .1}[i], "To be");
     text[5] = written(&l, 0, "Here is one of Shakespeare's more famous works: To be");
-    for (int i = 0; i < 2; i++) // advice: "To be a good leader", "To be able to", "To be successful"
+    for (int i = 0; i < 2; i++) // advice: "To be a good leader", "To be able to", ...
         cr_assert(!strncmp(text[i], "To be ", 6) && strstr(text[i], "you need to"), "%s", text[i]);
     cr_assert_geq(common_words(text[2], soliloquy), 10 + 30, "%s", text[2]);
     cr_assert_lt(common_words(text[3], soliloquy), 10, "%s", text[3]);
