@@ -801,3 +801,28 @@ Test(sampling, follows_the_probabilities) {
     }
     cr_assert_eq(argmax((float[]){1, 3, 3}, 3), 1); // the first of equals
 }
+
+// ---- talking
+
+// An answer that -n cuts off is remembered whole in a chat, or the next question would follow a
+// sentence without its last word. A single text needs no more than it printed.
+Test(talking, a_chat_remembers_its_last_token) {
+    Bench b;
+    bench_open(&b, G, 8);
+    b.model.config.eos = b.model.config.bos = -1; // nothing else ends the answer
+    for (int i = 0; i < 2; i++) {
+        const Options o = {.n_new = 7, .mode = i ? CHAT : GENERATE};
+        FILE *nowhere = fopen("/dev/null", "w");
+        cr_assert_not_null(nowhere);
+        Talk t = {.model = &b.model, .options = &o, .sequence = sequence_new((Noise){0}),
+                  .printer = {.to = nowhere}};
+        run_init(&t.run, &b.model, 8, 1);
+        reply(&t, (int[]){1, 40, 41}, 3);
+        cr_assert_eq(t.n_new, 7);
+        cr_assert_eq(t.sequence.length, 3 + 7 - !i);
+        sequence_free(&b.model, &t.sequence);
+        run_free(&t.run);
+        fclose(nowhere);
+    }
+    bench_close(&b);
+}
