@@ -670,14 +670,25 @@ static char **write_columns(SteppedRun *t, const Experiment *e, const int *promp
     Column columns[MAX_STEP_SIZES];
     Text texts[MAX_STEP_SIZES];
     char **written = resize(NULL, n, sizeof *written);
+    // Short prompts are read by all columns at once, long ones by one column after the other.
+    const bool together = n * n_prompt <= t->run.max_rows;
+    Row *rows = resize(NULL, n * n_prompt, sizeof *rows);
     for (int i = 0; i < n; i++) {
         columns[i] = (Column){sequence_new((Noise){0}), (float)e->eta[i]};
+        sequence_reserve(m, &columns[i].sequence, n_prompt + n_new);
+        for (int k = 0; k < n_prompt; k++)
+            rows[i * n_prompt + k] = (Row){prompt[k], k, &columns[i].sequence, false,
+                                           k + 1 == n_prompt, NULL};
+    }
+    if (together) forward(m, &t->run, rows, n * n_prompt);
+    for (int i = 0; i < n; i++) {
         Sequence *s = &columns[i].sequence;
-        sequence_reserve(m, s, n_prompt + n_new);
-        const float *logits = feed(m, &t->run, s, prompt, n_prompt, 0, false, true);
+        const float *logits = together ? rows[(i + 1) * n_prompt - 1].logits
+                            : feed(m, &t->run, s, prompt, n_prompt, 0, false, true);
         texts[i] = (Text){.sequence = s, .next = argmax(logits, m->config.vocab_size),
                           .tokens = (int *)resize(NULL, n_prompt + n_new, sizeof(int)) + n_prompt};
     }
+    free(rows);
     write_texts(m, &t->run, texts, n, n_new);
     for (int i = 0; i < n; i++) {
         int *whole = texts[i].tokens - n_prompt;
