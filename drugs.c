@@ -1266,7 +1266,7 @@ typedef struct {
 enum { GENERATE, CHAT, TRIP, EXPLORE, PROBE, N_MODES };
 typedef struct {
     const char *prompt, *system;
-    int n_new;          // tokens to write, 0: until the context is full
+    int n_new;          // tokens to write, 0: until the text ends or the context is full
     int shower_every;   // drugged tokens, 0: never
     Dice dice;
     bool drugged_prompt;
@@ -2240,7 +2240,7 @@ static const char USAGE[] =
     "  -m <mode>    generate (default), chat, or an experiment: trip, explore, probe\n"
     "  -i <text>    prompt\n"
     "  -y <text>    system prompt, for chat\n"
-    "  -n <tokens>  how many to write, 0: until the context is full (256)\n"
+    "  -n <tokens>  how many to write, 0: until the text ends or the context is full (256)\n"
     "  -s <seed>    of the noise and the sampling (420)\n"
     "  -H -Q -K -V -A <theta>  doses in radians: norm output, query, key, value, attention output\n"
     "  -d <depth>   where in the depth they act, 0 first layer, 1 behind the last (everywhere)\n"

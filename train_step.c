@@ -615,15 +615,17 @@ static void text_loss(SteppedRun *t, float eta, const int *tokens, int n, int fi
  */
 enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 };
 typedef struct {
-    const char *prompt, *cure, *table, *out;
-    const char *lesson, *rest, *other; // texts
+    const char *prompt, *cure;         // what is completed with a step, and without
+    const char *lesson, *rest, *other; // what is taught, how it goes on, and something else
+    const char *table, *out;           // files for the table and the stepped model, or NULL
     double eta[MAX_STEP_SIZES];
     int n_etas, n_new;
-    bool last_only;
+    bool last_only; // only the lesson's last prediction counts
     Options doses;
 } Experiment;
 
-// The lesson as the untouched model sees it, and how the gradient is spread over the model.
+// The lesson as the untouched model sees it, and how the gradient is spread over the model. Returns
+// |g|², the square of its norm.
 static double print_before(const Step *s) {
     static const char *const names[] = {"att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3",
                                         "w2", "embedding", "final norm", "classifier"};
@@ -671,12 +673,12 @@ static char **write_columns(SteppedRun *t, const Experiment *e, const int *promp
     Text texts[MAX_STEP_SIZES];
     char **written = resize(NULL, n, sizeof *written);
     // Short prompts are read by all columns at once, long ones by one column after the other.
-    const bool together = n * n_prompt <= t->run.max_rows;
-    Row *rows = resize(NULL, n * n_prompt, sizeof *rows);
+    const bool together = (ptrdiff_t)n * n_prompt <= t->run.max_rows;
+    Row *rows = resize(NULL, together ? n * n_prompt : 0, sizeof *rows);
     for (int i = 0; i < n; i++) {
         columns[i] = (Column){sequence_new((Noise){0}), (float)e->eta[i]};
         sequence_reserve(m, &columns[i].sequence, n_prompt + n_new);
-        for (int k = 0; k < n_prompt; k++)
+        for (int k = 0; together && k < n_prompt; k++)
             rows[i * n_prompt + k] = (Row){prompt[k], k, &columns[i].sequence, false,
                                            k + 1 == n_prompt, NULL};
     }
