@@ -859,6 +859,18 @@ static void turn(const Model *m, const Row *row, int site, int layer, int head, 
     for (int i = 0; i < n; i++) x[i] = x[i] * mix.x + u[i] * mix.u;
 }
 
+// The oldest key that a query at this position sees: 0, or where its window begins.
+static int first_key(const Config *c, int position) {
+    return c->sliding_window && position >= c->sliding_window ? position - c->sliding_window + 1 : 0;
+}
+
+// How many of the n_keys keys from position `first` on a dose of theta leaves alone: those in the
+// sink, or all of them.
+static int untouched_keys(float theta, int first, int n_keys) {
+    const int in_sink = first < SINK ? SINK - first : 0;
+    return theta > 0 && in_sink < n_keys ? in_sink : n_keys;
+}
+
 // One head of one row: how much does the query like each key, and what do the liked values say? The
 // turned query and the attention weights stay in scratch: q (head_dim), u (head_dim), weights.
 static void attend(const Model *m, const Row *row, const float *cos_sin, int layer, int head,
@@ -868,9 +880,7 @@ static void attend(const Model *m, const Row *row, const float *cos_sin, int lay
     const Config *c = &m->config;
     const Noise *noise = &row->sequence->noise;
     const int n = c->head_dim, position = row->position;
-    const int first = c->sliding_window && position >= c->sliding_window
-                    ? position - c->sliding_window + 1 : 0; // the window's oldest key
-    const int n_keys = position - first + 1;
+    const int first = first_key(c, position), n_keys = position - first + 1;
     const int kv_head = head / (c->n_heads / c->n_kv_heads);
     const ptrdiff_t stride = c->kv_dim, start = first * stride + kv_head * n;
     const float *keys = row->sequence->k[layer] + start;   // (n_keys, head_dim), stride apart
@@ -884,9 +894,8 @@ static void attend(const Model *m, const Row *row, const float *cos_sin, int lay
     // weight[t] = q . key[t]. A turned key is k * mix.x + u * mix.u, and so is its dot product.
     dots(weight, q, keys, stride, n, n_keys);
     float theta = dose_of(m, row, SITE_K, layer);
-    const int first_dosed = first > SINK ? 0 : SINK - first;
     uint64_t place = place_of(row, SITE_K, layer, head);
-    for (int t = first_dosed; theta > 0 && t < n_keys; t++) {
+    for (int t = untouched_keys(theta, first, n_keys); t < n_keys; t++) {
         Mix mix = glitch(noise, within(place, first + t), theta, keys + t * stride, n, u);
         weight[t] = weight[t] * mix.x + dot(q, u, n) * mix.u;
     }
@@ -896,7 +905,7 @@ static void attend(const Model *m, const Row *row, const float *cos_sin, int lay
     memset(out, 0, (size_t)n * sizeof *out);
     theta = dose_of(m, row, SITE_V, layer);
     place = place_of(row, SITE_V, layer, head);
-    const int n_sober = theta > 0 && first_dosed < n_keys ? first_dosed : n_keys;
+    const int n_sober = untouched_keys(theta, first, n_keys);
     weighted_sum(out, weight, values, stride, n, n_sober);
     for (int t = n_sober; t < n_keys; t++) {
         const float *value = values + t * stride;

@@ -181,9 +181,7 @@ static void attend_backward(const Step *s, int r, int layer, int head, float *sc
     const Noise *noise = &row->sequence->noise;
     const int n = c->head_dim, position = row->position;
     const int kv_head = head / (c->n_heads / c->n_kv_heads);
-    const int first = c->sliding_window && position >= c->sliding_window
-                    ? position - c->sliding_window + 1 : 0;
-    const int n_keys = position - first + 1;
+    const int first = first_key(c, position), n_keys = position - first + 1;
     const float *cos_sin = s->acts.cos_sin + (ptrdiff_t)r * n;
     const ptrdiff_t stride = c->kv_dim, at = (ptrdiff_t)r * c->q_dim + head * n;
     const ptrdiff_t key_at = first * stride + kv_head * n;            // in the caches
@@ -203,10 +201,12 @@ static void attend_backward(const Step *s, int r, int layer, int head, float *sc
     const float k_theta = dose_of(m, row, SITE_K, layer), v_theta = dose_of(m, row, SITE_V, layer);
     const uint64_t k_place = place_of(row, SITE_K, layer, head);
     const uint64_t v_place = place_of(row, SITE_V, layer, head);
+    const int k_sober = untouched_keys(k_theta, first, n_keys);
+    const int v_sober = untouched_keys(v_theta, first, n_keys);
     float sum = 0;
     dots(dscore, dout, values, stride, n, n_keys); // dweight
     for (int t = 0; t < n_keys; t++) {
-        const bool turned = v_theta > 0 && first + t >= SINK;
+        const bool turned = t >= v_sober;
         const uint64_t place = turned ? within(v_place, first + t) : 0;
         if (turned) { // the value that was read is v * mix.x + u * mix.u
             Mix mix = glitch(noise, place, v_theta, values + t * stride, n, u);
@@ -219,12 +219,10 @@ static void attend_backward(const Step *s, int r, int layer, int head, float *sc
         add_scaled(dvalues + t * stride, 1, g, n);
     }
     for (int t = 0; t < n_keys; t++) dscore[t] = weight[t] * (dscore[t] - sum) / sqrtf((float)n);
-    const int sink = first < SINK ? SINK - first : 0;
-    const int n_sober = k_theta > 0 && sink < n_keys ? sink : n_keys;
-    weighted_sum(dq, dscore, keys, stride, n, n_sober);
+    weighted_sum(dq, dscore, keys, stride, n, k_sober);
     for (int t = 0; t < n_keys; t++) {
         const float *key = keys + t * stride;
-        if (t < n_sober) {
+        if (t < k_sober) {
             add_scaled(dkeys + t * stride, dscore[t], q, n);
             continue;
         }
