@@ -410,7 +410,10 @@ static void model_close(Model *m) {
  *
  * `vec` is eight floats. gcc and clang turn it into whatever the machine has (two SSE registers,
  * one AVX register, ...). Eight partial sums on every machine means one order of summation on every
- * machine, and the same order in every tile shape: that is the whole secret of the bitwise promise.
+ * machine, and the same order in every tile shape. The bitwise promise rests on that order and on
+ * one thing more: a product and a sum must be rounded one after the other wherever they stand. Some
+ * compilers fuse them into one instruction (one rounding) in one tile shape and not in another, so
+ * build with -ffp-contract=off, as the Makefile does.
  */
 enum { LANES = 8, TILE = 4 };
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)),
