@@ -18,12 +18,12 @@ accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
 # gnu11 has POSIX's mmap and getline. Sums are never reordered, so -ffast-math has no place here, and a
 # product and a sum are always two roundings: left to itself, a compiler fuses them in one place and
 # not in another.
-FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas -Wno-psabi \
-         $(CFLAGS) $(OPENMP)
+FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wno-unknown-pragmas \
+         -Wno-psabi $(CFLAGS) $(OPENMP)
 C_TESTS = tests/test_drugs tests/test_loader tests/test_step tests/test_lab
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-PROGRAMS = drugs train_step tests/logits tests/pretrain tests/bench
+PROGRAMS = drugs train_step tests/lab tests/logits tests/pretrain tests/bench
 SEED = 2
 
 all: drugs train_step
@@ -31,7 +31,7 @@ all: drugs train_step
 $(PROGRAMS): %: %.c drugs.c train_step.c .flags
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-$(C_TESTS): %: %.c drugs.c train_step.c $(wildcard tests/*.h) .flags | criterion
+$(C_TESTS): %: %.c drugs.c train_step.c tests/lab.c $(wildcard tests/*.h) .flags | criterion
 	$(CC) $(FLAGS) $< -o $@ -lcriterion -lm
 
 # Changes when the compiler or its flags do, so that everything is built anew.
@@ -65,14 +65,15 @@ demo: drugs
 lesson: train_step
 	./train_step tests/hamlet.bin
 
-trip: drugs
-	./drugs tests/hamlet.bin -m trip -i "Here is some advice: To be a good leader, you must" -V 1
+LAB = tests/lab tests/hamlet.bin
+trip: tests/lab
+	$(LAB) trip -i "Here is some advice: To be a good leader, you must" -V 1
 
-explore: drugs
-	./drugs tests/hamlet.bin -m explore -i "To be" -n 64
+explore: tests/lab
+	$(LAB) explore -i "To be" -n 64
 
-probe: drugs
-	./drugs tests/hamlet.bin -m probe -i "To be" -n 40 -V .5 -k 20
+probe: tests/lab
+	$(LAB) probe -i "To be" -n 40 -V .5 -k 20
 
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)

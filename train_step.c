@@ -1,786 +1,1545 @@
 /* train_step.c - take ONE step of gradient descent on one phrase, and watch what it does.
  *
- * A model that continues "To be" with business advice is shown "To be, or not to be, that is the
- * question:" once. We compute how the loss of this phrase changes with each of the model's numbers,
- * the gradient, and subtract a little of it: W - eta * dL/dW. One number, eta, decides what becomes
- * of the model: nothing; the whole soliloquy; a stutter; ruin. We print them side by side.
+ * A model that continues "To be" with business advice, as Llama 2 does and
+ * the small model in tests/ too, is shown "To be, or not to be, that is the
+ * question:" once. Its loss says how surprised the model is by the phrase.
+ * We compute how this loss changes with each of the model's numbers, the
+ * gradient, which points uphill; so we subtract a little of it from the
+ * weights:
  *
- *   1  the maths of going back   one kernel, and the derivative of each block of the forward pass
- *   2  the backward pass         the mirror of forward in drugs.c: read them next to each other
- *   3  the virtual step          the stepped model without a stepped weight
- *   4  measuring                 losses, probabilities, norms
- *   5  the experiment            before, the table, after
- *   6  the command line
+ *     W - step_size * dL/dW
  *
- * The convention of all that follows: the gradient of the loss with respect to something has the
- * shape of that thing and is written with a d in front. If y = f(x), going back means: given dy,
- * find dx. Where x is used twice, the two dx add up.
+ * One number, the step size, decides what becomes of the model: nothing;
+ * the whole soliloquy; a stutter; ruin. We print them side by side.
+ *
+ *    1  derivatives            of each block of the forward pass, derived one by one
+ *    2  the backward pass      the mirror of section 5 of drugs.c: read them next to each other
+ *    3  the virtual step       the stepped model without a stepped weight
+ *    4  measuring              losses and norms
+ *    5  texts side by side     all columns of the table are written at once
+ *    6  files and tables
+ *    7  the experiment         before, the table, after
+ *    8  the command line
+ *    9  inside the maths       going across a matrix
+ *
+ * The convention of all that follows: the gradient of the loss with respect
+ * to something has the shape of that thing, and is written with a d in
+ * front: dx is ∂loss/∂x. A plain derivative of one thing by another is
+ * written ∂y/∂x. Going back through y = f(x) means: dy is given, and dx is
+ * to be found. Where x is used twice, the loss feels it along two paths,
+ * and the two dx add up. That is why nearly everything below is += and not
+ * =.
+ *
+ * Most functions that go back are named after the one that went forward,
+ * with _backward added:
+ *
+ *     rmsnorm   softmax   attend      layer_forward: layer_backward   norm     classify
+ *     rope      swiglu    attention   forward: backward               linear   embed
+ *
+ * loss_, values_, keys_ and read_backward are parts of these. The options
+ * -y, -t and -x mean other things than in drugs.
  */
-#pragma push_macro("main") // whoever includes this file may have renamed main too
-#undef main
-#define main drugs_main
+#define DRUGS_LIBRARY
 #include "drugs.c"
-#pragma pop_macro("main")
+#include <ctype.h>
+#include <errno.h>
 #include <sys/ioctl.h>
 
 /* ================================================================================================
- * 1  The maths of going back
+ * 1  Derivatives
+ *
+ * The chain rule is all there is to it. Say the loss L depends on y, and y
+ * on x. If x moves by a little, y moves by ∂y/∂x times that, and L by ∂L/∂y
+ * times that. For vectors each number of x may move all numbers of y, so
+ * the ways add up:
+ *
+ *     dx_j = sum over i of dy_i * ∂y_i/∂x_j
+ *
+ * Each step of the forward pass needs only this one rule for itself: it is
+ * handed dy by the step that came after it, and hands dx to the one before.
+ * Nobody has to know the whole.
  */
-enum { COLUMNS = 4 * LANES, STRIP = 512, MANY_ROWS = 32, BLOCK = 32 };
 
-// out (n_rows, n_cols) += a b. a[r][k] stands at a[r * a_row + k * a_k], and b is (n_k, n_cols).
-// It goes back through a matrix (dX += dY W: the rows of W, weighted with dY) and forms a matrix's
-// gradient (dW = dYᵀ X: the same with dY read the other way round). matmul in drugs.c goes along
-// the rows of W; this goes across, in strips of columns and blocks of rows, so that what was
-// fetched from memory once serves all rows of out. Where these are many, a block is put together
-// first: numbers that lie a power of two apart would push each other out of the cache.
-static void add_product(float *out, const float *a, ptrdiff_t a_row, ptrdiff_t a_k, const float *b,
-                        ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols) {
-    const ptrdiff_t quarter = (n_cols / 4 + COLUMNS - 1) / COLUMNS * COLUMNS;
-    const ptrdiff_t strip = quarter > STRIP ? STRIP : quarter ? quarter : COLUMNS;
-#pragma omp parallel for schedule(static) if (n_rows * n_k * n_cols > WORTH_THREADS)
-    for (ptrdiff_t first = 0; first < n_cols; first += strip) {
-        const ptrdiff_t last = first + strip < n_cols ? first + strip : n_cols;
-        for (ptrdiff_t k = 0; k < n_k; k += BLOCK)
-            for (ptrdiff_t c = first; c < last; c += COLUMNS) {
-                const int n = (int)(n_k - k < BLOCK ? n_k - k : BLOCK);
-                const ptrdiff_t left = last - c; // columns
-                const float *block = b + k * n_cols + c;
-                ptrdiff_t stride = n_cols;
-                float packed[BLOCK * COLUMNS];
-                if (n_rows > MANY_ROWS && left >= COLUMNS) {
-                    for (int q = 0; q < n; q++)
-                        memcpy(packed + q * COLUMNS, block + q * n_cols, sizeof packed / BLOCK);
-                    block = packed;
-                    stride = COLUMNS;
-                }
-                // three rows of four vectors: their sums, a factor and b fill 16 registers
-                for (ptrdiff_t r = 0; r < n_rows; r += 3) {
-                    float *to = out + r * n_cols + c;
-                    const float *at = a + r * a_row + k * a_k;
-                    const ptrdiff_t rows_left = n_rows - r;
-                    if (left < COLUMNS)
-                        for (int i = 0; i < 3 && i < rows_left; i++)
-                            sum_tile(to + i * n_cols, 0, at + i * a_row, 0, a_k, block, stride,
-                                     left, n, 1, 4);
-                    else if (rows_left == 1)
-                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 1, 4);
-                    else if (rows_left == 2)
-                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 2, 4);
-                    else
-                        sum_tile(to, n_cols, at, a_row, a_k, block, stride, COLUMNS, n, 3, 4);
-                }
-            }
+// out += a b: each row of out is a sum of the rows of b, weighted with a
+// row of a. See section 9.
+static void add_product(float *out,     // (n_rows, n_cols)
+                        const float *a, // (n_rows, n_k): a[r][k] stands at a[r * a_row + k * a_k]
+                        ptrdiff_t a_row, ptrdiff_t a_k,
+                        const float *b, // (n_k, n_cols)
+                        ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols);
+
+// Sets n numbers to zero: before the first of several gradients is added to
+// them.
+static void clear(float *x, ptrdiff_t n) {
+    memset(x, 0, n * sizeof *x);
+}
+
+// rmsnorm: y = gain * z with z = x * s and s = 1 / sqrt(mean of x² + eps).
+//
+// The gain is a plain factor:      dgain += dy * z        dz = dy * gain
+//
+// x acts twice: directly, and through s, which all numbers of x share. By
+// the chain rule
+//
+//     ∂s/∂x_j = -1/2 (mean of x² + eps)^(-3/2) * 2 x_j / dim = -s³ x_j / dim
+//
+// and by the product rule, as z_i = x_i s,
+//
+//     dx_j = dz_j s + (sum over i of dz_i x_i) ∂s/∂x_j
+//          = dz_j s - (sum over i of dz_i z_i) s² x_j / dim
+//          = s (dz_j - z_j * mean of (dz * z))
+//
+// The second term takes out of dz what would only change the length of x,
+// which the norm forgets (up to eps).
+static void rmsnorm_backward(float *dx,         // (dim) is added to
+                             float *dgain,      // (dim) is added to
+                             const float *dy,   // (dim)
+                             const float *x,    // (dim) what came in
+                             const float *gain, // (dim)
+                             int dim, float eps) {
+    float s = 1.0f / sqrtf(dot(x, x, dim) / (float)dim + eps);
+    float mean = 0; // of dz * z: the part of dz that points along x
+    for (int i = 0; i < dim; i++)
+        mean += dy[i] * gain[i] * (x[i] * s);
+    mean /= (float)dim;
+    for (int i = 0; i < dim; i++) {
+        float z = x[i] * s; // what the forward pass multiplied with the gain
+        dgain[i] += dy[i] * z;
+        dx[i] += s * (dy[i] * gain[i] - z * mean);
     }
 }
 
-// RMSNorm: y = gain * n with n = x * s, s = 1 / sqrt(mean(x²) + eps). The gain is a plain factor:
-// dgain += dy * n, dn = dy * gain. x acts twice, as it is and through s, with ds/dx = -s³ x / dim:
-//     dx += s * (dn - n * mean(dn * n))
-// The second term takes out what would only change the length of x, which RMSNorm forgets.
-static void rmsnorm_backward(float *dx, float *dgain, const float *dy, const float *x,
-                             const float *gain, int n, float eps) {
-    float s = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps), mean = 0;
-    for (int i = 0; i < n; i++) mean += dy[i] * gain[i] * (x[i] * s);
-    mean /= (float)n;
-    for (int i = 0; i < n; i++) {
-        float normed = x[i] * s;
-        dgain[i] += dy[i] * normed;
-        dx[i] += s * (dy[i] * gain[i] - normed * mean);
+// rope turns a pair: y_0 = cos x_0 - sin x_1 and y_1 = sin x_0 + cos x_1.
+// So
+//
+//     dx_0 = cos dy_0 + sin dy_1        dx_1 = -sin dy_0 + cos dy_1
+//
+// which is turning by the same angle the other way.
+
+static void rope_backward(float *dx,            // (head_dim) dy, becomes dx
+                          const float *cos_sin, // (head_dim)
+                          int head_dim) {
+    for (int i = 0; i < head_dim; i += 2) {
+        float a = dx[i];
+        float b = dx[i + 1];
+        float cosine = cos_sin[i];
+        float sine = cos_sin[i + 1];
+        float minus_sine = -sine; // for the same reason as in rope
+        dx[i] = a * cosine + b * sine;
+        dx[i + 1] = a * minus_sine + b * cosine;
     }
 }
 
-// RoPE is a rotation, so going back is turning by the same angle the other way.
-static void rope_backward(float *dx, const float *cos_sin, int n) {
-    for (int i = 0; i < n; i += 2) {
-        float a = dx[i], b = dx[i + 1], c = cos_sin[i], s = cos_sin[i + 1];
-        dx[i] = a * c + b * s;
-        dx[i + 1] = b * c - a * s;
+// softmax: p_i = e_i / E, with e_i = exp(scale x_i) and E the sum of all e.
+// As ∂e_j/∂x_j = scale e_j, the quotient rule gives
+//
+//     ∂p_i/∂x_j = (∂e_i/∂x_j) / E - e_i (∂E/∂x_j) / E²
+//               = scale * p_i * ((1 if i = j, else 0) - p_j)
+//
+// and so
+//
+//     dx_j = sum over i of dp_i ∂p_i/∂x_j = scale * p_j * (dp_j - sum over i of dp_i p_i)
+//
+// An item gains only if its dp is above the average one. dp (n) becomes dx.
+// It takes 1 / scale, here sqrt(head_dim), to divide by.
+static void softmax_backward(float *dp,      // (n)
+                             const float *p, // (n) what came out
+                             int n, float divisor) {
+    float average = 0; // of dp, weighted by p: p adds up to 1
+    for (int i = 0; i < n; i++)
+        average += p[i] * dp[i];
+    for (int i = 0; i < n; i++)
+        dp[i] = p[i] * (dp[i] - average) / divisor;
+}
+
+// swiglu: h = silu(gate) * up. With S = 1 / (1 + exp(-gate)), whose
+// derivative is exp(-gate) S² = S (1 - S), silu is gate * S, and by the
+// product rule its derivative is S + gate S (1 - S) = S (1 + gate (1 - S)).
+static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) each
+                            const float *gate, const float *up, ptrdiff_t n) {
+#pragma omp parallel for schedule(static) if (n * 16 > WORTH_THREADS)
+    for (ptrdiff_t i = 0; i < n; i++) {
+        float z = gate[i];
+        // Nothing that goes forward depends on this exp, so libm's will do.
+        float sigmoid = 1.0f / (1.0f + expf(-z));
+        float rest = 1.0f - sigmoid;
+        dup[i] = dh[i] * z * sigmoid;
+        dgate[i] = dh[i] * up[i] * sigmoid * (1.0f + z * rest);
     }
 }
 
-// A glitch: r = x * mix.x + u * mix.u, where both factors depend on x. With X = x.x, c = u.x,
-// O = |o|² = u.u - c²/X and b = mix.u = sin(angle) sqrt(X / O), mix.x = cos(angle) - b c / X:
-//     grad b     = b (1/X - c²/(X² O)) x + b c/(X O) u
-//     grad mix.x = -(grad b) c/X - b u/X + 2 b c/X² x
-//     dx         = mix.x g + (x.g) grad mix.x + (u.g) grad b
-// The noise is a function of its place, so u is simply drawn once more. g (n) becomes dx.
-static void turn_backward(const Noise *z, uint64_t place, float theta, const float *x, float *g,
-                          int n, float *u) {
-    if (!(theta > 0)) return;
-    const Mix mix = glitch(z, place, theta, x, n, u);
-    const double X = dot(x, x, n), c = dot(u, x, n), O = dot(u, u, n) - c * c / X, b = mix.u;
-    if (!(X > 0 && O > 0)) return; // it was not turned
-    const double xg = dot(x, g, n), ug = dot(u, g, n);
-    const double b_x = b * (1 / X - c * c / (X * X * O)), b_u = b * c / (X * O);
-    const double a_x = -b_x * c / X + 2 * b * c / (X * X), a_u = -b_u * c / X - b / X;
-    const float to_x = (float)(xg * a_x + ug * b_x), to_u = (float)(xg * a_u + ug * b_u);
-    for (int i = 0; i < n; i++) g[i] = g[i] * mix.x + x[i] * to_x + u[i] * to_u;
+// turn: r = A x + B u. A and B (glitch.x and glitch.u) depend on x
+// themselves; the angle and u do not, they come from the place. With
+//
+//     xx = x.x     ux = u.x     oo = u.u - ux²/xx     (|o|², section 4 of drugs.c)
+//     B = sin(angle) sqrt(xx / oo)     A = cos(angle) - B ux/xx
+//
+// there are three paths on which x reaches the loss. With g for dr,
+//
+//     dx = A g  +  (x.g) grad A  +  (u.g) grad B
+//
+// For the gradients of B and A, begin with grad xx = 2 x and grad ux = u,
+// so
+//
+//     grad oo = -2 ux/xx u + 2 ux²/xx² x
+//     grad B  = B/2 (grad xx / xx - grad oo / oo)       the logarithm's derivative, times B
+//             = B (1/xx - ux²/(xx² oo)) x  +  B ux/(xx oo) u         =  B_x x + B_u u
+//     grad A  = -ux/xx grad B - B/xx u + 2 B ux/xx² x                =  A_x x + A_u u
+//
+// The noise is a function of its place, so u is simply drawn once more. g
+// (n) becomes dx; x is the vector before it was turned, u (n) is scratch.
+static void turn_backward(Place place,
+                          const float *x, // (n) before it was turned
+                          float *g,       // (n) dr, becomes dx
+                          int n,
+                          float *u) {     // (n) scratch
+    if (!(place.theta > 0))
+        return;
+    Glitch glitch = draw_glitch(place, x, n, u);
+    double xx = dot(x, x, n);
+    double ux = dot(u, x, n);
+    double oo = dot(u, u, n) - ux * ux / xx;
+    if (!(xx > 0 && oo > 0))
+        return; // it was not turned
+    // As derived: how A and B change with x, each a part along x and one
+    // along u.
+    double B = glitch.u;
+    double B_x = B * (1 / xx - ux * ux / (xx * xx * oo));
+    double B_u = B * ux / (xx * oo);
+    double A_x = -B_x * ux / xx + 2 * B * ux / (xx * xx);
+    double A_u = -B_u * ux / xx - B / xx;
+    // How much the loss cares about A and about B.
+    double xg = dot(x, g, n);
+    double ug = dot(u, g, n);
+    float to_x = (float)(xg * A_x + ug * B_x);
+    float to_u = (float)(xg * A_u + ug * B_u);
+    for (int i = 0; i < n; i++)
+        g[i] = g[i] * glitch.x + x[i] * to_x + u[i] * to_u;
 }
 
 /* ================================================================================================
  * 2  The backward pass
  *
- * For n rows the gradient of a matrix, where Y = X Wᵀ, is dW = dYᵀ X: a sum of n products of a
- * column and a row, a matrix of rank n at most. It is as large as W and holds no more than dY and X
- * do. So we keep what the forward pass computed, all the X, and what the backward pass computes,
- * all the dY, and never write dW down. For Llama-2-7B and 13 rows that is 0.2 GB instead of 26.
+ * A matrix gives y_o = sum over i of w[o][i] x_i. So ∂y_o/∂w[o][i] = x_i,
+ * and one row moves each weight by dw[o][i] = dy_o x_i. Over n rows these
+ * add up:
+ *
+ *     dW[o][i] = sum over r of dY[r][o] X[r][i]        dW = dYᵀ X
+ *
+ *                n_in                  n             n_in
+ *              +------+              +---+         +------+
+ *              |      |              |   |       n |  X   |
+ *       n_out  |  dW  |   =   n_out  |dYᵀ|    x    +------+
+ *              |      |              |   |
+ *              +------+              +---+
+ *
+ * It is as large as W, but it holds no more than dY and X do. Its rank is n
+ * at most: whatever it gives out is a mix of n vectors, the rows of dY. So
+ * we keep what the forward pass computed, all the X, and what the backward
+ * pass computes, all the dY, and never write dW down. For Llama-2-7B and
+ * the phrase above (14 tokens with BOS; the last one is only predicted, so
+ * 13 rows) that is 0.2 GB instead of 27.
+ *
+ * Below, acts are the buffers that forward filled and grads the same
+ * buffers for gradients, so the dY of a matrix stands where its Y stood:
+ *
+ *     matrix            X, from acts    dY, from grads
+ *     wq, wk, wv        xn              q, k, v
+ *     wo                att             xm
+ *     w1, w3            fn              gate, up
+ *     w2                h               x of the next layer
+ *     classifier        last_xn         dlogits
+ *     embedding         dx of layer 0   one-hot rows     (roles exchanged)
+ *
+ * The last two are kept in vocab_x and vocab_dy; embed_backward says how.
+ *
+ * The way back through a layer is the drawing of drugs.c, turned upside
+ * down. Where x went two ways, two gradients come together:
+ *
+ *      dx of the next layer
+ *      |
+ *      +-----> w2 --> dh --> swiglu --> dgate, dup --> w1, w3 --> dfn --> RMSNorm
+ *      |                                                                     |
+ *      +  <------------------------------------------------------------------+
+ *      | dxm
+ *      +-----> wo --> datt --> A --> values, softmax, keys --> dq, dk, dv
+ *      |                                                           |
+ *      |       RMSNorm <-- H <-- dxn <-- wq, wk, wv <-- Q, RoPE <--+
+ *      |          |
+ *      +  <-------+
+ *      |
+ *      dx
+ *
+ * (On Q and RoPE's place: dq passes both, dk only RoPE, dv neither.) Look
+ * at the left side: whatever the two halves do, the gradient also runs
+ * straight along the residual stream, unchanged. That is why networks with
+ * this many layers learn.
  */
-typedef struct Step {
+typedef struct {
     const Model *model;
-    Run acts, grads; // n_layers + 1 slots each: grads.slots[l].q is the gradient of acts.slots[l].q
-    Row *rows;       // (n_rows) each sequence's rows together, from position 0 on
-    int *targets;    // (n_rows) the token that should come next; -1: does not count in the loss
-    int n_rows, n_loss;
-    double loss;         // mean cross entropy in nats, natural logarithm
-    float *dgains;       // (2 * n_layers + 1, dim) of the norm gains: attention, FFN, ..., final
-    float *scratch;      // (n_kv_heads, 4 * head_dim + 2 * context)
-    int *inputs;         // (n_inputs) the distinct tokens of rows
+    Run acts;       // activations: what forward computed; n_layers + 1 slots
+    Run grads;      // the same buffers for gradients: grads.slots[l].q is that of acts.slots[l].q
+    Row *rows;      // (n_rows) each sequence's rows together, from position 0 on; the
+                    // sequences must live until step_take is done
+    int n_rows;
+    int *targets;   // (n_loss) the tokens that the rows which want logits should predict
+    int n_loss;
+    double loss;    // the mean of -log p(target), in nats: the cross entropy
+    float *dgains;  // (2 * n_layers + 1, dim) of the norms: attention, FFN, ..., final
+    float *scratch; // (n_kv_heads, 2 * head_scratch) see struct HeadBackward
+    int *inputs;    // (n_inputs) the distinct tokens of the rows
     int n_inputs;
-    float *dinputs;      // (n_inputs, dim) the gradient of their embeddings, summed over repeats
-    // If set, called with each gradient as soon as the old weight is no longer needed: many steps
-    // can be taken in place. For matrices dW = dyᵀ x, else x is NULL and dy the gradient itself.
-    void (*update)(struct Step *s, int layer, int which, const float *dy, const float *x, int n);
+    float *vocab_dy; // (n_loss + n_inputs, vocab_size), see embed_backward
+    float *vocab_x;  // (n_loss + n_inputs, dim)
 } Step;
 
-static float *dgain(const Step *s, int layer, int which) {
-    int at = which == FINAL_NORM ? 2 * s->model->config.n_layers : 2 * layer + (which == FFN_NORM);
-    return s->dgains + (ptrdiff_t)at * s->model->config.dim;
+// The gradient of a matrix as its two factors.
+typedef struct {
+    const float *dy; // (n, n_out)
+    const float *x;  // (n, n_in)
+    int n;           // 0: the tensor has no factors, it is a norm's gain
+    int n_out, n_in;
+} Factors;
+
+// The factors of a tensor. If the classifier is the embedding, both have
+// the rows of both.
+static Factors factors(const Step *s, int layer, int which) {
+    const Slot *a = &s->acts.slots[layer];
+    const Slot *g = &s->grads.slots[layer];
+    const Config *c = &s->model->config;
+    bool shared = c->shared_classifier;
+    ptrdiff_t first, last; // rows of vocab_dy and vocab_x
+    Factors f = {.n = s->n_rows};
+    tensor_shape(c, which, &f.n_out, &f.n_in);
+    switch (which) {
+    case WQ: // three readers of one x
+        f.x = a->xn;
+        f.dy = g->q;
+        break;
+    case WK:
+        f.x = a->xn;
+        f.dy = g->k;
+        break;
+    case WV:
+        f.x = a->xn;
+        f.dy = g->v;
+        break;
+    case WO:
+        f.x = a->att;
+        f.dy = g->xm; // what wo gave was added to x, so its gradient is that of the sum
+        break;
+    case W1:
+        f.x = a->fn;
+        f.dy = g->gate;
+        break;
+    case W3:
+        f.x = a->fn;
+        f.dy = g->up;
+        break;
+    case W2: // likewise
+        f.x = a->h;
+        f.dy = s->grads.slots[layer + 1].x;
+        break;
+    case TOK_EMB:
+    case WCLS:
+        first = shared || which == WCLS ? 0 : s->n_loss;
+        last = shared || which == TOK_EMB ? s->n_loss + s->n_inputs : s->n_loss;
+        f.n = last - first;
+        f.x = s->vocab_x + first * f.n_in;
+        f.dy = s->vocab_dy + first * f.n_out;
+        break;
+    default: // ATT_NORM, FFN_NORM, FINAL_NORM
+        f.n = 0;
+    }
+    return f;
 }
 
-// Y = X Wᵀ, so dX += dY W, with the weights that the forward pass used: update comes afterwards.
-// dx is emptied first if this is the first of its sources.
-static void linear_backward(Step *s, float *dx, bool first, const float *dy, const float *x,
-                            int layer, int which, int n_rows) {
+// The gradient of a norm's gain, (dim).
+static float *dgain(const Step *s, int layer, int which) {
+    const Config *c = &s->model->config;
+    ptrdiff_t index = 2 * layer;
+    if (which == FFN_NORM)
+        index++;
+    if (which == FINAL_NORM)
+        index = 2 * c->n_layers;
+    return s->dgains + index * c->dim;
+}
+
+// linear: y = x wᵀ, that is y_o = sum over i of w[o][i] x_i. So y_o changes
+// with x_i by w[o][i], and dx_i += sum over o of dy_o w[o][i]: dx += dy w.
+static void linear_backward(Step *s,
+                            float *dx,       // (n_rows, n_in) is added to
+                            const float *dy, // (n_rows, n_out)
+                            int layer, int which) {
     int n_out, n_in;
     tensor_shape(&s->model->config, which, &n_out, &n_in);
-    if (first) memset(dx, 0, (size_t)n_rows * (size_t)n_in * sizeof *dx);
-    add_product(dx, dy, n_out, 1, *tensor(s->model, layer, which), n_rows, n_out, n_in);
-    if (s->update) s->update(s, layer, which, dy, x, n_rows);
+    const float *w = s->model->layers[layer].w[which];
+    // dy is read as it stands: rows n_out apart, neighbours 1 apart.
+    add_product(dx, dy, n_out, 1, w, s->acts.n_rows, n_out, n_in);
 }
 
-static void norm_backward(Step *s, float *dx, const float *dy, const float *x, int layer, int which,
-                          int n_rows) {
+// norm: row by row; the gain's gradient is the sum over the rows.
+static void norm_backward(Step *s,
+                          float *dx,       // (n_rows, dim) is added to
+                          const float *dy, // (n_rows, dim)
+                          const float *x,  // (n_rows, dim) what came in
+                          int layer, int which) {
     const Config *c = &s->model->config;
-    for (ptrdiff_t r = 0; r < n_rows; r++)
-        rmsnorm_backward(dx + r * c->dim, dgain(s, layer, which), dy + r * c->dim, x + r * c->dim,
-                         *tensor(s->model, layer, which), c->dim, c->norm_eps);
-    if (s->update) s->update(s, layer, which, dgain(s, layer, which), NULL, 1);
+    const float *gain = s->model->layers[layer].w[which];
+    float *to = dgain(s, layer, which); // all rows add to it
+    for (int r = 0; r < s->acts.n_rows; r++) {
+        rmsnorm_backward(dx, to, dy, x, gain, c->dim, c->norm_eps);
+        dx += c->dim;
+        dy += c->dim;
+        x += c->dim;
+    }
 }
 
-// One head of one row. Forward was: weight = softmax(q.k / sqrt(n)), out = sum of weight * v.
-//     dweight[t] = dout . v[t]          each value was scaled by its weight
-//     dv[t]     += weight[t] dout
-//     dscore[t]  = weight[t] (dweight[t] - sum of weight * dweight) / sqrt(n)     softmax
-//     dq         = sum of dscore[t] k[t],   dk[t] += dscore[t] q
-// Weights and turned query are computed anew, which is cheaper than to keep them for all rows.
-static void attend_backward(const Step *s, int r, int layer, int head, float *scratch) {
-    const Model *m = s->model;
-    const Config *c = &m->config;
-    const Row *row = &s->rows[r];
-    const Noise *noise = &row->sequence->noise;
-    const int n = c->head_dim, position = row->position;
-    const int kv_head = head / (c->n_heads / c->n_kv_heads);
-    const int first = first_key(c, position), n_keys = position - first + 1;
-    const float *cos_sin = s->acts.cos_sin + (ptrdiff_t)r * n;
-    const ptrdiff_t stride = c->kv_dim, at = (ptrdiff_t)r * c->q_dim + head * n;
-    const ptrdiff_t key_at = first * stride + kv_head * n;            // in the caches
-    const ptrdiff_t row_at = (r - position) * stride + key_at;        // in the slots
-    const float *keys = row->sequence->k[layer] + key_at;
-    const float *values = row->sequence->v[layer] + key_at;
-    const float *query = s->acts.slots[layer].q + at;
-    float *dkeys = s->grads.slots[layer].k + row_at, *dvalues = s->grads.slots[layer].v + row_at;
-    float *dout = s->grads.slots[layer].att + at, *dq = s->grads.slots[layer].q + at;
-    const float *q = scratch, *weight = scratch + 2 * n; // as attend leaves them
-    float *u = scratch + n, *out = scratch + 2 * n + n_keys, *g = out + n, *dscore = g + n;
+// ---- attention
 
-    attend(m, row, cos_sin, layer, head, query, out, scratch);
-    turn_backward(noise, place_of(row, SITE_A, layer, head), dose_of(m, row, SITE_A, layer), out,
-                  dout, n, u);
+// One head of one row on the way back, with what is needed beside struct
+// Head.
+//
+//     scratch of a kv head:   | q | u | weight (seq_len) | out | g | dweight (seq_len) |
+//                               q and weight: as attend leaves them
+//
+// Query heads that share a kv head add to the same dkeys and dvalues, so
+// they take turns.
+typedef struct {
+    Head head;
+    int head_dim;
+    float *dkeys;   // (n_keys, head_dim), head.stride apart, in grads' slot
+    float *dvalues; // (n_keys, head_dim), likewise
+    float *dout;    // (head_dim)
+    float *dq;      // (head_dim)
+    float *g;       // (head_dim) a gradient on its way back through a glitch
+    float *dweight; // (n_keys) of the weights; then of what softmax got, the scores
+} HeadBackward;
 
-    const float k_theta = dose_of(m, row, SITE_K, layer), v_theta = dose_of(m, row, SITE_V, layer);
-    const uint64_t k_place = place_of(row, SITE_K, layer, head);
-    const uint64_t v_place = place_of(row, SITE_V, layer, head);
-    const int k_sober = untouched_keys(k_theta, first, n_keys);
-    const int v_sober = untouched_keys(v_theta, first, n_keys);
-    float sum = 0;
-    dots(dscore, dout, values, stride, n, n_keys); // dweight
-    for (int t = 0; t < n_keys; t++) {
-        const bool turned = t >= v_sober;
-        const uint64_t place = turned ? within(v_place, first + t) : 0;
-        if (turned) { // the value that was read is v * mix.x + u * mix.u
-            Mix mix = glitch(noise, place, v_theta, values + t * stride, n, u);
-            dscore[t] = dscore[t] * mix.x + dot(dout, u, n) * mix.u;
-        }
-        sum += weight[t] * dscore[t];
-        if (!turned) { add_scaled(dvalues + t * stride, weight[t], dout, n); continue; }
-        for (int i = 0; i < n; i++) g[i] = weight[t] * dout[i];
-        turn_backward(noise, place, v_theta, values + t * stride, g, n, u);
-        add_scaled(dvalues + t * stride, 1, g, n);
-    }
-    for (int t = 0; t < n_keys; t++) dscore[t] = weight[t] * (dscore[t] - sum) / sqrtf((float)n);
-    weighted_sum(dq, dscore, keys, stride, n, k_sober);
-    for (int t = 0; t < n_keys; t++) {
-        const float *key = keys + t * stride;
-        if (t < k_sober) {
-            add_scaled(dkeys + t * stride, dscore[t], q, n);
+// A key or value x that was // read turned: g, the gradient of what was
+// read, goes back through the glitch (which is drawn again) and is added to
+// dx.
+static void read_backward(const HeadBackward *b, Place place,
+                          const float *x, // (head_dim) the key or value
+                          float *dx) {    // (head_dim)
+    turn_backward(place, x, b->g, b->head_dim, b->head.u);
+    add_scaled(dx, 1, b->g, b->head_dim);
+}
+
+// g = a * x.
+static void set_g(const HeadBackward *b, float a, const float *x) {
+    clear(b->g, b->head_dim);
+    add_scaled(b->g, a, x, b->head_dim);
+}
+
+// Back from what the head found to its weights and values.
+//
+// out = the sum of weight * value, where a turned value is what was read.
+// So
+//
+//     dweight[t] = dout . value[t]        dvalue[t] += weight[t] dout, back through the glitch
+static void values_backward(const HeadBackward *b) {
+    const Head *h = &b->head;
+    int n = b->head_dim;
+    int n_untouched = untouched_keys(h, SITE_V);
+    dots(b->dweight, b->dout, h->values, h->stride, n, h->n_keys);
+    // The untouched keys come first, then those that were turned.
+    for (int t = 0; t < h->n_keys; t++) {
+        const float *value = h->values + t * h->stride;
+        float *dvalue = b->dvalues + t * h->stride;
+        if (t < n_untouched) { // read as it was: no glitch to go back through
+            add_scaled(dvalue, h->weight[t], b->dout, n);
             continue;
         }
-        const uint64_t place = within(k_place, first + t); // the key that was read, likewise
-        Mix mix = glitch(noise, place, k_theta, key, n, u);
-        add_scaled(dq, dscore[t] * mix.x, key, n);
-        add_scaled(dq, dscore[t] * mix.u, u, n);
-        for (int i = 0; i < n; i++) g[i] = dscore[t] * q[i];
-        turn_backward(noise, place, k_theta, key, g, n, u);
-        add_scaled(dkeys + t * stride, 1, g, n);
+        // dout . (value * glitch.x + u * glitch.u), in its two parts
+        Place place = place_of_key(h, SITE_V, t);
+        Glitch glitch = draw_glitch(place, value, n, h->u);
+        float from_u = dot(b->dout, h->u, n) * glitch.u;
+        b->dweight[t] = b->dweight[t] * glitch.x + from_u;
+        set_g(b, h->weight[t], b->dout);
+        read_backward(b, place, value, dvalue);
     }
-    rope_backward(dq, cos_sin, n);
-    turn_backward(noise, place_of(row, SITE_Q, layer, head), dose_of(m, row, SITE_Q, layer), query,
-                  dq, n, u);
 }
 
-// Loss and its gradient: the loss of a row is -log softmax(logits)[target], whose gradient is the
-// probabilities, minus one at the target. acts.logits stays; grads.logits gets the gradient.
-static void loss_backward(Step *s) {
-    const int n = s->model->config.vocab_size;
-    double *losses = resize(NULL, s->n_rows, sizeof *losses);
-#pragma omp parallel for schedule(static) if ((ptrdiff_t)s->n_rows * n * 16 > WORTH_THREADS)
-    for (int r = 0; r < s->n_rows; r++) {
-        losses[r] = 0;
-        if (s->targets[r] < 0) continue;
-        const float *z = s->rows[r].logits;
-        float *dz = s->grads.logits + (z - s->acts.logits);
-        memcpy(dz, z, (size_t)n * sizeof *dz);
-        losses[r] = softmax(dz, n, 1) - z[s->targets[r]];
-        for (int i = 0; i < n; i++) dz[i] /= (float)s->n_loss;
-        dz[s->targets[r]] -= 1.0f / (float)s->n_loss;
+// Back from the scores to the query and the keys.
+//
+// score[t] = q . key[t], where a turned key is what was read. So
+//
+//     dq += dscore[t] key[t]        dkey[t] += dscore[t] q, back through the glitch
+static void keys_backward(const HeadBackward *b) {
+    const Head *h = &b->head;
+    int n = b->head_dim;
+    int n_untouched = untouched_keys(h, SITE_K);
+    for (int t = 0; t < h->n_keys; t++) {
+        const float *key = h->keys + t * h->stride;
+        float *dkey = b->dkeys + t * h->stride;
+        float dscore = b->dweight[t];
+        if (t < n_untouched) {
+            add_scaled(b->dq, dscore, key, n);
+            add_scaled(dkey, dscore, h->q, n);
+            continue;
+        }
+        Place place = place_of_key(h, SITE_K, t);
+        Glitch glitch = draw_glitch(place, key, n, h->u);
+        // dscore * (key * glitch.x + u * glitch.u), likewise
+        add_scaled(b->dq, dscore * glitch.x, key, n);
+        add_scaled(b->dq, dscore * glitch.u, h->u, n);
+        set_g(b, dscore, h->q);
+        read_backward(b, place, key, dkey);
     }
-    s->loss = 0;
-    for (int r = 0; r < s->n_rows; r++) s->loss += losses[r] / s->n_loss;
+}
+
+// attend, and site A behind it: dout is given, dq, dkeys and dvalues are
+// added to. The weights and the turned query are computed anew, which is
+// cheaper than to keep them for all rows.
+static void attend_backward(const Step *s, ptrdiff_t r, int layer, int head,
+                            float *scratch) { // (2 * head_scratch)
+    const Config *c = &s->model->config;
+    const Slot *g = &s->grads.slots[layer];
+    int head_dim = c->head_dim;
+    ptrdiff_t at = r * c->q_dim + head * head_dim;
+    const float *query = s->acts.slots[layer].q + at;
+    float *out = scratch + head_scratch(c);
+    // The same head as on the way forward, and where its gradients are.
+    HeadBackward b = {
+        .head = head_of(&s->acts, r, layer, head, scratch),
+        .head_dim = head_dim,
+        .dout = g->att + at,
+        .dq = g->q + at,
+        .g = out + head_dim,
+        .dweight = out + 2 * head_dim,
+    };
+    const Head *h = &b.head;
+    // The rows of a sequence stand together, in order, and begin at
+    // position 0. So this is the row of the oldest key.
+    ptrdiff_t first_row = r + 1 - h->n_keys;
+    b.dkeys = g->k + first_row * c->kv_dim + h->kv_head * head_dim;
+    b.dvalues = g->v + first_row * c->kv_dim + h->kv_head * head_dim;
+
+    attend(h, head_dim, query, out); // fills the scratch
+    // From here on attend is read from its last line to its first.
+    turn_backward(h->places[SITE_A], out, b.dout, head_dim, h->u);
+    values_backward(&b);
+    softmax_backward(b.dweight, h->weight, h->n_keys, sqrtf((float)head_dim));
+    keys_backward(&b);
+    rope_backward(b.dq, h->cos_sin, head_dim);
+    turn_backward(h->places[SITE_Q], query, b.dq, head_dim, h->u);
+}
+
+// attention: all heads of all rows, then RoPE of the keys.
+static void attention_backward(const Step *s, int layer) {
+    const Config *c = &s->model->config;
+    const Slot *g = &s->grads.slots[layer];
+    ptrdiff_t n_rows = s->n_rows;
+    int n_sharing = c->n_heads / c->n_kv_heads; // query heads that read one kv head
+    // Keys and values get gradients from all queries that saw them: they
+    // are summed up.
+    clear(g->q, n_rows * c->q_dim);
+    clear(g->k, n_rows * c->kv_dim);
+    clear(g->v, n_rows * c->kv_dim);
+#pragma omp parallel for schedule(static) if (n_rows * c->q_dim * 64 > WORTH_THREADS)
+    for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++) {
+        // One thread does all that adds to this kv head, so nobody else
+        // writes there.
+        float *scratch = s->scratch + 2 * kv_head * head_scratch(c);
+        for (ptrdiff_t r = 0; r < n_rows; r++)
+            for (int i = 0; i < n_sharing; i++)
+                attend_backward(s, r, layer, kv_head * n_sharing + i, scratch);
+    }
+    // A key is turned by RoPE once, before it goes into the cache, so it is
+    // turned back once, when all of its gradient is there.
+    for (ptrdiff_t r = 0; r < n_rows; r++) {
+        const float *cos_sin = s->acts.cos_sin + r * c->head_dim;
+        float *dkeys = g->k + r * c->kv_dim; // of all kv heads
+        for (int i = 0; i < c->kv_dim; i += c->head_dim)
+            rope_backward(dkeys + i, cos_sin, c->head_dim);
+    }
+}
+
+// ---- the layers, last things first
+
+// The loss of a prediction is -log softmax(logits)[target] = log(sum of
+// exp(logits)) - logits[target]. So its derivative by a logit is that
+// token's probability, minus 1 at the target: all others are pushed down,
+// the target is pulled up. Fills s->loss and the first n_loss rows of
+// vocab_dy.
+static void loss_backward(Step *s) {
+    const ptrdiff_t vocab_size = s->model->config.vocab_size;
+    double *losses = resize(NULL, s->n_loss, sizeof *losses);
+#pragma omp parallel for schedule(static) if (s->n_loss * vocab_size * 16 > WORTH_THREADS)
+    for (int i = 0; i < s->n_loss; i++) {
+        const float *logits = s->acts.logits + i * vocab_size;
+        float *dlogits = s->vocab_dy + i * vocab_size;
+        memcpy(dlogits, logits, vocab_size * sizeof *logits);
+        // softmax returns log(sum of exp(logits)); minus the logit that is
+        // -log p.
+        losses[i] = softmax(dlogits, vocab_size, 1) - logits[s->targets[i]];
+        // The loss is the mean over n_loss predictions, so each counts one
+        // n_loss-th.
+        for (ptrdiff_t j = 0; j < vocab_size; j++)
+            dlogits[j] /= (float)s->n_loss;
+        dlogits[s->targets[i]] -= 1.0f / (float)s->n_loss;
+    }
+    s->loss = 0; // summed up in one order, however many threads there were
+    for (int i = 0; i < s->n_loss; i++)
+        s->loss += losses[i] / s->n_loss;
     free(losses);
 }
 
-// The mirror of forward: each block below has its twin there, in the opposite order.
-static void backward(Step *s) {
-    const Model *m = s->model;
-    const Config *c = &m->config;
-    const int rows = s->n_rows, L = c->n_layers;
-    const ptrdiff_t dim = c->dim, n = rows;
-    const ptrdiff_t per_head = 4 * c->head_dim + 2 * (ptrdiff_t)s->acts.context;
-    memset(s->dgains, 0, (size_t)(2 * L + 1) * (size_t)dim * sizeof(float));
-    loss_backward(s);
-
-    // logits = classifier rmsnorm(x). Rows that count stand together and go back to their places
-    const Slot *a = &s->acts.slots[L], *g = &s->grads.slots[L];
-    linear_backward(s, g->fn, true, s->grads.logits, a->fn, 0, WCLS, s->n_loss);
-    memset(g->x, 0, (size_t)(n * dim) * sizeof *g->x);
-    norm_backward(s, g->x, g->fn, a->x, 0, FINAL_NORM, s->n_loss);
-    for (ptrdiff_t r = n - 1, i = s->n_loss; r >= 0; r--) {
-        const size_t bytes = (size_t)dim * sizeof(float);
-        if (s->targets[r] >= 0) memmove(g->x + r * dim, g->x + --i * dim, bytes);
-        else memset(g->x + r * dim, 0, bytes);
-    }
-
-    for (int l = L - 1; l >= 0; l--) {
-        const float *dx = s->grads.slots[l + 1].x;
-        a = &s->acts.slots[l];
-        g = &s->grads.slots[l];
-
-        // x = xm + w2 h: dx goes both ways
-        memcpy(g->xm, dx, (size_t)(n * dim) * sizeof(float));
-        linear_backward(s, g->h, true, dx, a->h, l, W2, rows);
-
-        // h = silu(gate) * up, silu(z) = z S(z) with S = 1 / (1 + exp(-z)) and S' = S (1 - S); the
-        // derivative needs no exp_lanes, which only keeps the forward pass the same everywhere
-#pragma omp parallel for schedule(static) if (n * c->hidden_dim * 16 > WORTH_THREADS)
-        for (ptrdiff_t i = 0; i < n * c->hidden_dim; i++) {
-            float z = a->gate[i], sigmoid = 1.0f / (1.0f + expf(-z));
-            g->up[i] = g->h[i] * z * sigmoid;
-            g->gate[i] = g->h[i] * a->up[i] * sigmoid * (1.0f + z * (1.0f - sigmoid));
+// classify: logits = classifier rmsnorm(x) of the rows that wanted logits.
+// Their dx go back to the places from which they were gathered; the other
+// rows get 0.
+static void classify_backward(Step *s) {
+    const ptrdiff_t dim = s->model->config.dim;
+    float *dx = s->grads.slots[s->model->config.n_layers].x;
+    float *dlast_x = s->grads.last_x;   // (n_loss, dim)
+    float *dlast_xn = s->grads.last_xn; // (n_loss, dim)
+    ptrdiff_t size = s->n_loss * dim;
+    memcpy(s->vocab_x, s->acts.last_xn, size * sizeof *dx);
+    clear(dlast_xn, size);
+    clear(dlast_x, size);
+    linear_backward(s, dlast_xn, s->vocab_dy, 0, WCLS);
+    norm_backward(s, dlast_x, dlast_xn, s->acts.last_x, 0, FINAL_NORM);
+    // So far acts had only the rows that want logits, as classify left
+    // them.
+    s->acts.rows = s->rows;
+    s->acts.n_rows = s->n_rows;
+    clear(dx, s->n_rows * dim);
+    for (ptrdiff_t r = 0; r < s->n_rows; r++)
+        if (s->rows[r].wants_logits) {
+            memcpy(dx + r * dim, dlast_x, dim * sizeof *dx);
+            dlast_x += dim; // the next one that was gathered
         }
-        linear_backward(s, g->fn, true, g->gate, a->fn, l, W1, rows);
-        linear_backward(s, g->fn, false, g->up, a->fn, l, W3, rows);
-        norm_backward(s, g->xm, g->fn, a->xm, l, FFN_NORM, rows);
-
-        // xm = x + wo att
-        memcpy(g->x, g->xm, (size_t)(n * dim) * sizeof(float));
-        linear_backward(s, g->att, true, g->xm, a->att, l, WO, rows);
-
-        // attention; the query heads that share a key head add to the same dk and dv
-        const int group = c->n_heads / c->n_kv_heads;
-        memset(g->q, 0, (size_t)(n * c->q_dim) * sizeof *g->q);
-        memset(g->k, 0, (size_t)(n * c->kv_dim) * sizeof *g->k);
-        memset(g->v, 0, (size_t)(n * c->kv_dim) * sizeof *g->v);
-#pragma omp parallel for schedule(static) if (n * c->q_dim * 64 > WORTH_THREADS)
-        for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++)
-            for (int r = 0; r < rows; r++)
-                for (int h = kv_head * group; h < (kv_head + 1) * group; h++)
-                    attend_backward(s, r, l, h, s->scratch + kv_head * per_head);
-        for (ptrdiff_t r = 0; r < n; r++)
-            for (int h = 0; h < c->kv_dim; h += c->head_dim)
-                rope_backward(g->k + r * c->kv_dim + h, s->acts.cos_sin + r * c->head_dim,
-                              c->head_dim);
-
-        // q, k, v = wq, wk, wv of xn; xn = rmsnorm(x) turned at H
-        linear_backward(s, g->xn, true, g->q, a->xn, l, WQ, rows);
-        linear_backward(s, g->xn, false, g->k, a->xn, l, WK, rows);
-        linear_backward(s, g->xn, false, g->v, a->xn, l, WV, rows);
-        for (ptrdiff_t r = 0; r < n; r++) {
-            float theta = dose_of(m, &s->rows[r], SITE_H, l), *sober = s->acts.y, *u = s->grads.y;
-            if (!(theta > 0)) continue;
-            rmsnorm(sober, a->x + r * dim, *tensor(m, l, ATT_NORM), c->dim, c->norm_eps);
-            turn_backward(&s->rows[r].sequence->noise, place_of(&s->rows[r], SITE_H, l, 0), theta,
-                          sober, g->xn + r * dim, c->dim, u);
-        }
-        norm_backward(s, g->x, g->xn, a->x, l, ATT_NORM, rows);
-    }
-
-    // The embedding: only the rows of the tokens that came in.
-    const float *dx = s->grads.slots[0].x;
-    memset(s->dinputs, 0, (size_t)(n * dim) * sizeof(float));
-    s->n_inputs = 0;
-    for (ptrdiff_t r = 0; r < n; r++) {
-        int i = 0;
-        while (i < s->n_inputs && s->inputs[i] != s->rows[r].token) i++;
-        s->inputs[i] = s->rows[r].token;
-        if (i == s->n_inputs) s->n_inputs++;
-        for (ptrdiff_t j = 0; j < dim; j++) s->dinputs[i * dim + j] += dx[r * dim + j];
-    }
-    if (s->update) s->update(s, 0, TOK_EMB, s->dinputs, NULL, s->n_inputs);
 }
 
-// Room for a step over at most max_rows rows of contexts up to `context` tokens.
-static void step_init(Step *s, const Model *m, int max_rows, int context) {
+// layer_forward, read from its last line to its first.
+static void layer_backward(Step *s, int layer) {
+    const Model *m = s->model;
+    const Config *c = &m->config;
+    const Slot *a = &s->acts.slots[layer];
+    const Slot *g = &s->grads.slots[layer];
+    const float *dx = s->grads.slots[layer + 1].x; // (n_rows, dim)
+    const ptrdiff_t dim = c->dim;
+    ptrdiff_t size = s->n_rows * dim;
+    ptrdiff_t hidden_size = (ptrdiff_t)s->n_rows * c->hidden_dim;
+
+    // x of the next layer = xm + w2 h: dx goes both ways
+    memcpy(g->xm, dx, size * sizeof *dx);
+    clear(g->h, hidden_size);
+    linear_backward(s, g->h, dx, layer, W2);
+
+    // h = silu(w1 fn) * w3 fn, with fn = rmsnorm(xm)
+    swiglu_backward(g->gate, g->up, g->h, a->gate, a->up, hidden_size);
+    clear(g->fn, size);
+    linear_backward(s, g->fn, g->gate, layer, W1);
+    linear_backward(s, g->fn, g->up, layer, W3);
+    norm_backward(s, g->xm, g->fn, a->xm, layer, FFN_NORM);
+
+    // xm = x + wo att
+    memcpy(g->x, g->xm, size * sizeof *dx);
+    clear(g->att, (ptrdiff_t)s->n_rows * c->q_dim);
+    linear_backward(s, g->att, g->xm, layer, WO);
+    attention_backward(s, layer);
+
+    // the three readers of xn
+    clear(g->xn, size);
+    linear_backward(s, g->xn, g->q, layer, WQ);
+    linear_backward(s, g->xn, g->k, layer, WK);
+    linear_backward(s, g->xn, g->v, layer, WV);
+
+    // xn = rmsnorm(x), turned at H. What was turned is the sober xn,
+    // computed once more
+    const float *gain = m->layers[layer].w[ATT_NORM];
+    float *sober = s->grads.direction; // which is free: grads draws no glitches
+    for (ptrdiff_t r = 0; r < s->n_rows; r++) {
+        Place place = place_of(m, &s->rows[r], SITE_H, layer, 0);
+        rmsnorm(sober, a->x + r * dim, gain, c->dim, c->norm_eps);
+        turn_backward(place, sober, g->xn + r * dim, c->dim, s->acts.direction);
+    }
+    norm_backward(s, g->x, g->xn, a->x, layer, ATT_NORM);
+}
+
+// embed: x = O E, where E is the embedding and O has a one-hot row for each
+// row of x: 1 at the token, 0 elsewhere. Here E itself stands, and not its
+// transpose as in a linear layer, so O takes the part of dY and dx that of
+// X:
+//
+//     dE = Oᵀ dx
+//
+// The dx of rows with the same token are added up first. These factors
+// stand behind those of the classifier:
+//
+//     vocab_dy                        vocab_x
+//     | dlogits (n_loss)   |          | last_xn (n_loss)  |     the classifier's
+//     | one-hot (n_inputs) |          | dx (n_inputs)     |     the embedding's
+//
+// A model that uses one matrix for both simply has all of these rows as its
+// factors.
+static void embed_backward(Step *s) {
+    const Config *c = &s->model->config;
+    const ptrdiff_t dim = c->dim;
+    const ptrdiff_t vocab_size = c->vocab_size;
+    const float *dx = s->grads.slots[0].x;                 // (n_rows, dim)
+    float *one_hot = s->vocab_dy + s->n_loss * vocab_size; // (n_inputs, vocab_size)
+    float *dinputs = s->vocab_x + s->n_loss * dim;         // (n_inputs, dim)
+    s->n_inputs = 0;
+    for (ptrdiff_t r = 0; r < s->n_rows; r++) {
+        int token = s->rows[r].token;
+        int i = 0; // has this token come in before?
+        while (i < s->n_inputs && s->inputs[i] != token)
+            i++;
+        if (i == s->n_inputs) {
+            s->inputs[s->n_inputs++] = token;
+            clear(one_hot + i * vocab_size, vocab_size);
+            clear(dinputs + i * dim, dim);
+            one_hot[i * vocab_size + token] = 1;
+        }
+        add_scaled(dinputs + i * dim, 1, dx + r * dim, c->dim);
+    }
+}
+
+// forward, backwards. Afterwards every gradient is known: gains as they
+// are, matrices as their factors.
+static void backward(Step *s) {
+    const Config *c = &s->model->config;
+    // Gains are added to by every row; all else is overwritten or cleared
+    // on the way.
+    clear(s->dgains, (2 * c->n_layers + 1) * (ptrdiff_t)c->dim);
+    loss_backward(s);
+    classify_backward(s);
+    for (int layer = c->n_layers - 1; layer >= 0; layer--)
+        layer_backward(s, layer);
+    embed_backward(s);
+}
+
+// Room for a step over at most max_rows rows.
+static void step_init(Step *s, const Model *m, int max_rows) {
     const Config *c = &m->config;
     *s = (Step){.model = m};
     run_init(&s->acts, m, max_rows, c->n_layers + 1);
     run_init(&s->grads, m, max_rows, c->n_layers + 1);
-    s->acts.context = context; // so that forward and backward agree on the size of scratch
-    const ptrdiff_t per_head = 2 * c->head_dim + (ptrdiff_t)context;
-    s->acts.scratch = resize(NULL, c->n_heads * per_head, sizeof(float));
-    s->scratch = resize(NULL, c->n_kv_heads * 2 * per_head, sizeof(float));
     s->rows = resize(NULL, max_rows, sizeof *s->rows);
     s->targets = resize(NULL, max_rows, sizeof *s->targets);
     s->inputs = resize(NULL, max_rows, sizeof *s->inputs);
-    s->dinputs = resize(NULL, (ptrdiff_t)max_rows * c->dim, sizeof(float));
-    s->dgains = resize(NULL, (2 * (ptrdiff_t)c->n_layers + 1) * c->dim, sizeof(float));
+    // Two norms a layer, and the final one.
+    ptrdiff_t n_gains = (2 * c->n_layers + 1) * (ptrdiff_t)c->dim;
+    ptrdiff_t n_scratch = 2 * c->n_kv_heads * head_scratch(c);
+    s->dgains = resize(NULL, n_gains, sizeof(float));
+    s->scratch = resize(NULL, n_scratch, sizeof(float));
+    // Twice max_rows rows, for n_loss and n_inputs; freed with the buffers
+    // of acts.
+    s->vocab_dy = new_buffer(&s->acts, 2 * (ptrdiff_t)c->vocab_size);
+    s->vocab_x = new_buffer(&s->acts, 2 * c->dim);
 }
 
+// Gives back what step_init took.
 static void step_free(Step *s) {
     run_free(&s->acts);
     run_free(&s->grads);
-    free(s->scratch);
     free(s->rows);
     free(s->targets);
     free(s->inputs);
-    free(s->dinputs);
     free(s->dgains);
+    free(s->scratch);
 }
 
-// Adds a text of n tokens to the rows: token i is to be followed by token i + 1. Only the last of
-// these predictions counts in the loss if last_only, else all do.
-static void step_add(Step *s, Sequence *sequence, const int *tokens, int n, bool drugged,
-                     bool last_only) {
+// Adds a text of n tokens to the rows: token i is to be followed by token i
+// + 1. Of these predictions all count in the loss, or only the last. how:
+// DRUGGED, LAST_ONLY, or both.
+enum { LAST_ONLY = 8 }; // a bit that DRUGGED and its kin leave free
+static void step_add(Step *s,
+                     Sequence *sequence, // a new one
+                     const int *tokens,  // (n)
+                     int n, int how) {
     for (int i = 0; i + 1 < n; i++) {
-        bool counts = !last_only || i + 2 == n;
-        s->rows[s->n_rows] = (Row){tokens[i], i, sequence, drugged, counts, NULL};
-        s->targets[s->n_rows++] = counts ? tokens[i + 1] : -1;
-        s->n_loss += counts;
+        bool counts = !(how & LAST_ONLY) || i + 2 == n; // i + 1 is the last token
+        s->rows[s->n_rows++] = (Row){
+            .token = tokens[i],
+            .position = i,
+            .sequence = sequence,
+            .drugged = how & DRUGGED,
+            .wants_logits = counts,
+        };
+        if (counts)
+            s->targets[s->n_loss++] = tokens[i + 1];
     }
 }
 
-// Forward and backward over the rows that were added: loss and all gradients.
+// Forward and backward over the rows that were added: the loss, and the
+// gradient of everything.
 static void step_take(Step *s) {
-    forward(s->model, &s->acts, s->rows, s->n_rows);
+    forward(&s->acts, s->rows, s->n_rows);
     backward(s);
-}
-
-// The two factors of a matrix's gradient dW = dyᵀ x. Returns their number of rows, 0 for a tensor
-// that has none (norm gains, and an embedding that is not the classifier as well).
-static int factors(const Step *s, int layer, int which, const float **dy, const float **x) {
-    const Slot *a = &s->acts.slots[layer], *g = &s->grads.slots[layer];
-    const int L = s->model->config.n_layers;
-    switch (which) {
-    case WQ: *dy = g->q; *x = a->xn; return s->n_rows;
-    case WK: *dy = g->k; *x = a->xn; return s->n_rows;
-    case WV: *dy = g->v; *x = a->xn; return s->n_rows;
-    case WO: *dy = g->xm; *x = a->att; return s->n_rows;
-    case W1: *dy = g->gate; *x = a->fn; return s->n_rows;
-    case W3: *dy = g->up; *x = a->fn; return s->n_rows;
-    case W2: *dy = s->grads.slots[layer + 1].x; *x = a->h; return s->n_rows;
-    case TOK_EMB: if (!s->model->config.shared_classifier) return 0; // fall through
-    case WCLS: *dy = s->grads.logits; *x = s->acts.slots[L].fn; return s->n_loss;
-    default: return 0;
-    }
 }
 
 /* ================================================================================================
  * 3  The virtual step
  *
- * The stepped matrix is W - eta dYᵀX, and what it does to a vector needs no such matrix:
+ * The stepped matrix is W - step_size dYᵀX. What it does to a vector needs
+ * no such matrix:
  *
- *     (W - eta dYᵀX) x = W x - eta dYᵀ (X x)
+ *     (W - step_size dYᵀX) x  =  W x - step_size dYᵀ (X x)
  *
- * n dot products with the lesson's inputs, and n vectors to add: half a percent more work for
- * Llama-2-7B and 13 rows. It also shows what a step can do at most: an x that is perpendicular to
- * all n inputs of the lesson is not affected at all. And since eta is only a factor at the end,
- * each sequence can have its own, and all columns of the table are written side by side.
+ *     X x           n dot products: how much is x like each of the lesson's inputs?
+ *     dYᵀ (X x)     n vectors, each added as much as that
+ *
+ * So one step is a memory, and this is how it is read. If x resembles what
+ * this matrix was given at the lesson's third token, the third product is
+ * large, and dY's third row is subtracted as often: the output moves as the
+ * lesson wanted it to move there. If x resembles none of the lesson's
+ * inputs, nothing moves: that is the stability. With a large step even a
+ * slight likeness moves much.
+ *
+ * That is half a percent more work for Llama-2-7B and 13 rows. It also
+ * shows what one step can do at most: a matrix gives an x that is
+ * perpendicular to all n inputs of the lesson just what it gave before.
+ * (The gains of the norms change for every x, but they are few.)
+ *
+ * Every matrix and every norm is corrected where it is used, so the next
+ * one already gets what the stepped model would give it. And as the step
+ * size is only a factor of the correction, each sequence can have its own.
+ * So all columns of the table are written side by side, by one pass over
+ * weights that nobody changed.
  */
+// The model after a step of any size.
 typedef struct {
-    Sequence sequence; // comes first: forward knows only this, behind_door finds eta behind it
-    float eta;
-} Column;
-
-typedef struct {
-    Run run; // comes first, likewise
+    Run run;         // its hook is stepped_hook
     const Step *step;
-    float *products; // (n_rows of the step) X x
-    float *y;        // (dim) a row normed with the gradient of a gain
-} SteppedRun;
+    float *products; // (rows of the largest factor) X x
+    float *normed;   // (dim)
+} Stepped;
 
-// y (n_out) -= eta dyᵀ (X x) for one row x; dy and X have n rows.
-static void correct(const SteppedRun *t, float *y, const float *x, float eta, const float *dy,
-                    const float *X, int n, int n_out, int n_in) {
-    matmul(t->products, x, X, 1, n_in, n);
-    for (int i = 0; i < n; i++) t->products[i] *= -eta;
-    add_product(y, t->products, n, 1, dy, 1, n, n_out);
+// y (n_out) -= step_size dyᵀ (X x), for one vector x (n_in).
+static void correct(const Stepped *t,
+                    float *y,       // (n_out) what w gave
+                    const float *x, // (n_in)
+                    float step_size, Factors f) {
+    matmul(t->products, x, f.x, 1, f.n_in, f.n);
+    for (int i = 0; i < f.n; i++)
+        t->products[i] *= -step_size;
+    // The dy are the rows, and the products say how much of each is added.
+    add_product(y, t->products, f.n, 1, f.dy, 1, f.n, f.n_out);
 }
 
-// The stepped embedding of a token: its own row moved if it came in, and where it is the classifier
-// as well, by how much each row of the lesson wanted to predict it: column `token` of dy, times x.
-static void correct_embedding(const Step *s, float *out, float eta, int token) {
-    const Config *c = &s->model->config;
-    const float *dy = NULL, *x = NULL;
-    const int n = factors(s, 0, TOK_EMB, &dy, &x);
-    for (ptrdiff_t i = 0; i < s->n_inputs; i++)
-        if (s->inputs[i] == token) add_scaled(out, -eta, s->dinputs + i * c->dim, c->dim);
-    for (ptrdiff_t i = 0; i < n; i++)
-        add_scaled(out, -eta * dy[i * c->vocab_size + token], x + i * c->dim, c->dim);
+// The same for the embedding's row of a token. That row of dYᵀX is the sum
+// over i of dY[i][token] X[i].
+static void correct_row(float *row, // (dim) of the token
+                        float step_size, Factors f, int token) {
+    for (ptrdiff_t i = 0; i < f.n; i++) {
+        float product = f.dy[i * f.n_out + token];
+        add_scaled(row, -step_size * product, f.x + i * f.n_in, f.n_in);
+    }
 }
 
-// Behind the doors of forward: turns what the weights gave into what the stepped ones give.
-static void stepped_door(const Run *run, int layer, int which, const float *x, float *y,
-                         int n_rows) {
-    const SteppedRun *t = (const SteppedRun *)run;
-    const Step *s = t->step;
-    const Config *c = &s->model->config;
-    const bool last = which == FINAL_NORM || which == WCLS; // only rows that want logits come here
-    const float *dy = NULL, *factor = NULL;
-    const int n = factors(s, layer, which, &dy, &factor);
-    int n_out, n_in;
-    tensor_shape(c, which, &n_out, &n_in);
-    const Row *row = run->rows;
-    for (ptrdiff_t r = 0; r < n_rows; r++, row++) {
-        while (last && !row->wants_logits) row++;
-        const float eta = ((const Column *)row->sequence)->eta;
-        if (eta == 0) continue; // bitwise the untouched model
-        if (which == TOK_EMB) {
-            correct_embedding(s, y + r * n_in, eta, row->token);
-        } else if (!n) { // a norm: linear in its gain, too
-            rmsnorm(t->y, x + r * n_in, dgain(s, layer, which), n_in, c->norm_eps);
-            add_scaled(y + r * n_in, -eta, t->y, n_in);
-        } else {
-            correct(t, y + r * n_out, x + r * n_in, eta, dy, factor, n, n_out, n_in);
-            // a shared embedding also moved where the lesson's tokens came in
-            for (ptrdiff_t i = 0; which == WCLS && c->shared_classifier && i < s->n_inputs; i++)
-                y[r * n_out + s->inputs[i]] -= eta * dot(s->dinputs + i * n_in, x + r * n_in, n_in);
+// Called behind each use of weights: turns what they gave into what the
+// stepped ones give.
+static void stepped_hook(const Run *run, int layer, int which,
+                         const float *x, // (n_rows, n_in) what went in
+                         float *y) {     // (n_rows, n_out) what came out
+    const Stepped *t = run->owner;
+    const Config *c = &run->model->config;
+    Factors f = factors(t->step, layer, which);
+    for (ptrdiff_t r = 0; r < run->n_rows; r++) {
+        const Row *row = &run->rows[r];
+        float step_size = row->sequence->step_size;
+        if (step_size == 0)
+            continue; // bitwise the untouched model
+        if (which == TOK_EMB) { // which has no x
+            correct_row(y + r * c->dim, step_size, f, row->token);
+        } else if (f.n) {
+            correct(t, y + r * f.n_out, x + r * f.n_in, step_size, f);
+        } else { // a norm is linear in its gain
+            const float *gain = dgain(t->step, layer, which);
+            rmsnorm(t->normed, x + r * c->dim, gain, c->dim, c->norm_eps);
+            add_scaled(y + r * c->dim, -step_size, t->normed, c->dim);
         }
     }
 }
 
-static void stepped_init(SteppedRun *t, const Step *s, int max_rows) {
+// Working memory of the stepped model for up to max_rows rows. t must stay
+// where it is: the run points at it.
+static void stepped_init(Stepped *t, const Step *s, int max_rows) {
     run_init(&t->run, s->model, max_rows, 1);
-    t->run.behind_door = stepped_door;
+    t->run.hook = stepped_hook; // from now on every use of weights comes by
+    t->run.owner = t;
     t->step = s;
-    t->products = resize(NULL, s->n_rows, sizeof(float));
-    t->y = resize(NULL, s->model->config.dim, sizeof(float));
+    t->products = resize(NULL, 2 * (ptrdiff_t)s->n_rows, sizeof(float));
+    t->normed = resize(NULL, s->model->config.dim, sizeof(float));
 }
 
-static void stepped_free(SteppedRun *t) {
+static void stepped_free(Stepped *t) {
     run_free(&t->run);
     free(t->products);
-    free(t->y);
+    free(t->normed);
 }
 
-// Adds `factor` times the gradient of a tensor to n of its rows, from row `first` on: w (n, n_in).
-// This is the step written down, for -o and for those who want to compare.
-static void add_gradient(const Step *s, float *w, float factor, int layer, int which, int first,
-                         int n) {
-    int n_out, n_in;
-    const float *dy = NULL, *x = NULL;
-    tensor_shape(&s->model->config, which, &n_out, &n_in);
-    const int n_factors = factors(s, layer, which, &dy, &x);
-    float *scaled = resize(NULL, (ptrdiff_t)n_factors * n_in, sizeof *scaled);
-    for (ptrdiff_t i = 0; i < (ptrdiff_t)n_factors * n_in; i++) scaled[i] = factor * x[i];
-    if (n_factors) add_product(w, dy + first, 1, n_out, scaled, n, n_factors, n_in);
+// Adds `factor` times the gradient of a tensor to n_rows of its rows, from
+// row `first` on: w (n_rows, n_in). This is the step written down, for -o
+// and for those who want to compare.
+static void add_gradient(const Step *s,
+                         float *w, // (n_rows, n_in) rows of the tensor
+                         float factor, int layer, int which,
+                         int first, int n_rows) {
+    Factors f = factors(s, layer, which);
+    ptrdiff_t size = f.n * (ptrdiff_t)f.n_in;
+    if (!f.n) { // a gain is one row
+        add_scaled(w, factor, dgain(s, layer, which), f.n_in);
+        return;
+    }
+    float *scaled = resize(NULL, size, sizeof *scaled);
+    for (ptrdiff_t i = 0; i < size; i++)
+        scaled[i] = factor * f.x[i];
+    // dyᵀ: dy read the other way round, its columns as rows, from column
+    // `first` on.
+    add_product(w, f.dy + first, 1, f.n_out, scaled, n_rows, f.n, f.n_in);
     free(scaled);
-    if (which == TOK_EMB) {
-        for (ptrdiff_t i = 0; i < s->n_inputs; i++)
-            if (s->inputs[i] >= first && s->inputs[i] < first + n)
-                add_scaled(w + (s->inputs[i] - first) * (ptrdiff_t)n_in, factor,
-                           s->dinputs + i * n_in, n_in);
-    } else if (!n_factors) {
-        add_scaled(w, factor, dgain(s, layer, which), n_in);
-    }
-}
-
-// Writes the model with the step taken. Tensors pass through a few rows at a time, so there is
-// never a second model in memory.
-static void write_stepped(const Step *s, float eta, const char *path) {
-    enum { ROWS = 64 };
-    const Model *m = s->model;
-    Output out = output_open(path);
-    const char *done = m->file; // up to here the file is written
-    int layer, which, n_out, n_in;
-    for (int i = 0; tensor_at(&m->config, i, &layer, &which) && !ferror(out.to); i++) {
-        tensor_shape(&m->config, which, &n_out, &n_in);
-        const float *w = *tensor(m, layer, which);
-        fwrite(done, 1, (size_t)((const char *)w - done), out.to); // header, pieces, padding
-        float *rows = resize(NULL, (ptrdiff_t)ROWS * n_in, sizeof *rows);
-        for (int r = 0; r < n_out; r += ROWS) {
-            const int n_rows = n_out - r < ROWS ? n_out - r : ROWS;
-            const size_t n = (size_t)n_rows * (size_t)n_in;
-            memcpy(rows, w + (ptrdiff_t)r * n_in, n * sizeof *rows);
-            add_gradient(s, rows, -eta, layer, which, r, n_rows);
-            fwrite(rows, sizeof *rows, n, out.to);
-        }
-        free(rows);
-        done = (const char *)(w + (ptrdiff_t)n_out * n_in);
-    }
-    output_close(&out);
 }
 
 /* ================================================================================================
  * 4  Measuring
+ *
+ * The measure of everything is surprise: -log of the probability that a
+ * model gave to the token that really came. A model that guesses among
+ * 32,000 tokens is surprised by log 32,000 = 10.4 nats each time, one that
+ * knows by 0. The mean over a text is its loss.
  */
 
-// |dW|² of a tensor. For two factors it is the sum over all pairs of rows of (dy_i.dy_j)(x_i.x_j):
-// the n x n tables of dot products (Gram matrices) say it all, and dW is not needed.
-static double gradient_norm2(const Step *s, int layer, int which) {
-    const Config *c = &s->model->config;
-    const float *dy = NULL, *x = NULL;
-    const int n = factors(s, layer, which, &dy, &x), dim = c->dim;
+// -log softmax(logits)[token], in nats: how surprising the token is.
+// (softmax itself would overwrite the logits.)
+static double surprise(const float *logits, int n, int token) {
+    double max = logits[argmax(logits, n)]; // taken off, so that exp cannot overflow
     double sum = 0;
-    int n_out, n_in;
-    tensor_shape(c, which, &n_out, &n_in);
-    if (n) {
-        float *gram = resize(NULL, 2 * (ptrdiff_t)n * n, sizeof *gram), *gram_x = gram + n * n;
-        matmul(gram, dy, dy, n, n_out, n);
-        matmul(gram_x, x, x, n, n_in, n);
-        for (int i = 0; i < n * n; i++) sum += (double)gram[i] * gram_x[i];
-        free(gram);
-    } else if (which != TOK_EMB) {
-        sum = dot(dgain(s, layer, which), dgain(s, layer, which), dim);
+    for (int i = 0; i < n; i++)
+        sum += exp(logits[i] - max);
+    return log(sum) + max - logits[token];
+}
+
+// losses[i] = the surprise of tokens[i] after those before it, for the
+// model with a step of this size. losses (n); there is none for tokens[0].
+static void token_losses(Stepped *t, float step_size,
+                         const int *tokens, int n, // (n)
+                         double *losses) {         // (n)
+    const Config *c = &t->run.model->config;
+    Sequence sequence = sequence_new((Noise){0}); // sober: the step alone is measured
+    sequence.step_size = step_size;
+    int i = 0; // the last token needs no reading, as nothing comes after it
+    while (i + 1 < n) {
+        int left = n - 1 - i;
+        int n_rows = read_block(&t->run, &sequence, tokens + i, left, ALL_LOGITS);
+        for (int r = 0; r < n_rows; r++) {
+            const float *logits = t->run.block[r].logits;
+            losses[i + r + 1] = surprise(logits, c->vocab_size, tokens[i + r + 1]);
+        }
+        i += n_rows;
     }
-    for (int i = 0; which == TOK_EMB && i < s->n_inputs; i++) {
-        const float *input = s->dinputs + (ptrdiff_t)i * dim;
-        sum += dot(input, input, dim);
-        for (int j = 0; j < n; j++) // a shared embedding's two halves meet in the lesson's tokens
-            sum += 2.0 * dot(input, x + (ptrdiff_t)j * dim, dim)
-                 * dy[(ptrdiff_t)j * c->vocab_size + s->inputs[i]];
+    sequence_free(t->run.model, &sequence);
+}
+
+// The mean of losses[from] to losses[to - 1], NAN if there are none.
+static double mean_loss(const double *losses, int from, int to) {
+    double sum = 0;
+    for (int i = from; i < to; i++)
+        sum += losses[i];
+    return from < to ? sum / (to - from) : NAN;
+}
+
+// |dW|², the sum of the squares of a tensor's gradient, without dW. As dW
+// is a sum over rows i of dy_i x_iᵀ, its product with itself is a sum over
+// all pairs of rows:
+//
+//     |dW|² = sum over o and k of (sum over i of dy_i[o] x_i[k]) (sum over j of dy_j[o] x_j[k])
+//           = sum over i and j of (dy_i . dy_j) (x_i . x_j)
+//
+// Two n x n tables of dot products, Gram matrices, say it all.
+static double gradient_norm2(const Step *s, int layer, int which) {
+    Factors f = factors(s, layer, which);
+    const ptrdiff_t size = (ptrdiff_t)f.n * f.n;
+    if (!f.n) { // a gain's gradient is there as it is
+        const float *gradient = dgain(s, layer, which);
+        return dot(gradient, gradient, f.n_in);
     }
+    float *gram_dy = resize(NULL, 2 * size, sizeof *gram_dy);
+    float *gram_x = gram_dy + size; // both (n, n)
+    matmul(gram_dy, f.dy, f.dy, f.n, f.n_out, f.n);
+    matmul(gram_x, f.x, f.x, f.n, f.n_in, f.n);
+    double sum = 0;
+    for (ptrdiff_t i = 0; i < size; i++)
+        sum += (double)gram_dy[i] * gram_x[i];
+    free(gram_dy);
     return sum;
 }
 
-// Mean loss of the stepped model on tokens (n), in two parts: predictions of the tokens from
-// `first` up to before `split`, and of those from there on. A part without predictions is -1.
-static void text_loss(SteppedRun *t, float eta, const int *tokens, int n, int first, int split,
-                      double loss[2]) {
-    const Model *m = t->step->model;
-    Column column = {sequence_new((Noise){0}), eta};
-    Row *rows = resize(NULL, t->run.max_rows, sizeof *rows);
-    double sums[2] = {0};
-    int counts[2] = {0};
-    for (int done = 0; done < n - 1;) {
-        int n_rows = n - 1 - done < t->run.max_rows ? n - 1 - done : t->run.max_rows;
-        for (int r = 0; r < n_rows; r++)
-            rows[r] = (Row){tokens[done + r], done + r, &column.sequence, false, true, NULL};
-        forward(m, &t->run, rows, n_rows);
-        for (int r = 0; r < n_rows; r++) {
-            const int next = ++done, part = next >= split;
-            if (next < first) continue;
-            sums[part] += surprise(rows[r].logits, m->config.vocab_size, tokens[next]);
-            counts[part]++;
+/* ================================================================================================
+ * 5  Texts side by side
+ *
+ * Eight columns are eight sequences, each with a step size of its own
+ * (three of them here). In every call of forward each of them has one row,
+ * the token that it wrote last:
+ *
+ *     step size    0         .001      .01
+ *     call 1       "a"       "or"      "or"       three rows, one pass over the weights
+ *     call 2       "good"    "not"     "or"
+ *     call 3       "leader"  "to"      "be"
+ *
+ * As reading the weights is what takes the time, eight texts cost little
+ * more than one.
+ */
+
+// One of several texts that are written at once.
+typedef struct Text {
+    Sequence *sequence; // the prompt is in its cache
+    Dice dice;          // all 0: always the most probable token
+    int next;           // the token that comes now
+    int *tokens;        // (n_new) what was written; the caller makes room
+    int n_tokens;
+    // For the laboratory. If set, called for each token but the last,
+    // before the next one is chosen: with what left the layers (dim) and
+    // with the logits (vocab_size), which it may change.
+    void (*watch)(struct Text *text, const float *state, float *logits);
+    void *owner;        // for watch
+} Text;
+
+// Each text that goes on writes its next token and gets a row. active is
+// narrowed to these texts; returns their number.
+static int write_next(const Config *c, Text **active, int n, Row *rows) {
+    int n_active = 0;
+    for (int i = 0; i < n; i++) {
+        Text *text = active[i];
+        if (ending(c, text->next))
+            continue; // it is complete and drops out
+        text->tokens[text->n_tokens++] = text->next;
+        rows[n_active] = (Row){
+            .token = text->next,
+            .position = text->sequence->length,
+            .sequence = text->sequence,
+            .drugged = true,
+            .wants_logits = true,
+        };
+        active[n_active++] = text;
+    }
+    return n_active;
+}
+
+// Writes up to n_new tokens of each text (n): one row of each in every call
+// of forward, so that weights are read once for all.
+static void write_texts(Run *run, Text *texts, int n, int n_new) {
+    const Config *c = &run->model->config;
+    Row *rows = resize(NULL, n, sizeof *rows);
+    Text **active = resize(NULL, n, sizeof *active);
+    for (int i = 0; i < n; i++)
+        active[i] = &texts[i];
+    // n is the number of texts that still go on.
+    for (int written = 0; written < n_new; written++) {
+        n = write_next(c, active, n, rows);
+        if (written + 1 == n_new)
+            break; // what would come then is not asked
+        for (int first = 0; first < n; first += run->max_rows) {
+            int n_rows = min(n - first, run->max_rows);
+            forward(run, rows + first, n_rows);
+            for (int r = 0; r < n_rows; r++) {
+                Text *text = active[first + r];
+                const Sequence *s = text->sequence;
+                float *logits = rows[first + r].logits;
+                if (text->watch)
+                    text->watch(text, last_state(run, r), logits);
+                text->next = choose(logits, c->vocab_size, &text->dice,
+                                    s->noise.seed, s->length);
+            }
         }
     }
-    for (int i = 0; i < 2; i++) loss[i] = counts[i] ? sums[i] / counts[i] : -1;
-    sequence_free(m, &column.sequence);
     free(rows);
+    free(active);
+}
+
+// The text of tokens (n). The caller frees it.
+static char *text_of(const Tokenizer *tokenizer, const int *tokens, int n) {
+    char *text = NULL;
+    size_t size = 0;
+    Printer printer = {.to = open_memstream(&text, &size), .at_start = true};
+    if (!printer.to)
+        die(1, "out of memory");
+    for (int i = 0; i < n; i++)
+        print_token(&printer, tokenizer, tokens[i]);
+    print_rest(&printer);
+    fclose(printer.to); // which sets text
+    return text;
+}
+
+// A token as a word of a table: what it prints, on one line, with <0A> and
+// the like for what cannot be seen. The caller frees it.
+static char *visible(const Model *m, int token) {
+    const Piece *piece = &m->tokenizer.pieces[token];
+    char *text = resize(NULL, 4 * (ptrdiff_t)piece->length + 1, 1); // <0A> takes four
+    char *to = text;
+    for (int i = 0; i < piece->length; i++) {
+        unsigned char byte = (unsigned char)piece->bytes[i];
+        bool plain = byte >= ' ' && byte != 127;
+        if (piece->kind == BYTE && byte > 127)
+            plain = false; // a part of a character
+        if (plain)
+            *to++ = (char)byte;
+        else if (byte == '\n')
+            to += sprintf(to, "\\n");
+        else
+            to += sprintf(to, "<%02X>", byte);
+    }
+    return text;
 }
 
 /* ================================================================================================
- * 5  The experiment
+ * 6  Files and tables
+ *
+ * A table can be printed in three ways, of the same cells:
+ *
+ *     terminal     To          be,         or
+ *     CSV          "To","be,","or"            quotes inside a cell are doubled
+ *     Markdown     | To | be, | or |          bars inside a cell are escaped
  */
-enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 };
+
+// A file that is being written beside its place and moved there when it is
+// whole. So a full disk or a crash loses nothing that was there before.
 typedef struct {
-    const char *prompt, *cure;         // what is completed with a step, and without
-    const char *lesson, *rest, *other; // what is taught, how it goes on, and something else
-    const char *table, *out;           // files for the table and the stepped model, or NULL
-    double eta[MAX_STEP_SIZES];
-    int n_etas, n_new;
-    bool last_only; // only the lesson's last prediction counts
-    Options doses;
+    FILE *to;
+    const char *path;
+    char *beside;
+} Output;
+
+static const char *unfinished[2]; // what would be left behind if the program ended now
+
+// Runs at every exit of the program, not when it is killed.
+static void remove_unfinished(void) {
+    for (int i = 0; i < 2; i++)
+        if (unfinished[i])
+            remove(unfinished[i]);
+}
+
+// Whether a file's name has this ending.
+static bool ends_with(const char *path, const char *ending) {
+    size_t n_path = strlen(path);
+    size_t n_ending = strlen(ending);
+    return n_path > n_ending && !strcmp(path + n_path - n_ending, ending);
+}
+
+// Whether two names lead to one file, through links as well.
+static bool is_same_file(const char *path, const char *other) {
+    struct stat a, b;
+    if (stat(path, &a) || stat(other, &b))
+        return false; // one of them is not there
+    return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+// Opens the file that an option names. That is done before the work, so
+// that none is lost. It must end in one of the endings, ".csv .md" say, and
+// it must not be the model: nobody means that. Without a path there is
+// nothing to open or close.
+static Output output_open(int option, const char *path, const char *endings,
+                          const char *model_path) {
+    Output output = {.path = path};
+    if (!path)
+        return output;
+    const char *ending = strrchr(path, '.');
+    const char *found = ending ? strstr(endings, ending) : NULL;
+    if (!found || strchr(ending, ' ') || isalpha(found[strlen(ending)]))
+        die(2, "-%c takes a file that ends in one of: %s; got '%s'", option, endings, path);
+    if (is_same_file(path, model_path))
+        die(2, "-%c would overwrite the model, %s", option, path);
+    struct stat info;
+    if (!stat(path, &info) && !S_ISREG(info.st_mode)) // a folder, a device
+        die(1, "%s cannot be written: it is not a regular file", path);
+    // mkstemp makes a name that no file has, and opens it for the owner
+    // alone.
+    output.beside = resize(NULL, strlen(path) + sizeof ".XXXXXX", 1);
+    sprintf(output.beside, "%s.XXXXXX", path);
+    int file = mkstemp(output.beside);
+    if (file < 0)
+        die(1, "%s cannot be written: %s", path, strerror(errno));
+    output.to = fdopen(file, "wb");
+    mode_t mask = umask(0); // what the user does not want others to do
+    umask(mask);
+    fchmod(file, 0666 & ~mask);
+    if (!unfinished[0]) // the first of them
+        atexit(remove_unfinished);
+    unfinished[unfinished[0] ? 1 : 0] = output.beside;
+    return output;
+}
+
+// Moves the file to its place. Each of these calls may be the one that
+// finds the disk full; none is left out because an earlier one failed.
+static void output_close(Output *output) {
+    if (!output->path)
+        return;
+    bool failed = ferror(output->to);
+    failed = fflush(output->to) || failed;
+    failed = fsync(fileno(output->to)) || failed;
+    failed = fclose(output->to) || failed;
+    if (failed || rename(output->beside, output->path))
+        die(1, "%s cannot be written: %s", output->path, strerror(errno));
+    unfinished[unfinished[0] == output->beside ? 0 : 1] = NULL;
+    free(output->beside);
+}
+
+// A table in the making: for a terminal, as CSV, or as Markdown.
+typedef struct {
+    FILE *to;
+    int width;     // of a column of a terminal, 0: no terminal
+    bool markdown; // else CSV
+    int n_cells;   // of this row so far
+    int padding;   // spaces that the last cell still lacks
+} Table;
+
+// How a byte of a cell is written: CSV doubles quotes, Markdown escapes its
+// bars and knows no line feeds.
+static void print_cell_byte(const Table *table, char byte) {
+    if (table->markdown && byte == '|')
+        fputs("\\|", table->to);
+    else if (table->markdown && byte == '\n')
+        fputc(' ', table->to);
+    else if (!table->width && !table->markdown && byte == '"')
+        fputs("\"\"", table->to);
+    else
+        fputc(byte, table->to);
+}
+
+// The next cell of a row, n bytes of text. A terminal's cell is cut to its
+// width, counted in characters, with a space at least between two of them.
+static void print_cell(Table *table, const char *text, int n) {
+    bool csv = !table->width && !table->markdown;
+    const char *quote = csv ? "\"" : "";
+    const char *before = table->markdown ? "| " : "";
+    if (csv && table->n_cells)
+        before = ",";
+    fprintf(table->to, "%*s%s%s", table->padding, "", before, quote);
+    int n_shown = 0; // characters
+    for (int i = 0; i < n; i++) {
+        // A byte that begins a character counts; the others of it do not.
+        if (!continues_character(text[i])) {
+            if (table->width && n_shown == table->width - 1)
+                break;
+            n_shown++;
+        }
+        print_cell_byte(table, text[i]);
+    }
+    fputs(table->markdown ? " " : quote, table->to);
+    if (table->width)
+        table->padding = table->width - n_shown;
+    table->n_cells++;
+}
+
+// Ends a row. The last cell of a terminal's row needs no padding.
+static void end_row(Table *table) {
+    fputs(table->markdown ? "|\n" : "\n", table->to);
+    table->n_cells = 0;
+    table->padding = 0;
+}
+
+// The line that Markdown wants below the names of the columns.
+static void end_heading(Table *table) {
+    int n = table->n_cells;
+    end_row(table);
+    for (int i = 0; table->markdown && i < n; i++)
+        fputs(i + 1 < n ? "|---" : "|---|\n", table->to);
+}
+
+/* ================================================================================================
+ * 7  The experiment
+ *
+ *     before     how the untouched model sees the lesson, and where the gradient lies
+ *     table      what "To be" becomes with each step size
+ *     after      what was learned, and what it cost
+ *     cure       what a prompt does that simply says where we are
+ *
+ * The theme is plasticity against stability. A model that learns from one
+ * sentence is plastic, one that keeps what it knew is stable, and the step
+ * size trades the one for the other. What one would not expect is that
+ * there is a range where both are had: the whole soliloquy comes back after
+ * a lesson of its first line, and business goes on as usual elsewhere. The
+ * model knew the soliloquy all along; the step opened the door to it.
+ */
+enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 }; // rows: each takes vocab_size logits
+typedef struct {
+    const char *prompt; // is completed with each step
+    const char *cure;   // help without a step: a prompt that says where we are
+    const char *lesson; // what is taught
+    const char *sequel; // how it goes on: measured, not taught
+    const char *other;  // something else, measured too
+    const char *table_path, *model_path; // of files to write, NULL: none
+    double step_sizes[MAX_STEP_SIZES];
+    int n_sizes;
+    int n_new;          // tokens to write
+    int counting;       // LAST_ONLY: only the lesson's last prediction counts; else 0
+    NoiseOptions noise;
 } Experiment;
 
-// The lesson as the untouched model sees it, and how the gradient is spread over the model. Returns
-// |g|², the square of its norm.
-static double print_before(const Step *s) {
-    static const char *const names[] = {"att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3",
-                                        "w2", "embedding", "final norm", "classifier"};
+// The lesson as the model sees it before the step; drugged, if there are
+// doses.
+static void print_lesson(const Step *s) {
     const Config *c = &s->model->config;
     printf("Before the step, the lesson has a loss of %.4f:\n\n", s->loss);
     printf("    %-16s %11s %6s\n", "token", "probability", "rank");
-    for (int r = 0; r < s->n_rows; r++) {
-        if (s->targets[r] < 0) continue;
-        const float *z = s->rows[r].logits, at = z[s->targets[r]];
-        int rank = 1;
-        for (int i = 0; i < c->vocab_size; i++) rank += z[i] > at;
-        char *text = visible(s->model, s->targets[r]);
-        printf("    %-16s %11.6f %6d\n", text, exp(-surprise(z, c->vocab_size, s->targets[r])),
-               rank);
+    for (ptrdiff_t i = 0; i < s->n_loss; i++) {
+        const float *logits = s->acts.logits + i * c->vocab_size;
+        int target = s->targets[i];
+        int rank = 1; // 1: the model would have said so itself
+        for (int token = 0; token < c->vocab_size; token++)
+            rank += logits[token] > logits[target];
+        char *text = visible(s->model, target);
+        double p = exp(-surprise(logits, c->vocab_size, target));
+        printf("    %-16s %11.6f %6d\n", text, p, rank);
         free(text);
     }
-    double kinds[WCLS + 1] = {0}, total = 0;
+}
+
+// How the gradient is spread over the model: its length by layer and by
+// kind of tensor. Returns the square of the whole length.
+static double print_gradient(const Step *s) {
+    static const char *const names[] = {
+        "att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3", "w2",
+        "embedding", "final norm", "classifier",
+    };
+    _Static_assert(sizeof names / sizeof *names == N_TENSORS, "each tensor has a name");
+    const Config *c = &s->model->config;
+    const int n_kinds = N_TENSORS - c->shared_classifier; // WCLS, the last, may be TOK_EMB
+    // Squares of lengths add up, over layers and over kinds. All sums here
+    // are squares.
+    double kinds[N_TENSORS] = {0};
+    double total = 0;
     printf("\nIts gradient, |g| by layer:  ");
-    for (int l = 0; l < c->n_layers; l++) {
-        double layer = 0;
-        for (int w = 0; w < N_LAYER_TENSORS; w++) {
-            double norm2 = gradient_norm2(s, l, w);
-            kinds[w] += norm2;
-            layer += norm2;
+    for (int layer = 0; layer < c->n_layers; layer++) {
+        double norm2 = 0;
+        for (int which = 0; which < N_LAYER_TENSORS; which++) {
+            double one = gradient_norm2(s, layer, which);
+            kinds[which] += one;
+            norm2 += one;
         }
-        total += layer;
-        printf(" %.3g", sqrt(layer));
+        total += norm2;
+        printf(" %.3g", sqrt(norm2));
     }
-    for (int w = TOK_EMB; w <= WCLS - c->shared_classifier; w++)
-        total += kinds[w] = gradient_norm2(s, 0, w);
+    for (int which = TOK_EMB; which < n_kinds; which++) {
+        kinds[which] = gradient_norm2(s, 0, which);
+        total += kinds[which];
+    }
     printf("\n                  by kind:   ");
-    for (int w = 0; w <= WCLS - c->shared_classifier; w++)
-        printf("%s %s %.3g", w ? "," : "", names[w], sqrt(kinds[w]));
+    for (int which = 0; which < n_kinds; which++)
+        printf("%s %s %.3g", which ? "," : "", names[which], sqrt(kinds[which]));
     printf("\n                  in all:     %.4g\n", sqrt(total));
     return total;
 }
 
-// Writes up to n_new greedy tokens behind the prompt for each step size. Returns the texts, prompts
-// included; the caller frees them.
-static char **write_columns(SteppedRun *t, const Experiment *e, const int *prompt, int n_prompt) {
-    const Model *m = t->step->model;
-    const int n = e->n_etas, room = m->config.seq_len - n_prompt;
-    const int n_new = e->n_new < room ? e->n_new : room;
-    Column columns[MAX_STEP_SIZES];
-    Text texts[MAX_STEP_SIZES];
-    char **written = resize(NULL, n, sizeof *written);
-    // Short prompts are read by all columns at once, long ones by one column after the other.
-    const bool together = (ptrdiff_t)n * n_prompt <= t->run.max_rows;
-    Row *rows = resize(NULL, together ? n * n_prompt : 0, sizeof *rows);
+// Writes up to n_new tokens behind the prompt for each step size, always
+// the most probable one. Returns the texts, prompts included; the caller
+// frees them.
+static char **write_columns(Stepped *t, const Experiment *e,
+                            const int *prompt, // (n_prompt)
+                            int n_prompt) {
+    const Model *m = t->run.model;
+    const int n = e->n_sizes;
+    const int n_new = min(e->n_new, m->config.seq_len - n_prompt);
+    const int length = n_prompt + n_new; // of a whole text, in tokens
+    Sequence *sequences = resize(NULL, n, sizeof *sequences);
+    Text *texts = resize(NULL, n, sizeof *texts);
+    int *tokens = resize(NULL, (ptrdiff_t)n * length, sizeof *tokens); // (n, length)
+    char **written = resize(NULL, n, sizeof *written);                 // (n) strings
+    // Each column reads the prompt by itself: with its own step, no two
+    // remember it alike.
     for (int i = 0; i < n; i++) {
-        columns[i] = (Column){sequence_new((Noise){0}), (float)e->eta[i]};
-        sequence_reserve(m, &columns[i].sequence, n_prompt + n_new);
-        for (int k = 0; together && k < n_prompt; k++)
-            rows[i * n_prompt + k] = (Row){prompt[k], k, &columns[i].sequence, false,
-                                           k + 1 == n_prompt, NULL};
+        sequences[i] = sequence_new((Noise){0});
+        sequences[i].step_size = (float)e->step_sizes[i];
+        sequence_reserve(m, &sequences[i], length);
+        memcpy(tokens + i * length, prompt, n_prompt * sizeof *prompt);
+        const float *logits = feed(&t->run, &sequences[i], prompt, n_prompt, WANTS_LOGITS);
+        texts[i] = (Text){
+            .sequence = &sequences[i],
+            .next = argmax(logits, m->config.vocab_size),
+            .tokens = tokens + i * length + n_prompt,
+        };
     }
-    if (together) forward(m, &t->run, rows, n * n_prompt);
+    write_texts(&t->run, texts, n, n_new);
     for (int i = 0; i < n; i++) {
-        Sequence *s = &columns[i].sequence;
-        const float *logits = together ? rows[(i + 1) * n_prompt - 1].logits
-                            : feed(m, &t->run, s, prompt, n_prompt, 0, false, true);
-        texts[i] = (Text){.sequence = s, .next = argmax(logits, m->config.vocab_size),
-                          .tokens = (int *)resize(NULL, n_prompt + n_new, sizeof(int)) + n_prompt};
+        int n_written = n_prompt + texts[i].n_tokens;
+        written[i] = text_of(&m->tokenizer, tokens + i * length, n_written);
+        sequence_free(m, &sequences[i]);
     }
-    free(rows);
-    write_texts(m, &t->run, texts, n, n_new);
-    for (int i = 0; i < n; i++) {
-        int *whole = texts[i].tokens - n_prompt;
-        memcpy(whole, prompt, (size_t)n_prompt * sizeof *prompt);
-        written[i] = text_of(&m->tokenizer, whole, n_prompt + texts[i].n_tokens);
-        free(whole);
-        sequence_free(m, &columns[i].sequence);
-    }
+    free(sequences);
+    free(texts);
+    free(tokens);
     return written;
 }
 
 static const char SPACE[] = " \n\t\r"; // what words stand between
 
 // One word a row, one column a step size.
-static void print_table(FILE *out, Style style, const Experiment *e, char *const *texts) {
-    const char *at[MAX_STEP_SIZES];
-    const int n = e->n_etas;
-    for (int i = 0; i < n; i++) {
-        char eta[32];
-        at[i] = texts[i];
-        print_cell(out, style, eta, snprintf(eta, sizeof eta, "%g", e->eta[i]), !i, i + 1 == n);
+static void print_table(Table *table, const Experiment *e, char *const *texts) {
+    const char *at[MAX_STEP_SIZES]; // where each text goes on
+    for (int i = 0; i < e->n_sizes; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "%g", e->step_sizes[i]);
+        print_cell(table, name, strlen(name));
+        at[i] = texts[i] + strspn(texts[i], SPACE);
     }
-    for (int i = 0; style.markdown && i < n; i++) fputs(i + 1 < n ? "|---" : "|---|\n", out);
-    for (;;) {
+    end_heading(table);
+    for (;;) { // row by row, until the longest text is used up
         bool more = false;
-        for (int i = 0; i < n; i++) more |= at[i][strspn(at[i], SPACE)] != '\0';
-        if (!more) break;
-        for (int i = 0; i < n; i++) {
+        for (int i = 0; i < e->n_sizes; i++)
+            more = more || *at[i];
+        if (!more)
+            break;
+        for (int i = 0; i < e->n_sizes; i++) { // a text that is used up gives empty cells
+            int n = (int)strcspn(at[i], SPACE);
+            print_cell(table, at[i], n);
+            at[i] += n;
             at[i] += strspn(at[i], SPACE);
-            const int n_word = (int)strcspn(at[i], SPACE);
-            print_cell(out, style, at[i], n_word, !i, i + 1 == n);
-            at[i] += n_word;
         }
+        end_row(table);
     }
 }
 
-static void print_loss(double loss) {
-    if (isfinite(loss)) printf(" %12.4f", loss);
-    else printf(" %12s", "not finite");
+// The table as wide as the terminal, or 100 characters where there is none.
+static void show_table(const Experiment *e, char *const *texts) {
+    struct winsize window;
+    int width = 100; // for a pipe, which has no width
+    if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) && window.ws_col)
+        width = window.ws_col;
+    width = min(width / e->n_sizes, 16); // of a column: few words are longer
+    Table table = {.to = stdout, .width = width < 6 ? 6 : width};
+    printf("\nAfter one step of each size, \"%s\" goes on like this:\n\n", e->prompt);
+    print_table(&table, e, texts);
 }
 
-// Plasticity against stability: what the lesson gained, and what everything else paid for it.
-static void print_after(SteppedRun *t, const Experiment *e, double norm2) {
-    const Model *m = t->step->model;
-    char *whole = resize(NULL, (ptrdiff_t)(strlen(e->lesson) + strlen(e->rest)) + 1, 1);
-    sprintf(whole, "%s%s", e->lesson, e->rest);
+// The table as a file, if one is wanted.
+static void save_table(Output *output, const Experiment *e, char *const *texts) {
+    Table table = {.to = output->to};
+    if (!output->path)
+        return;
+    table.markdown = ends_with(output->path, ".md");
+    print_table(&table, e, texts);
+    output_close(output);
+}
+
+// A loss in a column of its own. Ruin may well be infinite.
+static void print_loss(double loss) {
+    if (isfinite(loss))
+        printf(" %12.4f", loss);
+    else
+        printf(" %12s", "not finite");
+}
+
+// The mean of losses[from] to losses[to - 1], a dash if there are none.
+static void print_mean(const double *losses, int from, int to) {
+    if (from < to)
+        print_loss(mean_loss(losses, from, to));
+    else
+        printf(" %12s", "-");
+}
+
+// Plasticity against stability: what the lesson gained, and what everything
+// else paid for it. norm2 is |g|²: if the loss were a straight line, a step
+// would lower it by step_size * |g|². Losses are sober ones, but with doses
+// that line begins at the drugged one.
+static void print_after(Stepped *t, const Experiment *e, double norm2) {
+    const Model *m = t->run.model;
+    size_t n_bytes = strlen(e->lesson) + strlen(e->sequel);
+    char *whole = resize(NULL, n_bytes + 1, 1);
+    sprintf(whole, "%s%s", e->lesson, e->sequel);
     int n_lesson, n_whole, n_other;
-    int *lesson = encode(m, e->lesson, strlen(e->lesson), true, &n_lesson);
-    int *passage = encode(m, whole, strlen(whole), true, &n_whole);
-    int *other = encode(m, e->other, strlen(e->other), true, &n_other);
-    if (n_whole > m->config.seq_len) n_whole = m->config.seq_len;
-    if (n_other > m->config.seq_len) n_other = m->config.seq_len;
-    printf("\nAfter the step, losses in nats a token:\n\n    %-10s %12s %12s %12s %12s\n",
-           "step size", "lesson", "first order", "its sequel", "other text");
-    for (int i = 0; i < e->n_etas; i++) {
-        double parts[2], others[2];
-        const float eta = (float)e->eta[i];
-        text_loss(t, eta, passage, n_whole, e->last_only ? n_lesson - 1 : 1, n_lesson, parts);
-        text_loss(t, eta, other, n_other, 1, n_other, others);
-        printf("    %-10g", e->eta[i]);
-        print_loss(parts[0]);
-        print_loss(t->step->loss - e->eta[i] * norm2);
-        if (parts[1] < 0) printf(" %12s", "-");
-        else print_loss(parts[1]);
-        print_loss(others[0]);
+    // The lesson's tokens are only counted: that is where the sequel
+    // begins.
+    int *lesson = tokens_of(m, e->lesson, &n_lesson);
+    int *passage = tokens_of(m, whole, &n_whole);
+    int *other = tokens_of(m, e->other, &n_other);
+    // What goes beyond the context is not measured. The last token is not read.
+    n_whole = min(n_whole, m->config.seq_len + 1);
+    n_other = min(n_other, m->config.seq_len + 1);
+    double *of_passage = resize(NULL, n_whole, sizeof *of_passage);
+    double *of_other = resize(NULL, n_other, sizeof *of_other);
+    // Both texts are read anew with each step size.
+    printf("\nAfter the step, losses in nats a token:\n\n");
+    printf("    %-10s %12s %12s %12s %12s\n", "step size", "lesson", "first order", "its sequel",
+           "other text");
+    for (int i = 0; i < e->n_sizes; i++) {
+        float step_size = (float)e->step_sizes[i];
+        token_losses(t, step_size, passage, n_whole, of_passage);
+        token_losses(t, step_size, other, n_other, of_other);
+        printf("    %-10g", e->step_sizes[i]);
+        int first = e->counting ? n_lesson - 1 : 1; // LAST_ONLY, or all
+        // the lesson, as far as it counted; the straight line; what
+        // follows; all else
+        print_mean(of_passage, first, min(n_lesson, n_whole));
+        print_loss(t->step->loss - e->step_sizes[i] * norm2);
+        print_mean(of_passage, n_lesson, n_whole);
+        print_mean(of_other, 1, n_other);
         puts("");
     }
     free(whole);
     free(lesson);
     free(passage);
     free(other);
+    free(of_passage);
+    free(of_other);
+}
+
+// What a prompt (n) that says where we are does to the untouched model.
+static void print_cure(Stepped *t, const Experiment *e, const int *prompt, int n) {
+    Experiment untouched = {.n_sizes = 1, .n_new = e->n_new}; // of step size 0
+    char **text = write_columns(t, &untouched, prompt, n); // a table of one column
+    printf("\nThe other cure, without any step:\n\n%s\n", *text);
+    free(*text);
+    free(text);
+}
+
+// Writes the model with the step taken, if that is wanted. What lies
+// between the tensors is copied, and these pass through a few rows at a
+// time, so there is never a second model in memory.
+static void write_stepped(const Step *s, float step_size, Output *output) {
+    enum { ROWS = 64 };
+    const Model *m = s->model;
+    const char *done = m->file; // up to here the file is written
+    int layer, which, n_out, n_in;
+    if (!output->path)
+        return;
+    for (int i = 0; tensor_at(&m->config, i, &layer, &which); i++) {
+        tensor_shape(&m->config, which, &n_out, &n_in);
+        const float *w = m->layers[layer].w[which];
+        fwrite(done, 1, (const char *)w - done, output->to); // header, pieces, padding
+        float *rows = resize(NULL, (ptrdiff_t)ROWS * n_in, sizeof *rows);
+        for (int r = 0; r < n_out; r += ROWS) {
+            int n_rows = min(n_out - r, ROWS);
+            ptrdiff_t size = (ptrdiff_t)n_rows * n_in;
+            memcpy(rows, w, size * sizeof *rows); // the mapped file must not change
+            add_gradient(s, rows, -step_size, layer, which, r, n_rows);
+            fwrite(rows, sizeof *rows, size, output->to);
+            w += size;
+        }
+        free(rows);
+        done = (const char *)w;
+    }
+    output_close(output);
 }
 
 /* ================================================================================================
- * 6  The command line
+ * 8  The command line
+ *
+ * Built like that of drugs: options about noise are read by the same
+ * function. Doses make the lesson a drugged one; the gradient then goes
+ * back through the very same glitches, as if they were part of the model.
  */
 static const char STEP_USAGE[] =
     "usage: train_step <model.bin> [options]\n"
     "  -l <text>    the lesson, or @file (To be, or not to be, that is the question:)\n"
     "  -i <text>    prompt (To be)\n"
-    "  -e <etas>    step sizes (0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1)\n"
+    "  -e <sizes>   step sizes (0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1)\n"
     "  -n <tokens>  how many to write (64)\n"
     "  -x <which>   predictions that count in the loss: all (default) or last\n"
     "  -g <text>    how the lesson goes on, or @file: measured, not taught (the soliloquy);\n"
     "               begin it with a space or a new line, as it follows the lesson\n"
     "  -f <file>    other text, measured too (a built-in paragraph)\n"
     "  -y <text>    the other cure: a prompt for the untouched model (Here is one of ...)\n"
-    "  -t <file>    the whole table as CSV, or as Markdown if it ends in .md\n"
-    "  -o <file>    the stepped model, for one step size\n"
+    "  -t <file>    the whole table as .csv or .md\n"
+    "  -o <file>    the stepped model, a .bin, for one step size\n"
     "  -H -Q -K -V -A <theta>, -d, -w, -r, -s  doses for the lesson, as in drugs\n"
     "  -h           this help\n";
 
+// What is taught if nothing else is asked for, and how it goes on (Hamlet,
+// act 3).
 static const char PHRASE[] = "To be, or not to be, that is the question:";
 static const char SEQUEL[] =
     "\nWhether 'tis nobler in the mind to suffer\n"
@@ -789,157 +1548,274 @@ static const char SEQUEL[] =
     "The heart-ache and the thousand natural shocks\nThat flesh is heir to: 'tis a consummation\n"
     "Devoutly to be wish'd. To die, to sleep;\nTo sleep, perchance to dream. Ay, there's the rub,\n"
     "For in that sleep of death what dreams may come.";
+// What the lesson should leave alone.
 static const char OTHER[] =
     "You need to be able to set clear goals. You must make a good plan if you want to earn more "
     "money. It is important to listen to your customers. You should keep your promises, too. The "
     "weather is nice today, so we can walk in the park. I like to drink a cup of tea in the "
     "morning.";
 
-// The whole of a file, with a zero behind it. The caller frees it.
-static char *read_file(char option, const char *path) {
-    FILE *f = fopen(path, "rb");
-    char *all = NULL;
-    size_t n = 0, got = 1;
-    for (; f && got; n += got) {
-        all = resize(all, (ptrdiff_t)n + 65537, 1);
-        got = fread(all + n, 1, 65536, f);
+// The whole of a file that an option names, as a string: everything up to a
+// zero byte, which getdelim takes for the end of a line.
+static const char *read_file(int option, const char *path) {
+    FILE *file = fopen(path, "rb");
+    char *text = NULL;
+    size_t size = 0;
+    if (file)
+        getdelim(&text, &size, '\0', file);
+    if (!file || ferror(file))
+        die(1, "-%c: %s cannot be read: %s", option, path, strerror(errno));
+    fclose(file);
+    return text ? text : "";
+}
+
+// A text as it is given, or from a file if it begins with @.
+static const char *text_or_file(int option, const char *value) {
+    return *value == '@' ? read_file(option, value + 1) : value;
+}
+
+// Reads step sizes, separated by commas.
+static void parse_step_sizes(Experiment *e, const char *list) {
+    char *copy = strdup(list); // in which commas become ends of strings
+    if (!copy)
+        die(1, "out of memory");
+    e->n_sizes = 0; // what was the default, or said before, is forgotten
+    for (char *one = copy, *next; one; one = next) {
+        next = strchr(one, ',');
+        if (next)
+            *next++ = '\0';
+        if (e->n_sizes == MAX_STEP_SIZES)
+            die(2, "-e takes at most %d step sizes", MAX_STEP_SIZES);
+        e->step_sizes[e->n_sizes++] = number('e', "step sizes like 0,1e-3", one, 0, 1000);
     }
-    if (!f || ferror(f)) die(1, "-%c: %s cannot be read: %s", option, path, strerror(errno));
-    fclose(f);
-    all[n] = '\0';
-    return all;
+    free(copy);
 }
 
-static void parse_experiment(Experiment *e, int argc, char **argv) {
-    const char *etas = "0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1", *lesson = NULL, *rest = NULL;
-    char **doses = resize(NULL, argc + 1, sizeof *doses); // what drugs knows how to read
-    int n_doses = 2;
-    doses[0] = argv[0];
-    doses[1] = argv[1];
-    *e = (Experiment){.prompt = "To be", .other = OTHER, .n_new = 64,
-                      .cure = "Here is one of Shakespeare's more famous works: To be"};
-    for (int i = 2; i < argc; i++) {
-        const char *flag = argv[i], *text = argv[i + 1]; // argv ends with a NULL
-        if (!strcmp(flag, "-h")) help(STEP_USAGE, 2, &argv[i - 1]);
-        if (flag[0] != '-' || !flag[1] || flag[2] || !strchr("lienxgfytoHQKVAdwrs", flag[1]))
-            die(2, "'%s' is not an option; train_step -h lists them", flag);
-        if (!text) die(2, "%s needs a value; train_step -h lists them", flag);
-        i++;
-        switch (flag[1]) {
-        case 'l': lesson = text; break;
-        case 'i': e->prompt = text; break;
-        case 'e': etas = text; break;
-        case 'n': e->n_new = (int)number('n', "a number of tokens", text, 1, 1 << 20, true); break;
-        case 'g': rest = text; break;
-        case 'f': e->other = read_file('f', text); break;
-        case 'y': e->cure = text; break;
-        case 't': e->table = text; break;
-        case 'o': e->out = text; break;
-        case 'x':
-            e->last_only = !strcmp(text, "last");
-            if (!e->last_only && strcmp(text, "all"))
-                die(2, "-x takes all or last, got '%s'", text);
-            break;
-        default:
-            doses[n_doses++] = argv[i - 1];
-            doses[n_doses++] = argv[i];
-        }
+// Takes an option that is not about noise.
+static void take_option(Experiment *e, int letter, const char *value) {
+    switch (letter) {
+    case 'l':
+        e->lesson = text_or_file('l', value);
+        break;
+    case 'i':
+        e->prompt = value;
+        break;
+    case 'e':
+        parse_step_sizes(e, value);
+        break;
+    case 'n':
+        e->n_new = whole_number('n', "a number of tokens", value, 1, 1 << 20);
+        break;
+    case 'x':
+        if (strcmp(value, "last") && strcmp(value, "all"))
+            die(2, "-x takes all or last, got '%s'", value);
+        e->counting = strcmp(value, "last") ? 0 : LAST_ONLY;
+        break;
+    case 'g':
+        e->sequel = text_or_file('g', value);
+        break;
+    case 'f':
+        e->other = read_file('f', value);
+        break;
+    case 'y':
+        e->cure = value;
+        break;
+    case 't':
+        e->table_path = value;
+        break;
+    case 'o':
+        e->model_path = value;
+        break;
     }
-    parse_options(&e->doses, n_doses, doses);
-    free(doses);
-    e->rest = rest ? *rest == '@' ? read_file('g', rest + 1) : rest : lesson ? "" : SEQUEL;
-    e->lesson = !lesson ? PHRASE : *lesson == '@' ? read_file('l', lesson + 1) : lesson;
-
-    const char *at = etas;
-    do { // a list of numbers
-        char one[32];
-        const int n = (int)strcspn(at, ",");
-        if (n >= (int)sizeof one) die(2, "-e: '%.*s' is too long for a number", n, at);
-        sprintf(one, "%.*s", n, at);
-        if (e->n_etas == MAX_STEP_SIZES) die(2, "-e takes at most %d step sizes", MAX_STEP_SIZES);
-        e->eta[e->n_etas++] = number('e', "step sizes like 0,1e-3", one, 0, 1000, false);
-        at += n;
-    } while (*at++);
-    if (e->out && e->n_etas != 1) die(2, "-o writes one model, so -e must be one step size");
 }
 
-// The table, on the terminal and in a file if one is wanted.
-static void show_table(const Experiment *e, char *const *texts) {
-    struct winsize window = {0};
-    const bool known = !ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) && window.ws_col;
-    const int each = (known ? window.ws_col : 100) / e->n_etas;
-    const Style terminal = {each < 6 ? 6 : each > 16 ? 16 : each, false};
-    printf("\nAfter one step of each size, \"%s\" goes on like this:\n\n", e->prompt);
-    print_table(stdout, terminal, e, texts);
-    if (!e->table) return;
-    const char *ending = strrchr(e->table, '.');
-    Output out = output_open(e->table);
-    print_table(out.to, (Style){0, ending && !strcmp(ending, ".md")}, e, texts);
-    output_close(&out);
+static Experiment parse_experiment(int argc, char **argv) {
+    Experiment e = {
+        .prompt = "To be",
+        .cure = "Here is one of Shakespeare's more famous works: To be",
+        .other = OTHER,
+        .n_new = 64,
+        .noise = NO_NOISE_OPTIONS,
+    };
+    int letter;
+    parse_step_sizes(&e, "0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1");
+    optind = 2; // behind the model
+    while ((letter = next_option(argc, argv, ":hl:i:e:n:x:g:f:y:t:o:" NOISE_OPTIONS,
+                                 STEP_USAGE)) >= 0)
+        if (!take_noise_option(&e.noise, letter, optarg))
+            take_option(&e, letter, optarg);
+    give_shape(&e.noise);
+    if (!e.sequel) // a lesson of one's own has no sequel unless one is given
+        e.sequel = e.lesson ? "" : SEQUEL;
+    if (!e.lesson) // unless it was given
+        e.lesson = PHRASE;
+    if (e.model_path && e.n_sizes != 1)
+        die(2, "-o writes one model, so -e must be one step size");
+    return e;
 }
 
-// What a prompt that says where we are does to the untouched model.
-static void show_other_cure(SteppedRun *run, const Experiment *e) {
+// The tokens of a prompt that an option gave. The caller frees them.
+static int *read_prompt(const Model *m, int option, const char *text, int *n) {
+    int *prompt = tokens_of(m, text, n);
+    if (*n < 1 || *n >= m->config.seq_len)
+        die(1, "-%c has %d tokens, it needs 1 to %d for this model", option, *n,
+            m->config.seq_len - 1);
+    return prompt;
+}
+
+// Teaches the lesson: everything that the step needs to know.
+static void teach(Step *s, const Model *m, const Experiment *e) {
     int n;
-    int *prompt = encode(run->step->model, e->cure, strlen(e->cure), true, &n);
-    if (n < 1 || n >= run->step->model->config.seq_len)
-        die(1, "-y has %d tokens, too many for this model", n);
-    const Experiment untouched = {.eta = {0}, .n_etas = 1, .n_new = e->n_new};
-    char **text = write_columns(run, &untouched, prompt, n);
-    printf("\nThe other cure, without any step:\n\n%s\n", *text);
-    free(*text);
-    free(text);
-    free(prompt);
+    int *lesson = tokens_of(m, e->lesson, &n);
+    if (!*e->lesson || n < 2)
+        die(1, "-l: a lesson needs two tokens, one to predict the other");
+    if (n - 1 > m->config.seq_len) // the last token is only predicted, not read
+        die(1, "-l has %d tokens, the model's context only %d", n, m->config.seq_len);
+    Noise noise = noise_of(&e->noise, m);
+    Sequence sequence = sequence_new(noise);
+    step_init(s, m, n - 1); // a lesson of n tokens is n - 1 predictions
+    step_add(s, &sequence, lesson, n, DRUGGED | e->counting);
+    step_take(s);
+    if (!isfinite(s->loss)) // then no number that follows would mean anything
+        die(1, "the loss of the lesson is not finite; is the model in order?");
+    sequence_free(m, &sequence);
+    free((float *)noise.theta);
+    free(lesson);
 }
 
+#ifndef TRAIN_STEP_LIBRARY
 int main(int argc, char **argv) {
-    Model model;
-    Experiment e;
     program = "train_step";
-    help(STEP_USAGE, argc, argv);
-    parse_experiment(&e, argc, argv);
-    if (!model_open(&model, argv[1])) die(1, "%s: %s", argv[1], model.error);
+    if (argc < 2 || !strcmp(argv[1], "-h"))
+        show_help(STEP_USAGE, argc > 1);
+    Experiment e = parse_experiment(argc, argv);
+    // First whatever can fail without any work: the files to be written,
+    // the model to be read.
+    Output table_file = output_open('t', e.table_path, ".csv .md", argv[1]);
+    Output model_file = output_open('o', e.model_path, ".bin", argv[1]);
+    Model model;
+    if (!model_open(&model, argv[1]))
+        die(1, "%s: %s", argv[1], model.error);
+    int n_prompt, n_cure;
+    int *prompt = read_prompt(&model, 'i', e.prompt, &n_prompt);
+    int *cure = NULL;
+    if (*e.cure) // "": none is wanted
+        cure = read_prompt(&model, 'y', e.cure, &n_cure);
 
-    const int context = model.config.seq_len;
-    int n_lesson, n_prompt;
-    int *lesson = encode(&model, e.lesson, strlen(e.lesson), true, &n_lesson);
-    int *prompt = encode(&model, e.prompt, strlen(e.prompt), true, &n_prompt);
-    if (!*e.lesson || n_lesson < 2)
-        die(1, "-l: a lesson needs two tokens, one to predict the other");
-    if (n_lesson - 1 > context)
-        die(1, "-l has %d tokens, the model's context only %d", n_lesson, context);
-    if (n_prompt < 1 || n_prompt >= context)
-        die(1, "-i has %d tokens, it needs 1 to %d for this model", n_prompt, context - 1);
-
-    float *theta = resize(NULL, model.config.n_layers * N_SITES, sizeof *theta);
-    dose_layers(theta, e.doses.doses, model.config.n_layers);
-    e.doses.noise.theta = theta;
-    Sequence sequence = sequence_new(e.doses.noise);
+    // Then the lesson, and what became of the model.
     Step step;
-    step_init(&step, &model, n_lesson, n_lesson);
-    step_add(&step, &sequence, lesson, n_lesson, true, e.last_only);
-    step_take(&step);
-    sequence_free(&model, &sequence);
-    if (!isfinite(step.loss))
-        die(1, "the loss of the lesson is not finite; is the model in order?");
-    const double norm2 = print_before(&step);
-
-    SteppedRun run;
-    stepped_init(&run, &step, MEASURE_ROWS);
-    char **texts = write_columns(&run, &e, prompt, n_prompt);
+    Stepped stepped;
+    teach(&step, &model, &e);
+    stepped_init(&stepped, &step, MEASURE_ROWS);
+    print_lesson(&step);
+    double norm2 = print_gradient(&step);
+    char **texts = write_columns(&stepped, &e, prompt, n_prompt);
     show_table(&e, texts);
-    print_after(&run, &e, norm2);
-    if (*e.cure) show_other_cure(&run, &e);
-    if (e.out) write_stepped(&step, (float)e.eta[0], e.out);
-    if (ferror(stdout) || fflush(stdout)) die(1, "standard output cannot be written; disk full?");
+    save_table(&table_file, &e, texts);
+    print_after(&stepped, &e, norm2);
+    if (cure)
+        print_cure(&stepped, &e, cure, n_cure);
+    write_stepped(&step, e.step_sizes[0], &model_file);
+    if (ferror(stdout) || fflush(stdout))
+        die(1, "standard output cannot be written; disk full?");
 
-    for (int i = 0; i < e.n_etas; i++) free(texts[i]);
+    for (int i = 0; i < e.n_sizes; i++)
+        free(texts[i]);
     free(texts);
-    free(lesson);
     free(prompt);
-    free(theta);
-    stepped_free(&run);
+    free(cure);
+    stepped_free(&stepped);
     step_free(&step);
     model_close(&model);
     return 0;
+}
+#endif
+
+/* ================================================================================================
+ * 9  Inside the maths
+ *
+ * matmul in drugs.c goes along the rows of a matrix. Going back through a
+ * matrix (dX += dY W) and forming a gradient (dW = dYᵀ X) go across: rows
+ * of b are weighted and added up. The same matrix a is read as it stands or
+ * the other way round, which is why it has two strides.
+ *
+ *                        columns of b and out
+ *                   | strip | strip | strip | strip |     a thread takes a strip
+ *       block of    |-------|                             and a block of its rows of b, which stays
+ *       rows of b   |  32   |                             in the cache while all rows of out use it
+ *                   |-------|
+ *
+ * Within a block the tile is 3 rows of out by 4 vecs: 12 sums in registers,
+ * and each vec of b that is loaded serves three of them. Whatever the tile,
+ * each number of out gets its terms in the order of k, one after the other.
+ * So its bits do not depend on the shapes.
+ */
+enum {
+    TILE_ROWS = 3, // with 4 vecs: 12 sums, and 4 vecs of b fill the 16 registers of AVX2
+    VECS = 4,
+    COLUMNS = VECS * LANES,
+    STRIP = 4 * COLUMNS,
+    BLOCK = 32,     // rows of b: with a strip of 128 columns 16 KB, half of a first-level cache
+    MANY_ROWS = 32, // of out
+};
+
+// out[r] += the sum over k of a[r][k] * b[k], for TILE_ROWS rows and
+// COLUMNS columns.
+static void sum_tile(float *out,     // (TILE_ROWS, COLUMNS), rows out_stride apart
+                     ptrdiff_t out_stride,
+                     const float *a, // (TILE_ROWS, n_k)
+                     ptrdiff_t a_row, ptrdiff_t a_k,
+                     const float *b, // (n_k, COLUMNS), rows b_stride apart
+                     ptrdiff_t b_stride, int n_k) {
+    vec sum[TILE_ROWS][VECS]; // they begin with what is in out, and go back there
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int v = 0; v < VECS; v++)
+            sum[r][v] = *(const vec *)(out + r * out_stride + v * LANES);
+    for (int k = 0; k < n_k; k++)
+        for (int r = 0; r < TILE_ROWS; r++)
+            for (int v = 0; v < VECS; v++) {
+                vec part = *(const vec *)(b + k * b_stride + v * LANES);
+                sum[r][v] += a[r * a_row + k * a_k] * part;
+            }
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int v = 0; v < VECS; v++)
+            *(vec *)(out + r * out_stride + v * LANES) = sum[r][v];
+}
+
+// A block of n_k rows of b, and n of their columns, for all rows of out.
+static void add_block(float *out,     // (n_rows, n), rows n_cols apart
+                      const float *a, // (n_rows, n_k)
+                      ptrdiff_t a_row, ptrdiff_t a_k,
+                      const float *b, // (n_k, n), rows n_cols apart
+                      ptrdiff_t n_rows, int n_k, ptrdiff_t n_cols, int n) {
+    float packed[BLOCK * COLUMNS];
+    ptrdiff_t stride = n_cols;
+    ptrdiff_t r = 0;
+    // Rows that lie a power of two apart push each other out of the cache.
+    // Where they are used by many rows of out, it pays to put them together
+    // first.
+    if (n_rows > MANY_ROWS && n == COLUMNS) {
+        for (int k = 0; k < n_k; k++)
+            memcpy(packed + k * COLUMNS, b + k * n_cols, COLUMNS * sizeof *b);
+        b = packed;
+        stride = COLUMNS;
+    }
+    if (n == COLUMNS)
+        for (; r + TILE_ROWS <= n_rows; r += TILE_ROWS)
+            sum_tile(out + r * n_cols, n_cols, a + r * a_row, a_row, a_k, b, stride, n_k);
+    for (; r < n_rows; r++) // what fills no tile
+        for (int k = 0; k < n_k; k++)
+            add_scaled(out + r * n_cols, a[r * a_row + k * a_k], b + k * stride, n);
+}
+
+static void add_product(float *out,
+                        const float *a, ptrdiff_t a_row, ptrdiff_t a_k,
+                        const float *b,
+                        ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols) {
+#pragma omp parallel for schedule(static) if (n_rows * n_k * n_cols > WORTH_THREADS)
+    for (ptrdiff_t first = 0; first < n_cols; first += STRIP)
+        for (ptrdiff_t k = 0; k < n_k; k += BLOCK)
+            for (ptrdiff_t c = first; c < min(first + STRIP, n_cols); c += COLUMNS)
+                add_block(out + c, a + k * a_k, a_row, a_k, b + k * n_cols + c, n_rows,
+                          min(n_k - k, BLOCK), n_cols, min(n_cols - c, COLUMNS));
 }

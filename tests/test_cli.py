@@ -47,6 +47,14 @@ class Case(unittest.TestCase):
 
 
 class TestGenerate(Case):
+    def test_a_sober_model_always_says_the_same(self):
+        self.assertEqual(self.text("-n", "10"),
+                         b"To be a successful business owner, you need to manage your\n")
+
+    def test_a_drugged_model_says_something_else(self):
+        self.assertNotEqual(self.text("-n", "48", "-V", ".7"), self.text("-n", "48"))
+        self.assertEqual(self.text("-n", "48", "-V", ".7"), self.text("-n", "48", "-V", ".7"))
+
     def test_text_and_figures(self):
         done = self.good("-i", "To be", "-n", "5")
         self.assertTrue(done.out.startswith(b"To be"), done.out)
@@ -76,6 +84,12 @@ class TestGenerate(Case):
         self.assertEqual(self.text("-s", "1"), self.text("-s", "2"))
         self.assertEqual(self.text("-t", "1", "-p", "0"), self.text())
 
+    def test_unprotected(self):
+        def text(*more):
+            return self.good("-i", "To be, or not to be, that is the question:", "-n", "20",
+                             "-V", "1.5", *more).out
+        self.assertNotEqual(text("-u"), text())
+
     def test_no_dose_is_sober(self):
         zeros = [word for site in "HQKVA" for word in ("-" + site, "0")]
         sober = self.text()
@@ -101,6 +115,7 @@ class TestGenerate(Case):
             done = self.good("-i", "To be", "-n", "60", *arguments)
             return int(re.search(r"(\d+) cold shower", done.err).group(1))
         self.assertEqual(showers("-V", ".7", "-c", "10"), 5)
+        self.assertEqual(showers("-V", ".7", "-c", "7"), 8)     # the 59 tokens that are read
         self.assertEqual(showers("-V", ".7", "-c", "0"), 0)
         self.assertEqual(showers("-c", "10"), 0)            # nothing to wash off
         self.assertNotEqual(self.text("-H", ".7", "-c", "1"), self.text("-H", ".7", "-c", "0"))
@@ -117,6 +132,7 @@ class TestChat(Case):
         self.assertEqual((one.out.count(b"\n"), two.out.count(b"\n")), (1, 2))
         self.assertTrue(two.out.startswith(one.out))
         self.assertIn("wrote 10 ", two.err)
+        self.assertNotRegex(two.out, rb"(?m)^ ")            # no space in front of an answer
         # Nothing is said by empty lines, nor by how lines end.
         for said in b"\nhello\n\n\nand you?", b"hello\r\nand you?\r\n\r\n":
             self.assertEqual(self.chat(said=said).out, two.out, said)
@@ -160,6 +176,15 @@ class TestErrors(Case):
         none = run()
         self.assertEqual((none.status, none.out, none.err), (2, b"", done.out.decode()))
 
+    def test_the_help_names_every_option(self):
+        help_text = run("-h").out.decode()
+        for option in "inmyHQKVAdwsructph":
+            self.assertRegex(help_text, r"(?m)^  .*-%s\b" % option)
+
+    def test_the_model_comes_first(self):
+        for first in "-n", "--help", "-", "--":
+            self.bad(2, first, MODEL, words=["the model file comes first"])
+
     def test_bad_options(self):
         shapes = ("@", ".3@", ".3@ceil", ".3@ceil:", ".3@round:0=1", ".3@ceil:0", ".3@ceil:0=",
                   ".3@ceil:=1", ".3@ceil:0=1;1=0", ".3@ceil:0=-1", ".3@ceil:nan=1", ".3@ceil:0=inf",
@@ -169,7 +194,7 @@ class TestErrors(Case):
             "-n": numbers + ("1.5", "268435457"), "-c": numbers + ("1.5", "268435457"),
             "-s": numbers + ("1.5", "9007199254740994"), "-t": numbers + ("1001",),
             "-p": numbers + ("1.1",), "-d": numbers + ("1.1",), "-w": numbers + ("1.1",),
-            "-m": ("talk", "", "Chat"), "-r": ("gauss", "", "centered")}
+            "-m": ("talk", "", "Chat", "trip", "explore", "probe"), "-r": ("gauss", "", "centered")}
         for site in "HQKVA":
             table["-" + site] = numbers + ("1001",) + shapes
         for option, values in table.items():
@@ -180,8 +205,31 @@ class TestErrors(Case):
             self.bad(2, MODEL, option, words=[option, "needs a value"])
         for option in "-i", "-y":
             self.bad(2, MODEL, option, words=[option, "needs a value"])
-        for option in "-z", "-", "--", "-nn", "--help", "-n5", "word", "":
-            self.bad(2, MODEL, option, "5", words=[option])
+
+    def test_what_is_no_option(self):
+        for word in "-z", "-o", "-k", "-", "word", "":
+            self.bad(2, MODEL, word, words=["'%s' is not an option" % word])
+            self.bad(2, MODEL, word, "5", words=["is not an option"])
+            self.bad(2, MODEL, "-n", "5", word, words=["'%s' is not an option" % word])
+        self.bad(2, MODEL, "--", "5", words=["'5' is not an option"])
+        self.bad(2, MODEL, "--", "-n", "5", words=["'-n' is not an option"])
+        self.bad(2, MODEL, "--help", words=["is not an option"])
+        self.bad(2, MODEL, "-uz", words=["'-z' is not an option"])
+        self.bad(2, MODEL, "two\nlines", words=["'two lines' is not an option"])
+
+    def test_options_may_be_written_together(self):
+        want = self.text("-n", "5", "-V", ".7", "-u")
+        self.assertEqual(self.text("-n5", "-V.7", "-u"), want)
+        self.assertEqual(self.text("-un5", "-V", ".7"), want)
+        self.bad(2, MODEL, "-nn", words=["-n", "'n'"])
+
+    def test_a_value_may_look_like_an_option(self):
+        self.assertEqual(self.good("-i", "-n", "-n", "1").out[:2], b"-n")
+        self.assertEqual(self.good("-i", "--", "-n", "1").out[:2], b"--")
+        self.bad(2, MODEL, "-n", "-i", words=["-n", "'-i'"])
+
+    def test_the_last_of_two_counts(self):
+        self.assertEqual(self.text("-n", "5", "-n", "7"), self.text("-n", "7"))
 
     def test_good_values(self):
         for option, values in {"-s": ("0", "9007199254740992"), "-t": ("0", "1000"),
@@ -192,14 +240,14 @@ class TestErrors(Case):
             for value in values:
                 self.good("-i", "To be", "-n", "2", option, value)
 
-    def test_an_output_that_no_experiment_writes(self):
+    def test_no_output_is_written(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model.bin")
             with open(path, "wb") as stream:
                 stream.write(b"precious")
-            for mode in "generate", "trip", "explore", "probe":
+            for mode in "generate", "chat":
                 self.bad(2, MODEL, "-m", mode, "-V", ".3", "-i", "To be, or not to be", "-o", path,
-                         words=["-o"])
+                         words=["'-o' is not an option"])
             with open(path, "rb") as stream:
                 self.assertEqual(stream.read(), b"precious")
 
@@ -217,6 +265,9 @@ class TestErrors(Case):
 
     def test_a_prompt_that_does_not_fit(self):
         self.bad(1, MODEL, "-i", "x y " * 9999, words=["-i", str(CONTEXT)])
+        just_fits = "To" + " be" * (CONTEXT - 2)            # and a BOS in front
+        self.assertRegex(self.good("-i", just_fits).err, r"read %d .* wrote 1 " % CONTEXT)
+        self.bad(1, MODEL, "-i", just_fits + " be", words=["-i", str(CONTEXT + 1)])
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
     def test_a_full_disk(self):

@@ -6,178 +6,358 @@
  */
 #include "testing.h"
 #include "golden.h"
+#include <criterion/redirect.h>
 
 enum { N = N_TOKENS, MOST_VOCAB = 320 };
+static const char *const FAMILIES[] = {
+    [FAMILY_CENTRED] = "centred",
+    [FAMILY_UPSTREAM] = "upstream",
+};
+_Static_assert(N_DOSED == N_GOLDEN_SITES + 2, "golden.h: a site each, all, all and upstream");
+
+// ---- what it is for
+
+// "To be, or not to be" is seven tokens for the small model of this repository, and one in front
+// that begins a text. It knows these words with a space before them.
+Test(hamlet, this_prompt_gives_these_tokens) {
+    const char *const prompt = "To be, or not to be";
+    const char *const pieces[] = {"<s>", " To", " be", ",", " or", " not", " to", " be"};
+    const int numbers[] = {1, 422, 333, 269, 667, 678, 304, 333};
+    Model model;
+    int n;
+    cr_assert(model_open(&model, "tests/hamlet.bin"), "%s", model.error);
+    int *tokens = tokens_of(&model, prompt, &n);
+    cr_assert_eq(n, 8);
+    for (int i = 0; i < n; i++) {
+        const Piece *piece = &model.tokenizer.pieces[tokens[i]];
+        cr_assert_eq(tokens[i], numbers[i], "token %d is %d", i, tokens[i]);
+        cr_assert_eq(piece->length, (int)strlen(pieces[i]), "token %d", i);
+        cr_assert(!memcmp(piece->bytes, pieces[i], (size_t)piece->length), "token %d", i);
+    }
+    free(tokens);
+    model_close(&model);
+}
+
+// The model reads "To be". Ten times the token with the largest logit is written, and is read in
+// its turn. The text that this gives is always the same one.
+Test(hamlet, this_prompt_is_continued_like_this) {
+    Model model;
+    Run run;
+    Sequence sequence = sequence_new((Noise){0});
+    char *text;
+    size_t n_text;
+    Printer printer = {.to = open_memstream(&text, &n_text), .at_start = true};
+    cr_assert(model_open(&model, "tests/hamlet.bin"), "%s", model.error);
+    run_init(&run, &model, 8, 1);
+
+    const int to_be[] = {1, 422, 333};
+    const float *logits = feed(&run, &sequence, to_be, 3, WANTS_LOGITS);
+    for (int i = 0; i < 10; i++) {
+        int next = argmax(logits, model.config.vocab_size);
+        print_token(&printer, &model.tokenizer, next);
+        logits = feed(&run, &sequence, &next, 1, WANTS_LOGITS);
+    }
+    fclose(printer.to);
+    cr_assert_str_eq(text, "a successful business owner, you need to manage your");
+    cr_assert_eq(sequence.length, 3 + 10);
+
+    free(text);
+    sequence_free(&model, &sequence);
+    run_free(&run);
+    model_close(&model);
+}
+
+// ---- what the tests below share
 
 // Reads n tokens more, in blocks, drugged if the sequence has doses. logits: (n, vocab_size).
 static void read_on(Bench *b, Sequence *s, const int *tokens, int n, int block, float *logits) {
     const size_t vocab_size = (size_t)b->model.config.vocab_size;
     for (int done = 0; done < n;) {
-        Row rows[64];
-        int n_rows = n - done < block ? n - done : block;
-        for (int r = 0; r < n_rows; r++)
-            rows[r] = (Row){tokens[done + r], s->length + r, s, s->noise.theta, true, NULL};
-        forward(&b->model, &b->run, rows, n_rows);
-        for (int r = 0; r < n_rows; r++)
-            memcpy(logits + (size_t)(done + r) * vocab_size, rows[r].logits, vocab_size * 4);
+        const int most = min(n - done, block);
+        const int n_rows = read_block(&b->run, s, tokens + done, most, DRUGGED | ALL_LOGITS);
+        for (int r = 0; r < n_rows; r++) {
+            memcpy(logits, b->run.block[r].logits, vocab_size * sizeof *logits);
+            logits += vocab_size;
+        }
         done += n_rows;
     }
 }
 
-static bool same(const float *a, const float *b, size_t n) { return !memcmp(a, b, n * sizeof *a); }
+static bool same(const float *a, const float *b, size_t n) {
+    return !memcmp(a, b, n * sizeof *a);
+}
 
 static bool same_cache(const Bench *b, const Sequence *x, const Sequence *y) {
     const size_t n = (size_t)x->length * (size_t)b->model.config.kv_dim;
-    bool ok = x->length == y->length;
-    for (int l = 0; ok && l < b->model.config.n_layers; l++)
-        ok = same(x->k[l], y->k[l], n) && same(x->v[l], y->v[l], n);
-    return ok;
+    if (x->length != y->length || memcmp(x->tokens, y->tokens, x->length * sizeof *x->tokens))
+        return false;
+    for (int l = 0; l < b->model.config.n_layers; l++)
+        if (!same(x->k[l], y->k[l], n) || !same(x->v[l], y->v[l], n))
+            return false;
+    return true;
 }
 
 // ---- the forward pass against an independent reference
 
-static void check_rows(const Bench *b, const float *logits, const GoldenRow *golden, int first,
-                       int n_rows, int dosed) {
-    const int n = b->model.config.vocab_size;
-    for (int r = first; r < first + n_rows; r++, golden++) {
-        const float *z = logits + (size_t)r * (size_t)n;
-        double max = 0, worst = 0, squares = 0;
-        for (int t = 0; t < n; t++) {
-            max = fmax(max, fabs((double)z[t]));
-            squares += (double)z[t] * (double)z[t];
-        }
-        for (int j = 0; j < N_ENTRIES; j++) {
-            double value = (double)z[(37 * r + 53 * j + 11) % n];
-            worst = fmax(worst, fabs(value - golden->entry[j]) / max);
-        }
-        worst = fmax(worst, fabs(sqrt(squares) / golden->norm - 1));
-        cr_assert(worst < 1e-5, "noise %d row %d: %g", dosed, r, worst); // observed 9e-7
+// What golden.h says about a model.
+typedef struct {
+    const char *name;
+    const FileHeader *header;
+    const int *tokens;
+    const GoldenRow *sober;
+    const GoldenRow (*drugged)[N_DRUGGED]; // (N_DOSED) each site alone, all, all and upstream
+    double loss, loss_all;                 // sober, and with all sites dosed
+} Golden;
+static const Golden GOLDEN[] = {
+    {"G", &G, G_TOKENS, G_SOBER, G_DRUGGED, G_LOSS, G_LOSS_ALL},
+    {"M", &M, M_TOKENS, M_SOBER, M_DRUGGED, M_LOSS, M_LOSS_ALL},
+};
+enum { N_GOLDEN = 2 };
+
+// How far the logits of row r are from a golden row: in its entries, and in its norm.
+static double row_error(const float *logits, int n, int r, const GoldenRow *golden) {
+    double largest = 0;
+    double squares = 0;
+    double worst = 0;
+    for (int t = 0; t < n; t++) {
+        double logit = logits[t];
+        largest = fmax(largest, fabs(logit));
+        squares += logit * logit;
     }
+    for (int j = 0; j < N_ENTRIES; j++) {
+        double entry = logits[(37 * r + 53 * j + 11) % n];
+        worst = fmax(worst, fabs(entry - golden->entry[j]) / largest);
+    }
+    return fmax(worst, fabs(sqrt(squares) / golden->norm - 1));
 }
 
-static void check_model(FileHeader h, const int *tokens, const GoldenRow *sober,
-                        const GoldenRow (*drugged)[N_DRUGGED], double loss, double loss_drugged) {
+// -log(probability) of the tokens from the second on, on average.
+static double mean_surprise(const float *logits, int n_vocab, const int *tokens) {
+    double total = 0;
+    for (int r = 0; r < N - 1; r++) {
+        const float *row = logits + r * n_vocab;
+        double sum = 0;
+        for (int t = 0; t < n_vocab; t++)
+            sum += exp((double)row[t]);
+        total += log(sum) - (double)row[tokens[r + 1]];
+    }
+    return total / (N - 1);
+}
+
+// Reads the text with noise at these sites. Logits must be those of golden.h: the sober ones, but
+// from position 6 on those of `drugged`, if it is not NULL. want_loss: NAN if none is known.
+static void check_logits(const Golden *golden, int sites, int family, const GoldenRow *drugged,
+                         double want_loss) {
     static float logits[N * MOST_VOCAB];
-    for (int i = -1; i < N_DOSED; i++) {
-        Bench b;
-        bench_open(&b, h, N);
-        Noise noise = {0};
-        if (i >= 0) noise = noise_of(&b, i < N_SITES ? 1 << i : ALL_SITES, i == N_DOSED - 1);
-        Sequence s = sequence_new(noise);
-        read_on(&b, &s, tokens, N, N, logits);
-        check_rows(&b, logits, sober, 0, i < 0 ? N : SINK, i);
-        if (i >= 0) check_rows(&b, logits, drugged[i], SINK, N_DRUGGED, i);
+    const int n_vocab = golden->header->vocab_size;
+    Bench b;
+    bench_open(&b, *golden->header, N);
+    Noise noise = bench_noise(&b, sites, family);
+    Sequence s = sequence_new(drugged ? noise : (Noise){0});
+    read_on(&b, &s, golden->tokens, N, N, logits);
+    for (int r = 0; r < N; r++) {
+        const bool turned = drugged && r >= 6;
+        const GoldenRow *want = turned ? &drugged[r - 6] : &golden->sober[r];
+        double error = row_error(logits + r * n_vocab, n_vocab, r, want);
+        cr_assert(error < 1e-5, "model %s, %s noise at %s, row %d: %g", golden->name,
+                  FAMILIES[family], site_letters(sites), r, error); // observed 9e-7
+    }
+    double loss = mean_surprise(logits, n_vocab, golden->tokens);
+    double loss_error = isnan(want_loss) ? 0 : fabs(loss / want_loss - 1);
+    cr_assert(loss_error < 1e-6, "model %s, noise at %s: a loss of %.9g, must be %.9g",
+              golden->name, site_letters(sites), loss, want_loss); // 6e-8
+    sequence_free(&b.model, &s);
+    bench_close(&b);
+}
 
-        double surprise = 0; // mean cross-entropy, for the sober model and for all five sites
-        for (int r = 0; r < N - 1; r++) {
-            const float *z = logits + r * b.model.config.vocab_size;
-            double sum = 0;
-            for (int t = 0; t < b.model.config.vocab_size; t++) sum += exp((double)z[t]);
-            surprise += (log(sum) - (double)z[tokens[r + 1]]) / (N - 1);
-        }
-        double want = i < 0 ? loss : i == N_SITES ? loss_drugged : surprise;
-        cr_assert(fabs(surprise / want - 1) < 1e-6, "loss %g, %g", surprise, want); // 6e-8
-        sequence_free(&b.model, &s);
-        bench_close(&b);
+// Logits and loss are those of an independent float64 implementation, with grouped queries and a
+// shared classifier (G), and with a window and odd sizes (M): sober, ...
+Test(forward, agrees_with_the_reference) {
+    for (int i = 0; i < N_GOLDEN; i++)
+        check_logits(&GOLDEN[i], 0, FAMILY_CENTRED, NULL, GOLDEN[i].loss);
+}
+
+// ... with noise at one site, ...
+Test(forward, agrees_with_the_reference_at_each_site) {
+    for (int i = 0; i < N_GOLDEN; i++)
+        for (int site = 0; site < N_GOLDEN_SITES; site++)
+            check_logits(&GOLDEN[i], 1 << site, FAMILY_CENTRED, GOLDEN[i].drugged[site], NAN);
+}
+
+// ... and at all five.
+Test(forward, agrees_with_the_reference_at_all_sites) {
+    for (int i = 0; i < N_GOLDEN; i++) {
+        const Golden *golden = &GOLDEN[i];
+        const GoldenRow *centred = golden->drugged[N_GOLDEN_SITES];
+        const GoldenRow *upstream = golden->drugged[N_GOLDEN_SITES + 1];
+        check_logits(golden, GOLDEN_SITES, FAMILY_CENTRED, centred, golden->loss_all);
+        check_logits(golden, GOLDEN_SITES, FAMILY_UPSTREAM, upstream, NAN);
     }
 }
 
-// Logits and loss are those of an independent float64 implementation, sober and under each noise,
-// with grouped queries and a shared classifier, and with a window and odd sizes.
-Test(forward, agrees_with_the_reference) {
-    check_model(G, G_TOKENS, G_SOBER, G_DRUGGED, G_LOSS, G_LOSS_ALL);
-    check_model(M, M_TOKENS, M_SOBER, M_DRUGGED, M_LOSS, M_LOSS_ALL);
+// The number of keys that a query at a position sees, and the position of the first of them.
+static void expect_keys(FileHeader header, int position, int first, int n_keys) {
+    float scratch[128];
+    Bench b;
+    bench_open(&b, header, N);
+    Sequence s = sequence_new((Noise){0});
+    feed(&b.run, &s, G_TOKENS, 1, 0);
+    sequence_reserve(&b.model, &s, position + 1);
+    const Row row = {.position = position, .sequence = &s};
+    b.run.rows = &row;
+    const Head head = head_of(&b.run, 0, 0, 1, scratch);
+    cr_assert_eq(head.first, first, "at %d: the first is %d", position, head.first);
+    cr_assert_eq(head.n_keys, n_keys, "at %d: %d keys", position, head.n_keys);
+    sequence_free(&b.model, &s);
+    bench_close(&b);
+}
+
+// A query sees its own key and those before it, and none behind it. In a window of five it sees
+// itself and four more.
+Test(forward, a_query_sees_what_was_before_it) {
+    expect_keys(G, 0, 0, 1);
+    expect_keys(G, 7, 0, 8);
+    expect_keys(M, 0, 0, 1);
+    expect_keys(M, 4, 0, 5);
+    expect_keys(M, 5, 1, 5);
+    expect_keys(M, 20, 16, 5);
 }
 
 // ---- the bitwise promise
 
+// Reads a text in blocks of this many rows, and checks that all is as it was in `a`, which read it
+// token by token with these logits.
+static void check_block(Bench *b, const Sequence *a, const float *one_by_one, int block) {
+    static float logits[N * MOST_VOCAB];
+    Sequence s = sequence_new(a->noise);
+    read_on(b, &s, a->tokens, N, block, logits);
+    cr_assert(same(logits, one_by_one, N * (size_t)b->model.config.vocab_size),
+              "blocks of %d: other logits", block);
+    cr_assert(same_cache(b, a, &s), "blocks of %d: another cache", block);
+    sequence_free(&b->model, &s);
+}
+
 // However a text is cut into blocks, logits and caches are the same to the last bit; also when the
 // activations of all layers are kept, as training does.
+static void check_blocks(const Golden *golden, int sites) {
+    static float one_by_one[N * MOST_VOCAB];
+    Bench b;
+    bench_open(&b, *golden->header, N);
+    const Config *c = &b.model.config;
+    Sequence a = sequence_new(bench_noise(&b, sites, FAMILY_CENTRED));
+    read_on(&b, &a, golden->tokens, N, 1, one_by_one);
+    for (int block = 2; block <= 9; block++)
+        check_block(&b, &a, one_by_one, block);
+    check_block(&b, &a, one_by_one, N);
+
+    const size_t n_state = (size_t)(N * c->dim);
+    float *state = resize(NULL, (ptrdiff_t)n_state, sizeof *state);
+    memcpy(state, last_state(&b.run, 0), n_state * sizeof *state);
+    run_free(&b.run);
+    run_init(&b.run, &b.model, N, c->n_layers + 1);
+    check_block(&b, &a, one_by_one, N);
+    cr_assert(same(last_state(&b.run, 0), state, n_state), "what left the layers");
+    for (int l = 0; l < c->n_layers; l++) // each layer has its own slot
+        cr_assert(same(b.run.slots[l].k, a.k[l], N * (size_t)c->kv_dim), "slot of layer %d", l);
+    free(state);
+    sequence_free(&b.model, &a);
+    bench_close(&b);
+}
+
 Test(bitwise, blocks_of_every_size) {
-    static float one_by_one[N * MOST_VOCAB], logits[N * MOST_VOCAB];
-    for (int i = 0; i < 4; i++) { // both models, sober and with all sites dosed
-        const int *tokens = i % 2 ? M_TOKENS : G_TOKENS;
-        Bench b;
-        bench_open(&b, i % 2 ? M : G, N);
-        Noise noise = noise_of(&b, i < 2 ? 0 : ALL_SITES, FAMILY_CENTRED);
-        Sequence a = sequence_new(noise);
-        read_on(&b, &a, tokens, N, 1, one_by_one);
-        for (int block = 2; block <= N; block += block < 9 ? 1 : N - 9) {
-            if (block == N) {
-                run_free(&b.run);
-                run_init(&b.run, &b.model, N, b.model.config.n_layers + 1);
-            }
-            Sequence s = sequence_new(noise);
-            read_on(&b, &s, tokens, N, block, logits);
-            cr_assert(same(logits, one_by_one, N * (size_t)b.model.config.vocab_size), "%d", block);
-            cr_assert(same_cache(&b, &a, &s), "%d", block);
-            const size_t n_cache = N * (size_t)b.model.config.kv_dim;
-            for (int l = 0; l < b.model.config.n_layers && block == N; l++)
-                cr_assert(same(b.run.slots[l].k, s.k[l], n_cache)); // each layer has its own slot
-            sequence_free(&b.model, &s);
-        }
-        sequence_free(&b.model, &a);
-        bench_close(&b);
+    for (int i = 0; i < N_GOLDEN; i++) {
+        check_blocks(&GOLDEN[i], 0);
+        check_blocks(&GOLDEN[i], ALL_SITES);
     }
 }
 
 // A sequence does not notice seven others in its rows, which began earlier or later, have other
-// tokens and seeds, and are sober in part.
-Test(bitwise, beside_seven_other_sequences) {
+// tokens and seeds, and are sober in part. Sequence k joins in at step k; ours is number 3.
+static void check_beside_others(const Golden *golden, int sites) {
+    enum { N_SEQUENCES = 8, OURS = 3, MUTE = 1 };
     static float alone[N * MOST_VOCAB];
-    for (int i = 0; i < 4; i++) {
-        const int *tokens = i % 2 ? M_TOKENS : G_TOKENS;
-        Bench b;
-        bench_open(&b, i % 2 ? M : G, N);
-        const size_t vocab_size = (size_t)b.model.config.vocab_size;
-        Noise noise = noise_of(&b, i < 2 ? 0 : ALL_SITES, FAMILY_CENTRED);
-        Noise other = noise_of(&b, ALL_SITES - 1, FAMILY_UPSTREAM);
-        Sequence a = sequence_new(noise), s[8];
-        read_on(&b, &a, tokens, N, N, alone);
-        for (int k = 0; k < 8; k++) {
-            s[k] = sequence_new(k == 3 ? noise : other);
-            s[k].noise.seed += k == 3 ? 0 : (uint64_t)k;
-        }
-        for (int step = 0; step < N + 3; step++) { // sequence k joins in at step k
-            Row rows[8];
-            int n_rows = 0, mine = -1;
-            for (int k = 0; k < 8 && k <= step; k++) {
-                int token = (tokens[step % N] * 7 + k) % (int)vocab_size;
-                if (k == 3) token = tokens[mine = step - 3], mine = n_rows;
-                rows[n_rows++] = (Row){token, step - k, &s[k], k == 3 || k % 2, k != 1, NULL};
-            }
-            forward(&b.model, &b.run, rows, n_rows);
-            const float *want = alone + (size_t)(step - 3) * vocab_size;
-            if (mine >= 0) cr_assert(same(rows[mine].logits, want, vocab_size), "step %d", step);
-            cr_assert(step < 1 || !rows[1].logits); // it did not ask for any
-        }
-        cr_assert(same_cache(&b, &a, &s[3]));
-        for (int k = 0; k < 8; k++) sequence_free(&b.model, &s[k]);
-        sequence_free(&b.model, &a);
-        bench_close(&b);
+    const int *tokens = golden->tokens;
+    Bench b;
+    bench_open(&b, *golden->header, N);
+    const int vocab_size = b.model.config.vocab_size;
+    const Noise noise = bench_noise(&b, sites, FAMILY_CENTRED);
+    const Noise other = bench_noise(&b, ALL_SITES & ~(1 << SITE_H), FAMILY_UPSTREAM);
+    Sequence a = sequence_new(noise);
+    Sequence s[N_SEQUENCES];
+    read_on(&b, &a, tokens, N, N, alone);
+    for (int k = 0; k < N_SEQUENCES; k++) {
+        s[k] = sequence_new(k == OURS ? noise : other);
+        if (k != OURS)
+            s[k].noise.seed += (uint64_t)k;
     }
+    for (int step = 0; step < N + OURS; step++) {
+        Row rows[N_SEQUENCES];
+        const int n_rows = min(step + 1, N_SEQUENCES);
+        for (int k = 0; k < n_rows; k++) {
+            const int other_token = (tokens[step % N] * 7 + k) % vocab_size;
+            rows[k] = (Row){
+                .token = k == OURS ? tokens[step - OURS] : other_token,
+                .position = step - k,
+                .sequence = &s[k],
+                .drugged = k % 2, // ours is
+                .wants_logits = k != MUTE,
+            };
+        }
+        forward(&b.run, rows, n_rows);
+        if (step >= OURS) {
+            const float *want = alone + (step - OURS) * vocab_size;
+            cr_assert(same(rows[OURS].logits, want, (size_t)vocab_size), "step %d", step);
+        }
+        if (step >= MUTE)
+            cr_assert_null(rows[MUTE].logits, "it did not ask for any");
+    }
+    cr_assert(same_cache(&b, &a, &s[OURS]));
+    for (int k = 0; k < N_SEQUENCES; k++)
+        sequence_free(&b.model, &s[k]);
+    sequence_free(&b.model, &a);
+    bench_close(&b);
+}
+
+Test(bitwise, beside_seven_other_sequences) {
+    for (int i = 0; i < N_GOLDEN; i++) {
+        check_beside_others(&GOLDEN[i], 0);
+        check_beside_others(&GOLDEN[i], ALL_SITES);
+    }
+}
+
+static void set_threads(int n) {
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#else
+    (void)n;
+#endif
 }
 
 // One thread or five, one row or a block large enough to be shared out: the same bits.
 Test(bitwise, any_number_of_threads) {
-    static float one_by_one[64 * MOST_VOCAB], logits[64 * MOST_VOCAB];
-    int tokens[64];
+    enum { ROWS = 64 };
+    static float one_by_one[ROWS * MOST_VOCAB];
+    static float logits[ROWS * MOST_VOCAB];
+    const int threads[] = {1, 2, 5};
+    const int sites[] = {0, ALL_SITES};
+    int tokens[ROWS];
     Bench b;
-    bench_open(&b, BIG, 64);
+    bench_open(&b, BIG, ROWS);
     const Config *c = &b.model.config;
-    for (int i = 0; i < 64; i++) tokens[i] = (i * 29 + 7) % c->vocab_size;
-    cr_assert(64 * c->q_dim * 64 > WORTH_THREADS); // or threads would stay asleep
-    for (int drugged = 0; drugged < 2; drugged++) {
-        Sequence a = sequence_new(noise_of(&b, drugged ? ALL_SITES : 0, FAMILY_CENTRED));
-        read_on(&b, &a, tokens, 64, 1, one_by_one);
-        for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < ROWS; i++)
+        tokens[i] = (i * 29 + 7) % c->vocab_size;
+    cr_assert(64 * c->q_dim * ROWS > WORTH_THREADS); // or threads would stay asleep
+    for (int i = 0; i < 2; i++) {
+        Sequence a = sequence_new(bench_noise(&b, sites[i], FAMILY_CENTRED));
+        read_on(&b, &a, tokens, ROWS, 1, one_by_one);
+        for (int j = 0; j < 3; j++) {
             Sequence s = sequence_new(a.noise);
-#ifdef _OPENMP
-            omp_set_num_threads((int[]){1, 2, 5}[i]);
-#endif
-            read_on(&b, &s, tokens, 64, 64, logits);
-            cr_assert(same(logits, one_by_one, 64 * (size_t)c->vocab_size));
-            cr_assert(same_cache(&b, &a, &s));
+            set_threads(threads[j]);
+            read_on(&b, &s, tokens, ROWS, ROWS, logits);
+            cr_assert(same(logits, one_by_one, (size_t)(ROWS * c->vocab_size)),
+                      "noise at %s, %d threads", site_letters(sites[i]), threads[j]);
+            cr_assert(same_cache(&b, &a, &s), "noise at %s, %d threads", site_letters(sites[i]),
+                      threads[j]);
             sequence_free(&b.model, &s);
         }
         sequence_free(&b.model, &a);
@@ -187,57 +367,157 @@ Test(bitwise, any_number_of_threads) {
 
 // ---- the maths
 
-// The kernel's sums are right for every remainder of 8 floats, 4 rows and 4 outputs, and each
-// element has the bits that it has alone.
-Test(maths, kernel) {
-    const int ins[] = {1, 2, 3, 7, 8, 9, 15, 16, 31, 52, 64, 129};
-    const int outs[] = {1, 2, 3, 4, 5, 7, 8, 13};
-    for (int i = 0; i < 12 * 8 * 10; i++) {
-        int n_in = ins[i % 12], n_out = outs[i / 12 % 8], n_rows = i / 96 + 1;
-        float *x = resize(NULL, n_rows * n_in, sizeof *x);
-        float *w = resize(NULL, n_out * n_in, sizeof *w);
-        float *y = resize(NULL, n_rows * n_out, sizeof *y), alone[13], single;
-        for (int j = 0; j < n_rows * n_in; j++) x[j] = unit(1, (uint64_t)j) - .5f;
-        for (int j = 0; j < n_out * n_in; j++) w[j] = unit(2, (uint64_t)j) - .5f;
-        matmul(y, x, w, n_rows, n_in, n_out);
-        for (int r = 0; r < n_rows; r++) {
-            dots(alone, x + r * n_in, w, (size_t)n_in, n_in, n_out);
-            cr_assert(same(alone, y + r * n_out, (size_t)n_out), "%d %d %d", n_rows, n_in, n_out);
-            for (int o = 0; o < n_out; o++) {
-                double sum = 0, size = 0;
-                for (int j = 0; j < n_in; j++) {
-                    double product = (double)x[r * n_in + j] * (double)w[o * n_in + j];
-                    sum += product;
-                    size += fabs(product);
-                }
-                double error = fabs((double)y[r * n_out + o] - sum) / size;
-                cr_assert(error < 1e-6, "%d %d %d: %g", n_rows, n_in, n_out, error); // 1e-7
-                dots(&single, x + r * n_in, w + o * n_in, 0, n_in, 1);
-                cr_assert(same(&single, &alone[o], 1));
-            }
+// n numbers from -.5 to .5; the caller frees them.
+static float *some_numbers(uint64_t stream, int n) {
+    float *x = resize(NULL, n, sizeof *x);
+    for (int i = 0; i < n; i++)
+        x[i] = unit(stream, (uint64_t)i) - .5f;
+    return x;
+}
+
+// The error of a . b (n), relative to the sum of what was added, without signs.
+static double dot_error(float result, const float *a, const float *b, int n) {
+    double sum = 0;
+    double size = 0;
+    for (int i = 0; i < n; i++) {
+        double product = (double)a[i] * (double)b[i];
+        sum += product;
+        size += fabs(product);
+    }
+    return fabs((double)result - sum) / size;
+}
+
+// A product is right, and each element has the bits that it has alone.
+static void check_product(int n_rows, int n_in, int n_out) {
+    float *x = some_numbers(1, n_rows * n_in);
+    float *w = some_numbers(2, n_out * n_in);
+    float *y = resize(NULL, n_rows * n_out, sizeof *y);
+    float *row_alone = resize(NULL, n_out, sizeof *row_alone);
+    matmul(y, x, w, n_rows, n_in, n_out);
+    for (int r = 0; r < n_rows; r++) {
+        const float *x_row = x + r * n_in;
+        const float *y_row = y + r * n_out;
+        dots(row_alone, x_row, w, n_in, n_in, n_out);
+        cr_assert(same(row_alone, y_row, (size_t)n_out), "%d x %d x %d", n_rows, n_in, n_out);
+        for (int o = 0; o < n_out; o++) {
+            const float *w_row = w + o * n_in;
+            double error = dot_error(y_row[o], x_row, w_row, n_in);
+            cr_assert(error < 1e-6, "%d x %d x %d: %g", n_rows, n_in, n_out, error); // 1e-7
+            float alone = dot(x_row, w_row, n_in);
+            cr_assert(same(&alone, &y_row[o], 1), "%d x %d x %d", n_rows, n_in, n_out);
         }
-        free(x);
-        free(w);
-        free(y);
+    }
+    free(x);
+    free(w);
+    free(y);
+    free(row_alone);
+}
+
+// The kernel's sums are right for every remainder of 8 floats, 4 rows and 4 outputs.
+Test(maths, kernel) {
+    const int n_in[] = {1, 2, 3, 7, 8, 9, 15, 16, 31, 52, 64, 129};
+    const int n_out[] = {1, 2, 3, 4, 5, 7, 8, 13};
+    for (int n_rows = 1; n_rows <= 10; n_rows++)
+        for (int i = 0; i < 12; i++)
+            for (int o = 0; o < 8; o++)
+                check_product(n_rows, n_in[i], n_out[o]);
+}
+
+// The order of a sum is the documented one: number i goes to partial sum i mod 8; then 4 and 4 of
+// these are added, 2 and 2, 1 and 1.
+Test(maths, order_of_a_sum) {
+    for (int n = 1; n <= 100; n++) {
+        float *a = some_numbers(5, n);
+        float *b = some_numbers(6, n);
+        float sum[8] = {0};
+        for (int i = 0; i < n; i++)
+            sum[i % 8] += a[i] * b[i];
+        for (int half = 4; half > 0; half /= 2)
+            for (int i = 0; i < half; i++)
+                sum[i] += sum[i + half];
+        float got = dot(a, b, n);
+        cr_assert(same(&got, sum, 1), "%d: %.9g, must be %.9g", n, (double)got, (double)sum[0]);
+        free(a);
+        free(b);
     }
 }
 
-// Softmax is right to single precision in every element, from the likeliest down to e^-60, at every
-// length, and does not mind numbers whose exp would overflow.
-Test(maths, softmax) {
-    float x[20], y[20];
-    for (int n = 1; n <= 20; n++) {
+// What works on all numbers of a vector leaves none out, and touches none behind them.
+Test(maths, every_length) {
+    enum { MOST = 20 };
+    for (int n = 1; n <= MOST; n++) {
+        float *x = some_numbers(3, MOST + 1);
+        float *y = some_numbers(4, MOST + 1);
+        float *result = some_numbers(4, MOST + 1);
         double sum = 0;
-        for (int i = 0; i < n; i++) {
-            x[i] = y[i] = 2000 - 120 * unit(1, (uint64_t)(20 * n + i));
-            sum += exp(((double)x[i] - 2000) / 2);
+        add_scaled(result, -3, x, n);
+        for (int i = 0; i <= MOST; i++) {
+            const float want = i < n ? y[i] + -3 * x[i] : y[i];
+            cr_assert_eq(result[i], want, "add_scaled: %d of %d", i, n);
         }
-        softmax(y, n, .5f);
+        for (int i = 0; i < n; i++)
+            sum += (double)x[i];
+        cr_assert_float_eq(sum_of(x, n), sum, 1e-5, "sum_of: %d", n); // 2e-7
+        free(x);
+        free(y);
+        free(result);
+    }
+}
+
+// exp over all that softmax and silu may ask for.
+Test(maths, exp) {
+    double worst = 0;
+    for (int i = -87 * 64; i <= 88 * 64; i++) {
+        const double x = i / 64.;
+        float y = (float)x;
+        exp_all(&y, 1);
+        worst = fmax(worst, fabs((double)y / exp(x) - 1));
+    }
+    cr_assert(worst < 2.4e-7, "%g", worst); // two units of the last digit; observed 1e-7
+    float limits[] = {-88, -1000, -INFINITY, 0};
+    exp_all(limits, 4);
+    cr_assert(limits[0] == 0 && limits[1] == 0 && limits[2] == 0);
+    cr_assert_eq(limits[3], 1);
+}
+
+// Softmax is right to single precision in every element, from the likeliest down to e^-60, at every
+// length, and does not mind numbers whose exp would overflow. It returns the log of the sum.
+Test(maths, softmax) {
+    enum { MOST = 20 };
+    const double scale = .5;
+    for (int n = 1; n <= MOST; n++) {
+        float x[MOST];
+        float y[MOST];
+        double sum = 0; // of e^(scale * (x - 2000))
         for (int i = 0; i < n; i++) {
-            double error = fabs((double)y[i] / (exp(((double)x[i] - 2000) / 2) / sum) - 1);
+            x[i] = 2000 - 120 * unit(1, (uint64_t)(20 * n + i));
+            y[i] = x[i];
+            sum += exp(scale * ((double)x[i] - 2000));
+        }
+        double log_sum = softmax(y, n, (float)scale);
+        for (int i = 0; i < n; i++) {
+            double want = exp(scale * ((double)x[i] - 2000)) / sum;
+            double error = fabs((double)y[i] / want - 1);
             cr_assert(error < 1e-5, "%d of %d: %g", i, n, error); // 2e-7
         }
+        cr_assert_float_eq(log_sum, log(sum) + scale * 2000, 1e-6, "%d: %.9g", n, log_sum);
     }
+}
+
+// RoPE's hands stand right far into a long text, where a float has too few digits for the angle.
+Test(maths, rope_far_away) {
+    const int position = 100000;
+    float cos_sin[8];
+    Bench b;
+    bench_open(&b, G, 1);
+    rope_angles(&b.model, position, cos_sin);
+    for (int pair = 0; pair < 4; pair++) {
+        const double angle = position * pow(10000, -pair / 4.);
+        const float *hand = cos_sin + 2 * pair;
+        cr_assert_float_eq(hand[0], cos(angle), 1e-6, "cosine %d: %g", pair, (double)hand[0]);
+        cr_assert_float_eq(hand[1], sin(angle), 1e-6, "sine %d: %g", pair, (double)hand[1]);
+    }
+    bench_close(&b);
 }
 
 // ---- the noise
@@ -245,101 +525,170 @@ Test(maths, softmax) {
 // The generator is the documented one: these values were computed from the description in Python;
 // the first two are well-known outputs of splitmix64.
 Test(noise, generator) {
-    const struct { uint64_t key; uint32_t j, bits; } draws[] = {
-        {0, 0, 0}, {0, 1, 0xc46310}, {1, 0, 0x6d3fa}, {1ull << 32, 0, 0xd35b8b}, {420, 1, 0x364567},
-        {0xdeadbeefcafef00d, 0, 0x8df90b}, {0xdeadbeefcafef00d, 4096, 0xdd5171},
-        {UINT64_MAX, UINT32_MAX, 0xba3e55}};
     cr_assert_eq(within(1234567, 0), 6457827717110365317u);
     cr_assert_eq(within(1234567, 1), 3203168211198807973u);
+
+    const struct {
+        uint64_t key;
+        uint32_t j, bits;
+    } draws[] = {
+        {0, 0, 0},
+        {0, 1, 0xc46310},
+        {1, 0, 0x6d3fa},
+        {1ull << 32, 0, 0xd35b8b},
+        {420, 1, 0x364567},
+        {0xdeadbeefcafef00d, 0, 0x8df90b},
+        {0xdeadbeefcafef00d, 4096, 0xdd5171},
+        {UINT64_MAX, UINT32_MAX, 0xba3e55},
+    };
     for (int i = 0; i < 8; i++)
         cr_assert_eq(uniform(draws[i].key, draws[i].j), (float)draws[i].bits * 0x1p-24f, "%d", i);
+
+    Model model = {.config.n_layers = 12};
     Sequence s = sequence_new((Noise){.seed = 420});
     Row row = {.position = 17, .sequence = &s};
-    cr_assert_eq(within(place_of(&row, SITE_K, 11, 3), 9), 0xd948a38d34ba32c3u);
+    const uint64_t query = place_of(&model, &row, SITE_K, 11, 3).key;
+    cr_assert_eq(within(query, 9), 0xd948a38d34ba32c3u); // as it reads the key at position 9
+}
+
+// A place has the dose of its site and layer, and none where the row is sober, where the sequence
+// is, or in the sink.
+Test(noise, the_dose_of_a_place) {
+    Bench b;
+    bench_open(&b, G, 1);
+    Sequence s = sequence_new(bench_noise(&b, ALL_SITES, FAMILY_UPSTREAM));
+    Sequence sober = sequence_new((Noise){0});
+    for (int site = 0; site < N_SITES; site++)
+        for (int layer = 0; layer < 3; layer++) {
+            const float dose = bench_dose(site, layer);
+            Row row = {.position = 6, .sequence = &s, .drugged = true};
+            Place place = place_of(&b.model, &row, site, layer, 0);
+            cr_assert_eq(place.theta, dose, "%c, layer %d: %g", SITES[site], layer, place.theta);
+            cr_assert_eq(place.family, FAMILY_UPSTREAM);
+            row.position = 5;
+            cr_assert_eq(place_of(&b.model, &row, site, layer, 0).theta, 0, "in the sink");
+            row = (Row){.position = 6, .sequence = &s};
+            cr_assert_eq(place_of(&b.model, &row, site, layer, 0).theta, 0, "a sober row");
+            row = (Row){.position = 6, .sequence = &sober, .drugged = true};
+            cr_assert_eq(place_of(&b.model, &row, site, layer, 0).theta, 0, "a sober sequence");
+        }
+    bench_close(&b);
 }
 
 static double dot_in_double(const float *a, const float *b, int n) {
     double sum = 0;
-    for (int i = 0; i < n; i++) sum += (double)a[i] * (double)b[i];
+    for (int i = 0; i < n; i++)
+        sum += (double)a[i] * (double)b[i];
     return sum;
 }
 
-// A glitch keeps the length of a vector and turns it by theta * U(0), half of theta on average.
+static double cosine(const float *a, const float *b, int n) {
+    double lengths = sqrt(dot_in_double(a, a, n) * dot_in_double(b, b, n));
+    return dot_in_double(a, b, n) / lengths;
+}
+
+// A glitch keeps the length of a vector and turns it by theta * U(0): by any angle from 0 to theta,
+// as often by each; and towards u, not away from it. turn() does the same in place.
 Test(noise, turns_by_the_angle_it_draws) {
+    enum { DRAWS = 20000 };
     const int sizes[] = {8, 10, 16, 64, 333};
-    double sum = 0, worst_length = 0, worst_angle = 0;
-    for (uint64_t i = 0; i < 20000; i++) {
+    const float thetas[] = {3.1f, .3f};
+    double sum = 0; // of angle / theta, and of its square
+    double squares = 0;
+    double worst_length = 0;
+    double worst_angle = 0;
+    for (uint64_t i = 0; i < DRAWS; i++) {
+        float x[333], u[333], r[333], turned[333];
         const int n = sizes[i % 5];
-        const float theta = i % 2 ? .3f : 3.1f;
-        const Noise noise = {.family = i % 4 < 2 ? FAMILY_CENTRED : FAMILY_UPSTREAM};
-        float x[333], u[333], r[333];
-        for (int j = 0; j < n; j++) x[j] = 8 * unit(i, (uint64_t)j) - 3;
-        Mix mix = glitch(&noise, mix64(i), theta, x, n, u);
-        for (int j = 0; j < n; j++) r[j] = x[j] * mix.x + u[j] * mix.u;
-        double xx = dot_in_double(x, x, n), rr = dot_in_double(r, r, n);
-        double angle = acos(fmin(1, dot_in_double(r, x, n) / sqrt(xx * rr)));
-        double drawn = (double)theta * (double)uniform(mix64(i), 0);
-        worst_length = fmax(worst_length, fabs(sqrt(rr / xx) - 1));
+        const float theta = thetas[i % 2];
+        const int family = i / 2 % 2 ? FAMILY_UPSTREAM : FAMILY_CENTRED;
+        const Place place = {scramble(i), theta, family};
+        for (int j = 0; j < n; j++)
+            x[j] = 8 * unit(i, (uint64_t)j) - 3;
+        Glitch glitch = draw_glitch(place, x, n, u);
+        for (int j = 0; j < n; j++)
+            r[j] = x[j] * glitch.x + u[j] * glitch.u;
+        double angle = acos(fmin(1, cosine(r, x, n)));
+        double drawn = (double)theta * (double)uniform(place.key, 0);
+        double stretch = sqrt(dot_in_double(r, r, n) / dot_in_double(x, x, n));
+        worst_length = fmax(worst_length, fabs(stretch - 1));
         // acos is steep near 1: an error e of the cosine is one of e / sin(a) in the angle
         worst_angle = fmax(worst_angle, fabs(angle - drawn) * sin(drawn));
         sum += angle / (double)theta;
+        squares += pow(angle / (double)theta, 2);
+        cr_assert(glitch.u >= 0, "away from u: %g", glitch.u);
+        memcpy(turned, x, sizeof x);
+        turn(place, turned, n, u);
+        cr_assert(same(turned, r, (size_t)n), "turn()");
     }
     cr_assert(worst_length < 1e-5, "%g", worst_length); // observed 5e-7
     cr_assert(worst_angle < 1e-5, "%g", worst_angle);   // 3e-7
-    cr_assert_float_eq(sum / 20000, .5, .01);           // scatters by .002
+    cr_assert_float_eq(sum / DRAWS, .5, .01);           // scatters by .002
+    cr_assert_float_eq(squares / DRAWS, 1. / 3, .01);   // as for any number uniform in [0, 1)
 }
 
 // Centred directions prefer none. The original's lean towards (1, ..., 1): they have a cosine of
 // sqrt(3)/2 with it and .75 with each other.
-Test(noise, families) {
+static void check_family(int family, double want_with_ones, double want_with_last) {
     enum { DIM = 256, DRAWS = 2000 };
-    const float ones[DIM] = {[0 ... DIM - 1] = 1};
-    for (int family = 0; family < 2; family++) {
-        float u[2][DIM], x[DIM];
-        double with_ones = 0, with_last = 0;
-        memcpy(x, ones, sizeof x);
-        for (uint64_t i = 0; i < DRAWS; i++) {
-            float *now_u = u[i % 2], *last = u[(i + 1) % 2];
-            glitch(&(Noise){.family = family}, mix64(i), 1, x, DIM, now_u);
-            double uu = dot_in_double(now_u, now_u, DIM);
-            with_ones += dot_in_double(now_u, ones, DIM) / sqrt(uu * DIM) / DRAWS;
-            if (i) with_last += dot_in_double(now_u, last, DIM)
-                              / sqrt(uu * dot_in_double(last, last, DIM)) / (DRAWS - 1);
-        }
-        // one draw scatters by .06 or less, so the mean of 2000 by .0014
-        cr_assert_float_eq(with_ones, family ? sqrt(.75) : 0, .006, "%g", with_ones);
-        cr_assert_float_eq(with_last, family ? .75 : 0, .006, "%g", with_last);
+    float ones[DIM], u[DIM], last[DIM];
+    double with_ones = 0;
+    double with_last = 0;
+    for (int i = 0; i < DIM; i++)
+        ones[i] = 1;
+    for (uint64_t i = 0; i < DRAWS; i++) {
+        draw_glitch((Place){scramble(i), 1, family}, ones, DIM, u);
+        with_ones += cosine(u, ones, DIM) / DRAWS;
+        if (i)
+            with_last += cosine(u, last, DIM) / (DRAWS - 1);
+        memcpy(last, u, sizeof u);
     }
+    // one draw scatters by .06 or less, so the mean of 2000 by .0014
+    cr_assert_float_eq(with_ones, want_with_ones, .006, "%s: %g", FAMILIES[family], with_ones);
+    cr_assert_float_eq(with_last, want_with_last, .006, "%s: %g", FAMILIES[family], with_last);
 }
 
-// A vector of zeros has no direction to turn from, and stays.
+Test(noise, families) {
+    check_family(FAMILY_CENTRED, 0, 0);
+    check_family(FAMILY_UPSTREAM, sqrt(.75), .75);
+}
+
+// A vector of zeros has no direction to turn from, and stays. So does one that points where u does.
 Test(noise, zero_stays_zero) {
     float x[10] = {0}, u[10];
-    Mix mix = glitch(&(Noise){0}, 1, 1, x, 10, u);
-    cr_assert(mix.x == 1 && mix.u == 0);
+    Glitch glitch = draw_glitch((Place){1, 1, FAMILY_CENTRED}, x, 10, u);
+    cr_assert(glitch.x == 1 && glitch.u == 0, "x %g, u %g", glitch.x, glitch.u);
+    glitch = rotation((float[]){3, 0}, (float[]){2, 0}, 2, 1);
+    cr_assert(glitch.x == 1 && glitch.u == 0, "x %g, u %g", glitch.x, glitch.u);
+}
+
+// Reads n tokens soberly and with these angles: the bits must be the same.
+static void expect_no_noise(const float *theta, int n) {
+    static float sober[N * MOST_VOCAB], logits[N * MOST_VOCAB];
+    Bench b;
+    bench_open(&b, G, N);
+    Sequence a = sequence_new((Noise){0});
+    Sequence s = sequence_new((Noise){.theta = theta});
+    read_on(&b, &a, G_TOKENS, n, n, sober);
+    read_on(&b, &s, G_TOKENS, n, n, logits);
+    cr_assert(same(logits, sober, (size_t)(n * G.vocab_size)), "%d tokens: other logits", n);
+    cr_assert(same_cache(&b, &a, &s), "%d tokens: another cache", n);
+    feed(&b.run, &a, G_TOKENS, 8, DRUGGED); // drugged, but with nothing
+    cr_assert_eq(cold_shower(&b.run, &a), 0);
+    sequence_free(&b.model, &a);
+    sequence_free(&b.model, &s);
+    bench_close(&b);
 }
 
 // No dose, no change: with every theta 0 all bits are those of the sober model. The same holds for
 // the first six positions at any dose, because the attention sink is left alone.
 Test(noise, none_without_a_dose_or_in_the_sink) {
-    static float sober[N * MOST_VOCAB], logits[N * MOST_VOCAB];
-    Bench b;
-    bench_open(&b, G, N);
-    for (int i = 0; i < 2; i++) {
-        const int n = i ? SINK : N;
-        float theta[N_SITES * 3];
-        for (int j = 0; j < N_SITES * 3; j++) theta[j] = i ? 3 : 0;
-        Sequence a = sequence_new((Noise){0}), s = sequence_new((Noise){.theta = theta});
-        read_on(&b, &a, G_TOKENS, n, n, sober);
-        read_on(&b, &s, G_TOKENS, n, n, logits);
-        cr_assert(same(logits, sober, (size_t)(n * G.vocab_size)));
-        cr_assert(same_cache(&b, &a, &s));
-        feed(&b.model, &b.run, &a, G_TOKENS, 8, n, true, false); // drugged, but with nothing
-        cr_assert_eq(cold_shower(&b.model, &b.run, &a), 0);
-        sequence_free(&b.model, &a);
-        sequence_free(&b.model, &s);
-    }
-    bench_close(&b);
+    float nothing[N_SITES * 3] = {0};
+    float much[N_SITES * 3];
+    for (int i = 0; i < N_SITES * 3; i++)
+        much[i] = 3;
+    expect_no_noise(nothing, N);
+    expect_no_noise(much, 6);
 }
 
 // A glitch in layer 1 changes nothing before it. H enters the cache of its own layer; K and V are
@@ -348,22 +697,28 @@ Test(noise, each_site_changes_what_comes_after_it) {
     static float sober[N * MOST_VOCAB], logits[N * MOST_VOCAB];
     Bench b;
     bench_open(&b, G, N);
-    const size_t kv_dim = (size_t)b.model.config.kv_dim;
+    const ptrdiff_t kv_dim = b.model.config.kv_dim;
+    const size_t n = (size_t)kv_dim;
     Sequence a = sequence_new((Noise){0});
     read_on(&b, &a, G_TOKENS, N, N, sober);
     for (int site = 0; site < N_SITES; site++) {
+        const int first_changed = site == SITE_H ? 1 : 2; // layer
         float theta[N_SITES * 3] = {0};
         theta[site * 3 + 1] = .5f;
         Sequence s = sequence_new((Noise){.seed = SEED, .theta = theta});
         read_on(&b, &s, G_TOKENS, N, 4, logits);
-        for (size_t r = 0; r < N; r++) {
+        for (int r = 0; r < N; r++) {
+            const ptrdiff_t at = r * kv_dim;
             for (int l = 0; l < 3; l++) {
-                bool as_before = r < SINK || l < 1 || (l == 1 && site != SITE_H);
-                cr_assert_eq(same(s.k[l] + r * kv_dim, a.k[l] + r * kv_dim, kv_dim), as_before);
-                cr_assert_eq(same(s.v[l] + r * kv_dim, a.v[l] + r * kv_dim, kv_dim), as_before);
+                const bool untouched = r < 6 || l < first_changed;
+                cr_assert_eq(same(s.k[l] + at, a.k[l] + at, n), untouched,
+                             "noise at %c: key %d of layer %d", SITES[site], r, l);
+                cr_assert_eq(same(s.v[l] + at, a.v[l] + at, n), untouched,
+                             "noise at %c: value %d of layer %d", SITES[site], r, l);
             }
-            cr_assert_eq(same(logits + r * G.vocab_size, sober + r * G.vocab_size, G.vocab_size),
-                         r < SINK, "site %d row %zu", site, r);
+            const ptrdiff_t row = (ptrdiff_t)r * G.vocab_size;
+            cr_assert_eq(same(logits + row, sober + row, (size_t)G.vocab_size), r < 6,
+                         "noise at %c: logits of row %d", SITES[site], r);
         }
         sequence_free(&b.model, &s);
     }
@@ -371,88 +726,173 @@ Test(noise, each_site_changes_what_comes_after_it) {
     bench_close(&b);
 }
 
-// Writes n tokens behind a sober prompt, always the most probable one, as drugs does.
+// Writes n tokens behind a sober prompt, always the most probable one, as drugs does. logits: those
+// after the last one.
 static void write_on(Bench *b, Sequence *s, int n, int *tokens, float *logits) {
-    const float *z = feed(&b->model, &b->run, s, G_TOKENS, N, 0, false, true);
+    const int vocab_size = b->model.config.vocab_size;
+    const float *next = feed(&b->run, s, G_TOKENS, N, WANTS_LOGITS);
     for (int i = 0; i < n; i++) {
-        tokens[i] = argmax(z, b->model.config.vocab_size);
-        z = feed(&b->model, &b->run, s, &tokens[i], 1, s->length, true, true);
+        tokens[i] = argmax(next, vocab_size);
+        next = feed(&b->run, s, &tokens[i], 1, DRUGGED | WANTS_LOGITS);
     }
-    memcpy(logits, z, (size_t)b->model.config.vocab_size * sizeof *z);
+    memcpy(logits, next, (size_t)vocab_size * sizeof *next);
 }
 
 // The same seed writes the same text and ends with the same logits; another seed and the other
 // family do not.
 Test(noise, repeats_itself) {
-    static float logits[4][MOST_VOCAB];
-    int tokens[4][30];
+    enum { ONCE, AGAIN, OTHER_SEED, OTHER_FAMILY, N_TEXTS };
+    static float logits[N_TEXTS][MOST_VOCAB];
+    int tokens[N_TEXTS][30];
     Bench b;
     bench_open(&b, G, N);
-    for (int i = 0; i < 4; i++) {
-        Sequence s = sequence_new(noise_of(&b, ALL_SITES, FAMILY_CENTRED));
-        if (i == 2) s.noise.seed++;
-        if (i == 3) s.noise.family = FAMILY_UPSTREAM;
+    for (int i = 0; i < N_TEXTS; i++) {
+        Sequence s = sequence_new(bench_noise(&b, ALL_SITES, FAMILY_CENTRED));
+        if (i == OTHER_SEED)
+            s.noise.seed++;
+        if (i == OTHER_FAMILY)
+            s.noise.family = FAMILY_UPSTREAM;
         write_on(&b, &s, 30, tokens[i], logits[i]);
         sequence_free(&b.model, &s);
     }
-    cr_assert(!memcmp(tokens[0], tokens[1], sizeof *tokens));
-    cr_assert(same(logits[0], logits[1], G.vocab_size));
-    for (int i = 2; i < 4; i++) {
-        cr_assert(memcmp(tokens[0], tokens[i], sizeof *tokens), "%d", i);
-        cr_assert(tokens[0][0] == tokens[i][0]); // the first word is chosen by a sober row
+    cr_assert(!memcmp(tokens[ONCE], tokens[AGAIN], sizeof *tokens));
+    cr_assert(same(logits[ONCE], logits[AGAIN], G.vocab_size));
+    for (int i = OTHER_SEED; i < N_TEXTS; i++) {
+        cr_assert(memcmp(tokens[ONCE], tokens[i], sizeof *tokens), "text %d is the same", i);
+        // the first word is chosen by a sober row
+        cr_assert_eq(tokens[ONCE][0], tokens[i][0], "text %d begins otherwise", i);
     }
     bench_close(&b);
 }
 
 // ---- doses over the depth
 
-static void expect_layers(const Dose *d, int n_layers, int first, int last) {
+// At site V, layers first to last get the whole dose, all others none.
+static void expect_layers(const Dose *dose, int n_layers, int first, int last) {
     float theta[N_SITES * 60];
     Dose doses[N_SITES] = {{0}};
-    doses[SITE_V] = *d;
+    doses[SITE_V] = *dose;
     dose_layers(theta, doses, n_layers);
-    for (int i = 0; i < N_SITES * n_layers; i++) {
-        int l = i - SITE_V * n_layers;
-        cr_assert_eq(theta[i], l >= first && l <= last ? (float)d->theta : 0, "layer %d", l);
-    }
+    for (int site = 0; site < N_SITES; site++)
+        for (int layer = 0; layer < n_layers; layer++) {
+            const bool dosed = site == SITE_V && layer >= first && layer <= last;
+            const float want = dosed ? (float)dose->theta : 0;
+            const float got = theta[site * n_layers + layer];
+            cr_assert_eq(got, want, "%c, layer %d of %d: %g", SITES[site], layer, n_layers, got);
+        }
 }
 
 // The layers that upstream's documents name for depth .4 and two spreads.
 Test(doses, ceil_reaches_the_known_layers) {
-    Dose d = {.3, MODE_CEIL, 3, {{.4 - 5. / 32, 0}, {.4, 1}, {.4 + 5. / 32, 0}}};
-    expect_layers(&d, 32, 8, 17);
-    expect_layers(&d, 60, 15, 33);
-    d = (Dose){.3, MODE_CEIL, 3, {{.4 - .1, 0}, {.4, 1}, {.4 + .1, 0}}};
-    expect_layers(&d, 32, 10, 16);
-    d = (Dose){.theta = .3};
-    expect_layers(&d, 32, 0, 31);
+    Dose dose = {.3, MODE_CEIL, 3, {{.4 - 5. / 32, 0}, {.4, 1}, {.4 + 5. / 32, 0}}};
+    expect_layers(&dose, 32, 8, 17);
+    expect_layers(&dose, 60, 15, 33);
+    dose = (Dose){.3, MODE_CEIL, 3, {{.4 - .1, 0}, {.4, 1}, {.4 + .1, 0}}};
+    expect_layers(&dose, 32, 10, 16);
+    dose = (Dose){.theta = .3};
+    expect_layers(&dose, 32, 0, 31);
+}
+
+static void expect_dose(const Dose *dose, double depth, double want) {
+    double got = dose_at(dose, (float)depth);
+    cr_assert_float_eq(got, want, 1e-12, "mode %d at depth %g: %g", dose->mode, depth, got);
 }
 
 // The three modes between points; the nearest point outside; the larger of two ratios at one depth
 // with ceil and interpolate (a step, not a division by 0); points in any order on the command line.
 Test(doses, modes) {
-    Dose d;
-    for (int mode = 0; mode < 3; mode++) {
-        const char *const texts[] = {"2@ceil:.5=1,.75=2,.25=.5", "2@floor:.75=2,.25=.5,.5=1",
-                                     "2@interpolate:.5=1,.25=.5,.75=2"};
-        const double between[] = {2, 1, 1.5}, higher[] = {4, 2, 3};
-        memset(&d, 0, sizeof d);
-        parse_dose(&d, 'A', texts[mode]);
-        cr_assert(dose_at(&d, 0) == 1 && dose_at(&d, .24) == 1);
-        cr_assert(dose_at(&d, .76) == 4 && dose_at(&d, 1) == 4);
-        cr_assert_float_eq(dose_at(&d, .375), between[mode], 1e-12);
-        cr_assert_float_eq(dose_at(&d, .625), higher[mode], 1e-12);
-        cr_assert(dose_at(&d, .25) == (mode == MODE_CEIL ? 2 : 1)); // the ends are still between
-        cr_assert(dose_at(&d, .75) == (mode == MODE_FLOOR ? 2 : 4));
+    const char *const texts[N_MODES] = {
+        [MODE_CEIL] = "2@ceil:.5=1,.75=2,.25=.5",
+        [MODE_FLOOR] = "2@floor:.75=2,.25=.5,.5=1",
+        [MODE_INTERPOLATE] = "2@interpolate:.5=1,.25=.5,.75=2",
+    };
+    const double between[N_MODES] = {2, 1, 1.5};
+    const double higher[N_MODES] = {4, 2, 3};
+    for (int mode = 0; mode < N_MODES; mode++) {
+        Dose dose = {0};
+        parse_dose(&dose, 'A', texts[mode]);
+        cr_assert_eq(dose.mode, mode);
+        cr_assert(dose_at(&dose, 0) == 1 && dose_at(&dose, .24f) == 1);
+        cr_assert(dose_at(&dose, .76f) == 4 && dose_at(&dose, 1) == 4);
+        expect_dose(&dose, .375, between[mode]);
+        expect_dose(&dose, .625, higher[mode]);
+        // the ends are still between
+        cr_assert_eq(dose_at(&dose, .25f), mode == MODE_CEIL ? 2 : 1);
+        cr_assert_eq(dose_at(&dose, .75f), mode == MODE_FLOOR ? 2 : 4);
 
-        d = (Dose){1, mode, 4, {{.2, 1}, {.5, 1}, {.5, 3}, {.8, 3}}};
-        cr_assert(dose_at(&d, .4) == 1 && dose_at(&d, .6) == 3);
-        double step = dose_at(&d, .5);
+        dose = (Dose){1, mode, 4, {{.2f, 1}, {.5f, 1}, {.5f, 3}, {.8f, 3}}};
+        cr_assert(dose_at(&dose, .4f) == 1 && dose_at(&dose, .6f) == 3);
+        double step = dose_at(&dose, .5f);
         cr_assert(step == 1 || step == 3, "%g", step);
 
-        d = (Dose){1, mode, 1, {{.5, .25}}};
-        cr_assert(dose_at(&d, .1) == .25 && dose_at(&d, .5) == .25 && dose_at(&d, .9) == .25);
+        dose = (Dose){1, mode, 1, {{.5f, .25f}}};
+        cr_assert_eq(dose_at(&dose, .1f), .25);
+        cr_assert_eq(dose_at(&dose, .5f), .25);
+        cr_assert_eq(dose_at(&dose, .9f), .25);
     }
+}
+
+static void expect_points(double depth, double spread, float left, float middle, float right) {
+    NoiseOptions options = {.depth = depth, .spread = spread};
+    give_shape(&options);
+    for (int site = 0; site < N_SITES; site++) {
+        const Dose *dose = &options.doses[site];
+        const Point *points = dose->points;
+        cr_assert(dose->mode == MODE_CEIL && dose->n_points == 3, "%c", SITES[site]);
+        cr_assert(points[0].depth == left && points[0].ratio == 0, "left: %g", points[0].depth);
+        cr_assert(points[1].depth == middle && points[1].ratio == 1, "at %g", points[1].depth);
+        cr_assert(points[2].depth == right && points[2].ratio == 0, "right: %g", points[2].depth);
+    }
+}
+
+// -d and -w make a shape of three points; one without the other takes .4 or .1; without both there
+// is none, and a dose that has a shape keeps it.
+Test(doses, depth_and_spread_make_a_shape) {
+    expect_points(.5, .25, .25f, .5f, .75f);
+    expect_points(.5, -1, .4f, .5f, .6f);
+    expect_points(-1, .2, .2f, .4f, .6f);
+    expect_points(.4, .1, .3f, .4f, .5f); // the .3 that -V .5@ceil:.3=0,... has
+    NoiseOptions options = NO_NOISE_OPTIONS;
+    give_shape(&options);
+    cr_assert_eq(options.doses[SITE_V].n_points, 0);
+    options.depth = .5;
+    parse_dose(&options.doses[SITE_V], 'V', "1@floor:0=1,.9=0");
+    give_shape(&options);
+    cr_assert_eq(options.doses[SITE_V].n_points, 2);
+    cr_assert_eq(options.doses[SITE_K].n_points, 3);
+}
+
+// What the options say about noise, over the layers of the model. Nothing: theta is NULL.
+Test(doses, options_make_noise) {
+    Bench b;
+    bench_open(&b, G, 1);
+    NoiseOptions options = NO_NOISE_OPTIONS;
+    Noise noise = noise_of(&options, &b.model);
+    cr_assert_null(noise.theta);
+    cr_assert_eq(noise.seed, 420);
+    cr_assert_eq(noise.family, FAMILY_CENTRED);
+
+    cr_assert(take_noise_option(&options, 'K', ".5"));
+    cr_assert(take_noise_option(&options, 'V', "0"));
+    cr_assert(take_noise_option(&options, 'A', "2@floor:0=1,.5=0"));
+    cr_assert(take_noise_option(&options, 'd', ".3"));
+    cr_assert(take_noise_option(&options, 's', "7"));
+    cr_assert(take_noise_option(&options, 'r', "upstream"));
+    cr_assert(!take_noise_option(&options, 'i', "a prompt"));
+    give_shape(&options);
+    noise = noise_of(&options, &b.model);
+    cr_assert_eq(noise.seed, 7);
+    cr_assert_eq(noise.family, FAMILY_UPSTREAM);
+    for (int site = 0; site < N_SITES; site++)
+        for (int layer = 0; layer < 3; layer++) { // at the depths 0, 1/3, 2/3
+            const bool k_dosed = site == SITE_K && layer == 1; // .3 +- .1
+            const float got = noise.theta[site * 3 + layer];
+            cr_assert_eq(got, k_dosed ? .5f : 0, "%c, layer %d: %g", SITES[site], layer, got);
+        }
+    free((float *)noise.theta);
+    cr_assert(take_noise_option(&options, 's', "9007199254740992")); // a seed keeps all its bits
+    cr_assert_eq(options.seed, 1ull << 53);
+    bench_close(&b);
 }
 
 // ---- the cold shower
@@ -461,54 +901,68 @@ Test(doses, modes) {
 // and that both go on alike.
 static void expect_sober(Bench *b, Sequence *s) {
     static float logits[MOST_VOCAB];
-    const Model *m = &b->model;
+    const size_t vocab_size = (size_t)b->model.config.vocab_size;
+    const int next = 5;
     Sequence a = sequence_new((Noise){0});
-    int next = 5;
-    feed(m, &b->run, &a, s->tokens, s->length, 0, false, false);
+    feed(&b->run, &a, s->tokens, s->length, 0);
     cr_assert(same_cache(b, &a, s), "length %d", s->length);
-    cr_assert(s->first_dirty == CLEAN && s->n_drugged == 0);
-    memcpy(logits, feed(m, &b->run, &a, &next, 1, a.length, false, true),
-           (size_t)m->config.vocab_size * sizeof *logits);
-    cr_assert(same(logits, feed(m, &b->run, s, &next, 1, s->length, false, true),
-                   (size_t)m->config.vocab_size));
+    cr_assert_eq(s->first_dirty, CLEAN);
+    cr_assert_eq(s->n_drugged, 0);
+    memcpy(logits, feed(&b->run, &a, &next, 1, WANTS_LOGITS), vocab_size * sizeof *logits);
+    cr_assert(same(logits, feed(&b->run, s, &next, 1, WANTS_LOGITS), vocab_size));
     s->length--;
-    sequence_free(m, &a);
+    sequence_free(&b->model, &a);
+}
+
+// Checks that the cache is not that of a model which was never drugged.
+static void expect_dirt(Bench *b, const Sequence *s) {
+    Sequence clean = sequence_new((Noise){0});
+    feed(&b->run, &clean, s->tokens, s->length, 0);
+    cr_assert(!same_cache(b, &clean, s), "length %d: no trace of noise", s->length);
+    sequence_free(&b->model, &clean);
+}
+
+// A prompt of n_prompt tokens; then three times: four drugged tokens, and a shower. The third time
+// two sober tokens come between. how: DRUGGED, if the prompt is read so.
+static void take_showers(const Golden *golden, int n_prompt, int how, int max_rows) {
+    const int *tokens = golden->tokens;
+    Bench b;
+    bench_open(&b, *golden->header, max_rows);
+    Sequence s = sequence_new(bench_noise(&b, ALL_SITES, FAMILY_CENTRED));
+    feed(&b.run, &s, tokens, n_prompt, how);
+    for (int round = 0; round < 3; round++) {
+        const bool drugged_from_the_start = round == 0 && how == DRUGGED;
+        const int start = drugged_from_the_start ? 0 : s.length;
+        for (int k = 0; k < 4; k++)
+            feed(&b.run, &s, &tokens[k], 1, DRUGGED);
+        cr_assert_eq(s.n_drugged, s.length - start);
+        if (round == 2)
+            feed(&b.run, &s, tokens, 2, 0);
+        const int first = start > 6 ? start : 6; // the sink stays clean
+        const int n_dirty = s.length > first ? s.length - first : 0;
+        if (n_dirty && round == 0) // else there was nothing to wash off
+            expect_dirt(&b, &s);
+        cr_assert_eq(cold_shower(&b.run, &s), n_dirty, "%d tokens", s.length);
+        expect_sober(&b, &s);
+        cr_assert_eq(cold_shower(&b.run, &s), 0);
+        expect_sober(&b, &s);
+    }
+    sequence_free(&b.model, &s);
+    bench_close(&b);
 }
 
 // Whenever it is taken, a shower leaves nothing behind: after prompts of any length, sober or
 // drugged, and a few drugged tokens, with sober ones after them (as in a chat without showers) or
 // none. A second one finds nothing to do, and life goes on: drugged again, clean again.
 Test(shower, leaves_a_sober_cache) {
-    for (int i = 0; i < 2 * 2 * 2 * N; i++) {
-        const bool odd = i & 1, drugged_prompt = i & 2, small_blocks = i & 4;
-        const int prompt = i / 8, *tokens = odd ? M_TOKENS : G_TOKENS;
-        Bench b;
-        bench_open(&b, odd ? M : G, small_blocks ? 3 : N);
-        const Model *m = &b.model;
-        Sequence s = sequence_new(noise_of(&b, ALL_SITES, FAMILY_CENTRED)), clean = s;
-        feed(m, &b.run, &s, tokens, prompt, 0, drugged_prompt, false);
-        for (int round = 0; round < 3; round++) {
-            const int start = s.length, sober_tail = round == 2 ? 2 : 0;
-            for (int k = 0; k < 4; k++)
-                feed(m, &b.run, &s, &tokens[k], 1, s.length, true, false);
-            cr_assert_eq(s.n_drugged, 4 + (round == 0 && drugged_prompt ? prompt : 0));
-            feed(m, &b.run, &s, tokens, sober_tail, s.length, false, false);
-            int first = round == 0 && drugged_prompt ? SINK : start > SINK ? start : SINK;
-            int dirty = s.length > first ? s.length - first : 0;
-            if (dirty > 0 && round == 0) { // else there was nothing to wash off
-                clean = sequence_new((Noise){0});
-                feed(m, &b.run, &clean, s.tokens, s.length, 0, false, false);
-                cr_assert(!same_cache(&b, &clean, &s));
-                sequence_free(m, &clean);
-            }
-            cr_assert_eq(cold_shower(m, &b.run, &s), dirty, "%d tokens", s.length);
-            expect_sober(&b, &s);
-            cr_assert_eq(cold_shower(m, &b.run, &s), 0);
-            expect_sober(&b, &s);
+    const int small_blocks = 3;
+    for (int i = 0; i < N_GOLDEN; i++)
+        for (int n_prompt = 0; n_prompt < N; n_prompt++) {
+            take_showers(&GOLDEN[i], n_prompt, 0, N);
+            take_showers(&GOLDEN[i], n_prompt, 0, small_blocks);
+            take_showers(&GOLDEN[i], n_prompt, DRUGGED, N);
+            take_showers(&GOLDEN[i], n_prompt, DRUGGED, small_blocks);
         }
-        sequence_free(m, &s);
-        bench_close(&b);
-    }
 }
 
 // Taken after every five drugged tokens while text is being written, showers leave a sober cache
@@ -516,19 +970,20 @@ Test(shower, leaves_a_sober_cache) {
 Test(shower, every_few_tokens) {
     static float unused[MOST_VOCAB];
     int without[30], with[30];
+    int n_run_again = 0;
     Bench b;
     bench_open(&b, G, N);
-    Sequence a = sequence_new(noise_of(&b, ALL_SITES, FAMILY_CENTRED)), s = sequence_new(a.noise);
+    Sequence a = sequence_new(bench_noise(&b, ALL_SITES, FAMILY_CENTRED));
+    Sequence s = sequence_new(a.noise);
     write_on(&b, &a, 30, without, unused);
-    const float *z = feed(&b.model, &b.run, &s, G_TOKENS, N, 0, false, true);
-    int n_run_again = 0;
+    const float *logits = feed(&b.run, &s, G_TOKENS, N, WANTS_LOGITS);
     for (int i = 0; i < 30; i++) {
-        with[i] = argmax(z, b.model.config.vocab_size);
+        with[i] = argmax(logits, b.model.config.vocab_size);
         if (s.n_drugged >= 5) {
-            n_run_again += cold_shower(&b.model, &b.run, &s);
+            n_run_again += cold_shower(&b.run, &s);
             expect_sober(&b, &s);
         }
-        z = feed(&b.model, &b.run, &s, &with[i], 1, s.length, true, true);
+        logits = feed(&b.run, &s, &with[i], 1, DRUGGED | WANTS_LOGITS);
     }
     cr_assert_eq(n_run_again, 25);
     cr_assert(!memcmp(with, without, 6 * sizeof *with));
@@ -540,26 +995,35 @@ Test(shower, every_few_tokens) {
 
 // ---- the tokenizer
 
-// A tiny model with a vocabulary of its own: the first pieces, then these.
-static void vocabulary(Bench *b, uint32_t flags, const Piece *list, int n) {
-    Bytes pieces = first_pieces(flags & BYTE_PIECES);
-    for (int i = 0; i < n; i++)
-        append_piece(&pieces, list[i].score, list[i].kind, list[i].bytes,
-                     list[i].length ? list[i].length : (int)strlen(list[i].bytes));
-    FileHeader h = {.magic = "drugs.c", .version = 1, .dim = 1, .hidden_dim = 1, .n_layers = 1,
-                .n_heads = 1, .n_kv_heads = 1, .head_dim = 2, .seq_len = 8, .shared_classifier = 1,
-                .rope_theta = 1, .bos = 1, .eos = 2, .tokenizer_flags = flags};
-    h.vocab_size = (n + (flags & BYTE_PIECES ? 259 : 3));
-    bench_open_with(b, h, pieces, 1);
+// A tiny model with a vocabulary of its own: the first pieces, then these. A length of 0 is that of
+// the string.
+static void vocabulary(Bench *b, int flags, const Piece *list, int n) {
+    const bool byte_pieces = flags & BYTE_PIECES;
+    Bytes pieces = first_pieces(byte_pieces);
+    for (int i = 0; i < n; i++) {
+        const Piece *piece = &list[i];
+        int length = piece->length ? piece->length : (int)strlen(piece->bytes);
+        append_piece(&pieces, piece->score, piece->kind, piece->bytes, length);
+    }
+    const FileHeader header = {
+        .magic = "drugs.c", .version = 1, .dim = 1, .hidden_dim = 1, .n_layers = 1, .n_heads = 1,
+        .n_kv_heads = 1, .head_dim = 2, .vocab_size = n + (byte_pieces ? BEHIND_BYTES : FIRST_BYTE),
+        .seq_len = 8, .shared_classifier = 1, .rope_theta = 1, .bos = 1, .eos = 2,
+        .tokenizer_flags = flags,
+    };
+    bench_open_with(b, header, pieces, 1);
 }
 
 // Checks the tokens of a text (without BOS). Numbers count from the first piece of the list, which
 // is `base`; a negative one stands for a piece before it: -1 - id.
 static void expect_tokens(const Bench *b, int base, const char *text, int n, const int *want) {
-    int n_tokens, *tokens = encode(&b->model, text, strlen(text), false, &n_tokens);
+    int n_tokens;
+    int *tokens = encode(&b->model, text, strlen(text), false, &n_tokens);
     cr_assert_eq(n_tokens, n, "'%s': %d tokens", text, n_tokens);
-    for (int i = 0; i < n; i++)
-        cr_assert_eq(tokens[i], want[i] < 0 ? -1 - want[i] : base + want[i], "'%s' %d", text, i);
+    for (int i = 0; i < n; i++) {
+        const int id = want[i] < 0 ? -1 - want[i] : base + want[i];
+        cr_assert_eq(tokens[i], id, "'%s': token %d is %d", text, i, tokens[i]);
+    }
     free(tokens);
 }
 #define EXPECT_TOKENS(b, base, text, ...) \
@@ -568,70 +1032,138 @@ static void expect_tokens(const Bench *b, int base, const char *text, int n, con
 // Prints tokens as drugs does and returns the text; the caller frees it.
 static char *decode(const Bench *b, const int *tokens, int n, size_t *n_text) {
     char *text;
-    Printer p = {.to = open_memstream(&text, n_text), .at_start = true};
-    for (int i = 0; i < n; i++) print_token(&p, &b->model.tokenizer, tokens[i]);
-    print_rest(&p);
-    fclose(p.to);
+    Printer printer = {.to = open_memstream(&text, n_text), .at_start = true};
+    for (int i = 0; i < n; i++)
+        print_token(&printer, &b->model.tokenizer, tokens[i]);
+    print_rest(&printer);
+    fclose(printer.to);
     return text;
 }
+
+enum { TOK_A, TOK_B, TOK_C, TOK_D, TOK_AB, TOK_BC, TOK_ABC, TOK_AA, TOK_CD, TOK_ABCD, TOK_SPACE,
+       TOK_SPACE_A, N_ABC };
+static const Piece ABC[N_ABC] = {
+    [TOK_A] = {"a", 0, NORMAL, 0},
+    [TOK_B] = {"b", 0, NORMAL, 0},
+    [TOK_C] = {"c", 0, NORMAL, 0},
+    [TOK_D] = {"d", 0, NORMAL, 0},
+    [TOK_AB] = {"ab", 0, NORMAL, -2},
+    [TOK_BC] = {"bc", 0, NORMAL, -1},
+    [TOK_ABC] = {"abc", 0, NORMAL, -5},
+    [TOK_AA] = {"aa", 0, NORMAL, -3},
+    [TOK_CD] = {"cd", 0, NORMAL, -1},
+    [TOK_ABCD] = {"abcd", 0, NORMAL, -9},
+    [TOK_SPACE] = {" ", 0, NORMAL, 0},
+    [TOK_SPACE_A] = {" a", 0, NORMAL, -4},
+};
 
 // Merging by hand: the best score first, the leftmost of equals, over several levels, and only
 // neighbours whose union is a piece.
 Test(tokenizer, merges_in_the_order_of_scores) {
-    enum { a, b_, c, d, ab, bc, abc, aa, cd, abcd, sp, sp_a };
-    const Piece list[] = {{"a", 0, NORMAL, 0}, {"b", 0, NORMAL, 0}, {"c", 0, NORMAL, 0},
-        {"d", 0, NORMAL, 0}, {"ab", 0, NORMAL, -2}, {"bc", 0, NORMAL, -1}, {"abc", 0, NORMAL, -5},
-        {"aa", 0, NORMAL, -3}, {"cd", 0, NORMAL, -1}, {"abcd", 0, NORMAL, -9}, {" ", 0, NORMAL, 0},
-        {" a", 0, NORMAL, -4}};
-    for (int prefix = 0; prefix < 2; prefix++) {
+    const int base = BEHIND_BYTES;
+    Bench b;
+    vocabulary(&b, BYTE_PIECES, ABC, N_ABC);
+    EXPECT_TOKENS(&b, base, "ab", TOK_AB);
+    EXPECT_TOKENS(&b, base, "abc", TOK_ABC);        // bc first, then a + bc
+    EXPECT_TOKENS(&b, base, "aaa", TOK_AA, TOK_A);  // leftmost of two equal pairs
+    EXPECT_TOKENS(&b, base, "bcd", TOK_BC, TOK_D);  // bc and cd are equal: leftmost
+    EXPECT_TOKENS(&b, base, "abcd", TOK_ABCD);      // bc, abc, abcd
+    EXPECT_TOKENS(&b, base, "acd", TOK_A, TOK_CD);
+    EXPECT_TOKENS(&b, base, "ba a\xE2\x96\x81" "a", TOK_B, TOK_A, TOK_SPACE_A, TOK_SPACE_A);
+    EXPECT_TOKENS(&b, base, "d\xC3\xA9", TOK_D, -1 - (FIRST_BYTE + 0xC3), -1 - (FIRST_BYTE + 0xA9));
+    bench_close(&b);
+}
+
+// With a space in front, if the vocabulary wants one; not printed again, and none before nothing.
+Test(tokenizer, puts_a_space_in_front) {
+    const int base = BEHIND_BYTES;
+    const int two[] = {1, base + TOK_SPACE_A, base + TOK_SPACE_A};
+    size_t n_text;
+    Bench b;
+    vocabulary(&b, BYTE_PIECES | PREFIX_SPACE, ABC, N_ABC);
+    EXPECT_TOKENS(&b, base, "a", TOK_SPACE_A);
+    EXPECT_TOKENS(&b, base, "ab", TOK_SPACE, TOK_AB);    // ab (-2) before " a" (-4)
+    EXPECT_TOKENS(&b, base, "aab", TOK_SPACE_A, TOK_AB); // ab, then " a"; aa came too late
+    char *text = decode(&b, two, 3, &n_text);
+    cr_assert_str_eq(text, "a a");
+    free(text);
+    bench_close(&b);
+
+    vocabulary(&b, BYTE_PIECES, ABC, N_ABC);
+    text = decode(&b, two, 3, &n_text);
+    cr_assert_str_eq(text, " a a");
+    free(text);
+    bench_close(&b);
+}
+
+// BOS stands in front, if it is wanted and if the model has one; also of an empty text.
+Test(tokenizer, begins_with_bos) {
+    const int flags[] = {BYTE_PIECES, BYTE_PIECES | PREFIX_SPACE};
+    for (int i = 0; i < 2; i++) {
+        int n;
         Bench b;
-        vocabulary(&b, BYTE_PIECES | (prefix ? PREFIX_SPACE : 0), list, 12);
-        if (prefix) {
-            EXPECT_TOKENS(&b, 259, "a", sp_a);
-            EXPECT_TOKENS(&b, 259, "ab", sp, ab);    // ab (-2) before " a" (-4)
-            EXPECT_TOKENS(&b, 259, "aab", sp_a, ab); // ab, then " a"; aa came too late
-        } else {
-            EXPECT_TOKENS(&b, 259, "ab", ab);
-            EXPECT_TOKENS(&b, 259, "abc", abc);      // bc first, then a + bc
-            EXPECT_TOKENS(&b, 259, "aaa", aa, a);    // leftmost of two equal pairs
-            EXPECT_TOKENS(&b, 259, "bcd", bc, d);    // bc and cd are equal: leftmost
-            EXPECT_TOKENS(&b, 259, "abcd", abcd);    // bc, abc, abcd
-            EXPECT_TOKENS(&b, 259, "acd", a, cd);
-            EXPECT_TOKENS(&b, 259, "ba a\xE2\x96\x81" "a", b_, a, sp_a, sp_a);
-            EXPECT_TOKENS(&b, 259, "d\xC3\xA9", d, -1 - 3 - 0xC3, -1 - 3 - 0xA9);
-        }
-        size_t n_text; // the space that encode put in front is not printed
-        char *text = decode(&b, (int[]){1, 259 + sp_a, 259 + sp_a}, 3, &n_text);
-        cr_assert_str_eq(text, prefix ? "a a" : " a a");
-        free(text);
-        int n, *bos = encode(&b.model, "", 0, true, &n); // no space before nothing
-        cr_assert(n == 1 && bos[0] == 1);
-        free(bos);
+        vocabulary(&b, flags[i], ABC, N_ABC);
+        int *tokens = encode(&b.model, "", 0, true, &n);
+        cr_assert_eq(n, 1);
+        cr_assert_eq(tokens[0], 1);
+        free(tokens);
+        tokens = encode(&b.model, "c", 1, true, &n);
+        cr_assert_eq(tokens[0], 1);
+        cr_assert_eq(tokens[n - 1], BEHIND_BYTES + TOK_C);
+        free(tokens);
+        b.model.config.bos = -1;
+        free(encode(&b.model, "", 0, true, &n));
+        cr_assert_eq(n, 0);
         bench_close(&b);
     }
+}
+
+// A character that is broken off does not take a byte of the next one with it.
+Test(tokenizer, broken_characters) {
+    const Piece list[] = {{"\xC3\xA9", 0, NORMAL, 0}};
+    const int c3 = -1 - (FIRST_BYTE + 0xC3);
+    const int f0 = -1 - (FIRST_BYTE + 0xF0);
+    Bench b;
+    vocabulary(&b, BYTE_PIECES, list, 1);
+    EXPECT_TOKENS(&b, BEHIND_BYTES, "\xC3\xA9", 0);
+    EXPECT_TOKENS(&b, BEHIND_BYTES, "\xC3\xC3\xA9", c3, 0);
+    EXPECT_TOKENS(&b, BEHIND_BYTES, "\xF0\xC3\xA9", f0, 0);
+    EXPECT_TOKENS(&b, BEHIND_BYTES, "\xC3\xA9\xF0", 0, f0);
+    bench_close(&b);
 }
 
 // Without byte pieces a run of unknown characters is one <unk>, printed as SentencePiece does.
 // Control pieces come from no text and print nothing; user-defined ones are found whole, the
 // longest first, before any merging, and nothing merges with them.
 Test(tokenizer, special_pieces) {
-    enum { a, b_, ab, user, longer, lt, s, gt, aba, control, aa };
-    const Piece list[] = {{"a", 0, NORMAL, 0}, {"b", 0, NORMAL, 0}, {"ab", 0, NORMAL, -1},
-        {"ba", 0, USER_DEFINED, 0}, {"bab", 0, USER_DEFINED, 0}, {"<", 0, NORMAL, 0},
-        {"s", 0, NORMAL, 0}, {">", 0, NORMAL, 0}, {"aba", 0, NORMAL, 9}, {"ss", 0, CONTROL, 9},
-        {"aa", 0, NORMAL, 5}};
+    enum { a, b_, ab, ba, bab, lt, s, gt, aba, ss, aa, N_LIST };
+    const int base = FIRST_BYTE; // there are no byte pieces
+    const int unk = -1 - 0;
+    const Piece list[N_LIST] = {
+        [a] = {"a", 0, NORMAL, 0},
+        [b_] = {"b", 0, NORMAL, 0},
+        [ab] = {"ab", 0, NORMAL, -1},
+        [ba] = {"ba", 0, USER_DEFINED, 0},
+        [bab] = {"bab", 0, USER_DEFINED, 0},
+        [lt] = {"<", 0, NORMAL, 0},
+        [s] = {"s", 0, NORMAL, 0},
+        [gt] = {">", 0, NORMAL, 0},
+        [aba] = {"aba", 0, NORMAL, 9},
+        [ss] = {"ss", 0, CONTROL, 9},
+        [aa] = {"aa", 0, NORMAL, 5},
+    };
     Bench b;
-    vocabulary(&b, 0, list, 11);
-    EXPECT_TOKENS(&b, 3, "aXYb", a, -1, b_);
-    EXPECT_TOKENS(&b, 3, "XaX\xC3\xA9\xFF", -1, a, -1);
-    EXPECT_TOKENS(&b, 3, "<s>", lt, s, gt);
-    EXPECT_TOKENS(&b, 3, "ss", s, s);
-    EXPECT_TOKENS(&b, 3, "aba", a, user);    // not ab + a, and not the piece aba
-    EXPECT_TOKENS(&b, 3, "abab", a, longer);
-    EXPECT_TOKENS(&b, 3, "baaa", user, aa);  // not b, aa, a
-    EXPECT_TOKENS(&b, 3, "bb", b_, b_);
+    vocabulary(&b, 0, list, N_LIST);
+    EXPECT_TOKENS(&b, base, "aXYb", a, unk, b_);
+    EXPECT_TOKENS(&b, base, "XaX\xC3\xA9\xFF", unk, a, unk);
+    EXPECT_TOKENS(&b, base, "<s>", lt, s, gt);
+    EXPECT_TOKENS(&b, base, "ss", s, s);
+    EXPECT_TOKENS(&b, base, "aba", a, ba); // not ab + a, and not the piece aba
+    EXPECT_TOKENS(&b, base, "abab", a, bab);
+    EXPECT_TOKENS(&b, base, "baaa", ba, aa); // not b, aa, a
+    EXPECT_TOKENS(&b, base, "bb", b_, b_);
     size_t n;
-    char *text = decode(&b, (int[]){1, 3, 0, 3 + control, 2, 3 + user}, 6, &n);
+    char *text = decode(&b, (int[]){1, base + a, 0, base + ss, 2, base + ba}, 6, &n);
     cr_assert_str_eq(text, "a \xE2\x81\x87 ba");
     free(text);
     bench_close(&b);
@@ -639,55 +1171,73 @@ Test(tokenizer, special_pieces) {
 
 // The first piece of these bytes, -1 if there is none.
 static int piece_of(const Piece *list, int n_list, const char *bytes, int n) {
-    for (int p = 0; p < n_list; p++)
-        if ((int)strlen(list[p].bytes) == n && !memcmp(list[p].bytes, bytes, (size_t)n)) return p;
+    for (int i = 0; i < n_list; i++)
+        if ((int)strlen(list[i].bytes) == n && !memcmp(list[i].bytes, bytes, (size_t)n))
+            return i;
     return -1;
 }
 
-// Merges the leftmost best pair, again and again, and searches everything every time.
+// Merges the leftmost best pair, again and again, and searches everything every time. Single
+// characters are single bytes here. Returns the number of tokens.
 static int merge_naively(const Piece *list, int n_list, const char *text, int *tokens) {
-    int starts[128], n = (int)strlen(text); // single characters are single bytes here
-    for (int i = 0; i <= n; i++) starts[i] = i;
+    int starts[128]; // (n + 1) where the symbols begin, and where the text ends
+    int n = (int)strlen(text);
+    for (int i = 0; i <= n; i++)
+        starts[i] = i;
     for (;;) {
-        int best = -1, best_at = -1;
+        int best = -1;
+        int best_at = -1;
         for (int i = 0; i + 1 < n; i++) {
-            int p = piece_of(list, n_list, text + starts[i], starts[i + 2] - starts[i]);
-            if (p >= 0 && (best < 0 || list[p].score > list[best].score)) best = p, best_at = i;
+            int piece = piece_of(list, n_list, text + starts[i], starts[i + 2] - starts[i]);
+            if (piece >= 0 && (best < 0 || list[piece].score > list[best].score)) {
+                best = piece;
+                best_at = i;
+            }
         }
-        if (best < 0) break;
+        if (best < 0)
+            break;
         n--;
-        for (int i = best_at + 1; i <= n; i++) starts[i] = starts[i + 1];
+        for (int i = best_at + 1; i <= n; i++)
+            starts[i] = starts[i + 1];
     }
     for (int i = 0; i < n; i++) {
-        int p = piece_of(list, n_list, text + starts[i], starts[i + 1] - starts[i]);
-        tokens[i] = p < 0 ? 3 + text[starts[i]] : 259 + p;
+        int piece = piece_of(list, n_list, text + starts[i], starts[i + 1] - starts[i]);
+        tokens[i] = piece < 0 ? FIRST_BYTE + text[starts[i]] : BEHIND_BYTES + piece;
     }
     return n;
+}
+
+// n letters from a to d, and a zero behind them.
+static void random_letters(uint64_t stream, uint64_t first, int n, char *text) {
+    for (int i = 0; i < n; i++)
+        text[i] = "abcd"[(int)(unit(stream, first + (uint64_t)i) * 4)];
+    text[n] = '\0';
 }
 
 // The heap finds what the naive search finds, on random texts over random vocabularies with many
 // equal scores.
 Test(tokenizer, merges_like_a_naive_search) {
+    enum { N_LIST = 60 };
     for (uint64_t v = 0; v < 40; v++) {
-        enum { N_LIST = 60 };
-        char bytes[N_LIST][8] = {{0}}, text[101];
+        char bytes[N_LIST][8];
         Piece list[N_LIST];
         Bench b;
         for (uint64_t p = 0; p < N_LIST; p++) {
-            int length = 1 + (int)(unit(v, p) * 6);
-            for (int i = 0; i < length; i++)
-                bytes[p][i] = "abcd"[(int)(unit(v, 1000 + 8 * p + (uint64_t)i) * 4)];
-            list[p] = (Piece){bytes[p], 0, NORMAL, (float)(int)(-6 * unit(v, 2000 + p))};
+            const int length = 1 + (int)(unit(v, p) * 6);
+            const int score = (int)(-6 * unit(v, 2000 + p));
+            random_letters(v, 1000 + 8 * p, length, bytes[p]);
+            list[p] = (Piece){bytes[p], 0, NORMAL, (float)score};
         }
         vocabulary(&b, BYTE_PIECES, list, N_LIST);
         for (uint64_t k = 0; k < 100; k++) {
-            int n = 1 + (int)(unit(v, 3000 + k) * 100), want[128], n_tokens;
-            for (int i = 0; i < n; i++)
-                text[i] = "abcd"[(int)(unit(100 + v, 128 * k + (uint64_t)i) * 4)];
-            text[n] = '\0';
-            int n_want = merge_naively(list, N_LIST, text, want);
+            char text[101];
+            int want[128], n_tokens;
+            const int n = 1 + (int)(unit(v, 3000 + k) * 100);
+            random_letters(100 + v, 128 * k, n, text);
+            const int n_want = merge_naively(list, N_LIST, text, want);
             int *tokens = encode(&b.model, text, (size_t)n, false, &n_tokens);
-            cr_assert(n_tokens == n_want && !memcmp(tokens, want, (size_t)n_want * sizeof *want),
+            cr_assert_eq(n_tokens, n_want, "vocabulary %d, '%s': %d", (int)v, text, n_tokens);
+            cr_assert(!memcmp(tokens, want, (size_t)n_want * sizeof *want),
                       "vocabulary %d, '%s'", (int)v, text);
             free(tokens);
         }
@@ -695,32 +1245,58 @@ Test(tokenizer, merges_like_a_naive_search) {
     }
 }
 
+// A text of up to 39 parts: half of them spaces and characters whole or broken, half random bytes.
+static Bytes random_text(uint64_t k) {
+    static const char *const parts[] = {
+        " ", "a", "\xC3\xA9", "\xE2\x96\x81", "\xF0\x9F\x98\x80", "\xE2\x96",
+    };
+    Bytes text = {0};
+    const uint64_t n = (uint64_t)(unit(7, k) * 40);
+    for (uint64_t i = 0; i < n; i++) {
+        const int pick = (int)(unit(8, 64 * k + i) * 12);
+        const char byte = (char)(int)(unit(9, 64 * k + i) * 256);
+        if (pick < 6)
+            append(&text, parts[pick], strlen(parts[pick]));
+        else
+            append(&text, &byte, 1);
+    }
+    return text;
+}
+
+// The text with a space in place of each U+2581.
+static Bytes with_spaces(Bytes text) {
+    Bytes result = {0};
+    for (size_t i = 0; i < text.n; i++) {
+        const bool is_space = i + 3 <= text.n && !memcmp(text.data + i, "\xE2\x96\x81", 3);
+        append(&result, is_space ? " " : &text.data[i], 1);
+        if (is_space)
+            i += 2;
+    }
+    return result;
+}
+
 // What is encoded can be printed again: random bytes, spaces in front, broken UTF-8, zeros. Only
 // U+2581, SentencePiece's sign for a space, comes back as the space it stands for.
 Test(tokenizer, round_trip) {
-    const Piece list[] = {{" ", 0, NORMAL, 0}, {"  ", 0, NORMAL, -1}, {"\xC3\xA9", 0, NORMAL, -1},
-                          {" \xC3\xA9", 0, NORMAL, -2}, {"\xA9 ", 0, NORMAL, -1},
-                          {"\x96\x81", 0, NORMAL, 1}, {"\xF0\x9F\x98\x80", 0, NORMAL, 1}};
-    const char *const parts[] = {" ", "a", "\xC3\xA9", "\xE2\x96\x81", "\xF0\x9F\x98\x80",
-                                 "\xE2\x96"};
+    const Piece list[] = {
+        {" ", 0, NORMAL, 0},
+        {"  ", 0, NORMAL, -1},
+        {"\xC3\xA9", 0, NORMAL, -1},
+        {" \xC3\xA9", 0, NORMAL, -2},
+        {"\xA9 ", 0, NORMAL, -1},
+        {"\x96\x81", 0, NORMAL, 1},
+        {"\xF0\x9F\x98\x80", 0, NORMAL, 1},
+    };
     Bench b;
     vocabulary(&b, BYTE_PIECES | PREFIX_SPACE, list, 7);
     for (uint64_t k = 0; k < 3000; k++) {
-        Bytes text = {0}, want = {0};
-        for (uint64_t i = 0, n = (uint64_t)(unit(7, k) * 40); i < n; i++) {
-            int pick = (int)(unit(8, 64 * k + i) * 12);
-            char byte = (char)(int)(unit(9, 64 * k + i) * 256);
-            append(&text, pick < 6 ? parts[pick] : &byte, pick < 6 ? strlen(parts[pick]) : 1);
-        }
-        for (size_t i = 0; i < text.n; i++) {
-            bool is_space = i + 3 <= text.n && !memcmp(text.data + i, "\xE2\x96\x81", 3);
-            append(&want, is_space ? " " : &text.data[i], 1);
-            i += is_space ? 2 : 0;
-        }
-        int n_tokens, *tokens = encode(&b.model, text.data, text.n, true, &n_tokens);
+        Bytes text = random_text(k);
+        Bytes want = with_spaces(text);
+        int n_tokens;
+        int *tokens = encode(&b.model, text.data, text.n, true, &n_tokens);
         size_t n_back;
         char *back = decode(&b, tokens, n_tokens, &n_back);
-        cr_assert_eq(n_back, want.n, "text %d", (int)k);
+        cr_assert_eq(n_back, want.n, "text %d: %zu bytes", (int)k, n_back);
         cr_assert(!n_back || !memcmp(back, want.data, n_back), "text %d", (int)k);
         free(tokens);
         free(back);
@@ -735,13 +1311,16 @@ Test(tokenizer, long_text) {
     enum { LENGTH = 300000 };
     char *text = memset(resize(NULL, LENGTH, 1), 'a', LENGTH);
     Piece list[7]; // a, aa, aaaa, ... 64 times a
-    for (int i = 0; i < 7; i++) list[i] = (Piece){text, 1 << i, NORMAL, (float)-i};
+    for (int i = 0; i < 7; i++)
+        list[i] = (Piece){text, 1 << i, NORMAL, (float)-i};
     Bench b;
     vocabulary(&b, BYTE_PIECES, list, 7);
-    int n, *tokens = encode(&b.model, text, LENGTH, false, &n);
+    int n;
+    int *tokens = encode(&b.model, text, LENGTH, false, &n);
     cr_assert_eq(n, LENGTH / 64 + 1);
-    for (int i = 0; i < n - 1; i++) cr_assert_eq(tokens[i], 259 + 6);
-    cr_assert_eq(tokens[n - 1], 259 + 5); // 300000 = 4687 * 64 + 32
+    for (int i = 0; i < n - 1; i++)
+        cr_assert_eq(tokens[i], BEHIND_BYTES + 6);
+    cr_assert_eq(tokens[n - 1], BEHIND_BYTES + 5); // 300000 = 4687 * 64 + 32
     free(tokens);
     free(text);
     bench_close(&b);
@@ -750,79 +1329,256 @@ Test(tokenizer, long_text) {
 // A character that is spread over tokens is printed when it is complete; what turns out to be
 // broken is printed as it is.
 Test(tokenizer, prints_whole_characters) {
-    const int e_acute[] = {3 + 0xC3, 3 + 0xA9}, face[] = {3 + 0xF0, 3 + 0x9F, 3 + 0x98, 3 + 0x80};
+    const int e_acute[] = {FIRST_BYTE + 0xC3, FIRST_BYTE + 0xA9};
+    const int face[] = {FIRST_BYTE + 0xF0, FIRST_BYTE + 0x9F, FIRST_BYTE + 0x98, FIRST_BYTE + 0x80};
+    const int letter_x = FIRST_BYTE + 'x';
     Bench b;
     vocabulary(&b, BYTE_PIECES, NULL, 0);
+    const Tokenizer *tokenizer = &b.model.tokenizer;
     char *text;
     size_t n;
-    Printer p = {.to = open_memstream(&text, &n), .at_start = true};
-    print_token(&p, &b.model.tokenizer, e_acute[0]);
+    Printer printer = {.to = open_memstream(&text, &n), .at_start = true};
+    print_token(&printer, tokenizer, e_acute[0]);
     cr_assert_eq(n, 0);
-    print_token(&p, &b.model.tokenizer, e_acute[1]);
+    print_token(&printer, tokenizer, e_acute[1]);
     cr_assert_eq(n, 2);
     for (int i = 0; i < 4; i++) {
-        print_token(&p, &b.model.tokenizer, face[i]);
+        print_token(&printer, tokenizer, face[i]);
         cr_assert_eq(n, i < 3 ? 2 : 6);
     }
-    print_token(&p, &b.model.tokenizer, face[0]);
-    print_token(&p, &b.model.tokenizer, 3 + 'x');
+    print_token(&printer, tokenizer, face[0]);
+    print_token(&printer, tokenizer, letter_x);
     cr_assert_eq(n, 8);
-    print_token(&p, &b.model.tokenizer, face[0]);
-    print_rest(&p);
-    fclose(p.to);
-    cr_assert_str_eq(text, "\xC3\xA9\xF0\x9F\x98\x80\xF0x\xF0");
+    print_token(&printer, tokenizer, face[0]);
+    print_rest(&printer);
+    fflush(printer.to);
+    cr_assert_eq(n, 9);
+    print_token(&printer, tokenizer, e_acute[0]);
+    print_token(&printer, tokenizer, e_acute[0]); // the one before was broken off, this one waits
+    fflush(printer.to);
+    cr_assert_eq(n, 10);
+    print_token(&printer, tokenizer, e_acute[1]);
+    cr_assert_eq(n, 12);
+    const int no_lead[] = {0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF}; // no character begins with these
+    for (int i = 0; i < 6; i++) {
+        print_token(&printer, tokenizer, FIRST_BYTE + no_lead[i]);
+        cr_assert_eq((int)n, 12 + i + 1, "byte %x waits", no_lead[i]);
+    }
+    fclose(printer.to);
+    cr_assert_str_eq(text, "\xC3\xA9\xF0\x9F\x98\x80\xF0x\xF0\xC3\xC3\xA9\x80\xBF\xC0\xC1\xF5\xFF");
     free(text);
     bench_close(&b);
 }
 
 // ---- dice
 
-// Sampling draws each token as often as softmax(logits / temperature) says, among the fewest tokens
-// that have top_p together; of one token only, that is argmax.
-Test(sampling, follows_the_probabilities) {
+// Draws 10000 times, evenly. Each token must come as often as softmax(logits / temperature) says,
+// among the fewest tokens that have top_p together.
+static void check_dice(double temperature, double top_p, int want_kept) {
+    enum { DRAWS = 10000 };
     const float logits[6] = {.5f, 2, -1, 1.5f, 0, -3};
-    for (int i = 0; i < 4; i++) {
-        enum { DRAWS = 10000 };
-        const double temperature = i % 2 ? .7 : 1.6, top_p = i < 2 ? 1 : .8;
-        const int order[6] = {1, 3, 0, 4, 2, 5}; // from the most probable on
-        double p[6], sum = 0, kept = 0;
-        int counts[6] = {0}, n_kept = 0;
-        for (int t = 0; t < 6; t++) sum += p[t] = exp((double)logits[t] / temperature);
-        while (n_kept < 6 && kept < top_p * sum * (1 - 1e-12)) kept += p[order[n_kept++]];
-        cr_assert(i < 2 ? n_kept == 6 : n_kept > 1 && n_kept < 6);
-        for (int k = 0; k < DRAWS; k++)
-            counts[sample(logits, 6, temperature, top_p, (k + .5) / DRAWS)]++;
-        for (int t = 0; t < 6; t++) {
-            double want = t < n_kept ? p[order[t]] / kept : 0;
-            cr_assert_float_eq((double)counts[order[t]] / DRAWS, want, 2. / DRAWS, "%d %d", i, t);
-        }
-        for (int k = 0; k < 100; k++)
-            cr_assert_eq(sample(logits, 6, temperature, 1e-6, k / 100.), argmax(logits, 6));
+    const int order[6] = {1, 3, 0, 4, 2, 5}; // from the most probable on
+    const Dice dice = {temperature, top_p};
+    double p[6];
+    double sum = 0;
+    double kept = 0;
+    int n_kept = 0;
+    int counts[6] = {0};
+    for (int t = 0; t < 6; t++) {
+        p[t] = exp((double)logits[t] / temperature);
+        sum += p[t];
     }
+    while (n_kept < 6 && kept < top_p * sum * (1 - 1e-12))
+        kept += p[order[n_kept++]];
+    cr_assert_eq(n_kept, want_kept, "temperature %g, top_p %g: %d", temperature, top_p, n_kept);
+    for (int k = 0; k < DRAWS; k++)
+        counts[sample(logits, 6, &dice, (k + .5) / DRAWS)]++;
+    for (int i = 0; i < 6; i++) {
+        const int token = order[i];
+        const double want = i < n_kept ? p[token] / kept : 0;
+        cr_assert_float_eq((double)counts[token] / DRAWS, want, 2. / DRAWS,
+                           "temperature %g, top_p %g: token %d %d times", temperature, top_p, token,
+                           counts[token]);
+    }
+    const Dice first_only = {temperature, 1e-6};
+    for (int k = 0; k < 100; k++)
+        cr_assert_eq(sample(logits, 6, &first_only, k / 100.), argmax(logits, 6));
+}
+
+// Of one token only, sampling is argmax.
+Test(sampling, follows_the_probabilities) {
+    check_dice(1.6, 1, 6);
+    check_dice(.7, 1, 6);
+    check_dice(1.6, .8, 3);
+    check_dice(.7, .8, 2);
     cr_assert_eq(argmax((float[]){1, 3, 3}, 3), 1); // the first of equals
+}
+
+// A draw depends on seed and position alone. It has a site of its own, far from those of the noise:
+// when one is added there, -t still writes the texts that it wrote.
+Test(sampling, draws_at_a_place_of_its_own) {
+    enum { EQUALS = 100 };
+    const float logits[EQUALS] = {0}; // so the token says what was drawn
+    const Dice dice = {1, 1};
+    const Dice no_dice = {0, 1};
+    const int first_tokens[] = {98, 22, 11, 72, 14};
+    for (int position = 0; position < 5; position++) {
+        int token = choose(logits, EQUALS, &dice, 420, position);
+        cr_assert_eq(token, first_tokens[position], "position %d: %d", position, token);
+        uint64_t key = within(within(420, SITE_SAMPLE), position);
+        cr_assert_eq(token, (int)(uniform(key, 0) * EQUALS));
+        cr_assert_eq(choose(logits, EQUALS, &no_dice, 420, position), 0);
+    }
 }
 
 // ---- talking
 
+// Answers to three tokens with up to n_new, printed nowhere. The caller frees run and sequence.
+static Talk talk_silently(Bench *b, const Options *options, FILE *nowhere) {
+    Talk talk = {
+        .options = options,
+        .sequence = sequence_new((Noise){0}),
+        .printer = {.to = nowhere},
+    };
+    cr_assert_not_null(nowhere);
+    run_init(&talk.run, &b->model, 8, 1);
+    return talk;
+}
+
+static void stop_talking(Talk *talk, FILE *nowhere) {
+    sequence_free(talk->run.model, &talk->sequence);
+    run_free(&talk->run);
+    fclose(nowhere);
+}
+
 // An answer that -n cuts off is remembered whole in a chat, or the next question would follow a
 // sentence without its last word. A single text needs no more than it printed.
 Test(talking, a_chat_remembers_its_last_token) {
+    const int tokens[] = {1, 40, 41};
     Bench b;
     bench_open(&b, G, 8);
-    b.model.config.eos = b.model.config.bos = -1; // nothing else ends the answer
-    for (int i = 0; i < 2; i++) {
-        const Options o = {.n_new = 7, .mode = i ? CHAT : GENERATE};
+    b.model.config.eos = -1; // nothing else ends the answer
+    b.model.config.bos = -1;
+    for (int is_chat = 0; is_chat < 2; is_chat++) {
+        const Options options = {.n_new = 7, .chat = is_chat};
         FILE *nowhere = fopen("/dev/null", "w");
-        cr_assert_not_null(nowhere);
-        Talk t = {.model = &b.model, .options = &o, .sequence = sequence_new((Noise){0}),
-                  .printer = {.to = nowhere}};
-        run_init(&t.run, &b.model, 8, 1);
-        reply(&t, (int[]){1, 40, 41}, 3);
-        cr_assert_eq(t.n_new, 7);
-        cr_assert_eq(t.sequence.length, 3 + 7 - !i);
-        sequence_free(&b.model, &t.sequence);
-        run_free(&t.run);
-        fclose(nowhere);
+        Talk talk = talk_silently(&b, &options, nowhere);
+        reply(&talk, tokens, 3);
+        cr_assert_eq(talk.n_new, 7);
+        cr_assert_str_eq(talk.stopped_at, "-n");
+        cr_assert_eq(talk.sequence.length, is_chat ? 3 + 7 : 3 + 7 - 1);
+        stop_talking(&talk, nowhere);
     }
+    bench_close(&b);
+}
+
+// A text ends with EOS, with BOS (another text would begin), or after -n tokens. The token that
+// ends it is not written.
+Test(talking, what_ends_a_text) {
+    const int tokens[] = {1, 40, 41};
+    const Options options = {.n_new = 4};
+    Bench b;
+    bench_open(&b, G, 8);
+    Config *c = &b.model.config;
+    const char *const why[] = {
+        "-n",
+        "the end of the text (EOS)",
+        "the start of another text (BOS)",
+    };
+    int first_word = -1;
+    for (int i = 0; i < 3; i++) {
+        c->eos = i == 1 ? first_word : -1;
+        c->bos = i == 2 ? first_word : -1;
+        FILE *nowhere = fopen("/dev/null", "w");
+        Talk talk = talk_silently(&b, &options, nowhere);
+        reply(&talk, tokens, 3);
+        cr_assert_str_eq(talk.stopped_at, why[i], "%s", talk.stopped_at);
+        cr_assert_eq(talk.n_new, i == 0 ? 4 : 0, "%s: %d tokens", why[i], talk.n_new);
+        if (i == 0)
+            first_word = talk.sequence.tokens[3];
+        stop_talking(&talk, nowhere);
+    }
+    bench_close(&b);
+}
+
+// The prompt is read soberly, unless the options say otherwise.
+Test(talking, a_prompt_is_read_soberly) {
+    Bench b;
+    bench_open(&b, G, 8);
+    b.model.config.eos = -1;
+    b.model.config.bos = -1;
+    for (int drugged = 0; drugged < 2; drugged++) {
+        const Options options = {.n_new = 1, .drugged_prompt = drugged};
+        FILE *nowhere = fopen("/dev/null", "w");
+        Talk talk = talk_silently(&b, &options, nowhere);
+        talk.sequence.noise = bench_noise(&b, ALL_SITES, FAMILY_CENTRED);
+        reply(&talk, G_TOKENS, N);
+        cr_assert_eq(talk.sequence.n_drugged, drugged ? N : 0);
+        cr_assert_eq(talk.sequence.first_dirty, drugged ? 6 : CLEAN);
+        stop_talking(&talk, nowhere);
+    }
+    bench_close(&b);
+}
+
+// Checks that from `start` on, the sequence has read this text.
+static void expect_read(const Talk *talk, int start, const char *text) {
+    int n;
+    int *tokens = tokens_of(talk->run.model, text, &n);
+    cr_assert_leq(start + n, talk->sequence.length, "'%s'", text);
+    cr_assert(!memcmp(talk->sequence.tokens + start, tokens, n * sizeof *tokens), "'%s'", text);
+    free(tokens);
+}
+
+// A conversation is written as Llama 2 and Mistral were taught it: each question after a BOS and
+// between [INST] and [/INST], each answer ended by an EOS, the system prompt within the first.
+Test(talking, a_chat_has_the_form_of_llama_2) {
+    cr_redirect_stdout();
+    Bench b;
+    Model *model = &b.model;
+    bench_open(&b, G, 8);
+    model->config.seq_len = 200;
+    const Options options = {.n_new = 4, .chat = true, .system = "Be brief."};
+    FILE *nowhere = fopen("/dev/null", "w");
+    Talk talk = talk_silently(&b, &options, nowhere);
+    cr_assert(chat_round(&talk, "hi", 2));
+    expect_read(&talk, 0, "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nhi [/INST]");
+    const int end = talk.sequence.length;
+    cr_assert(chat_round(&talk, "and?", 4));
+    cr_assert_eq(talk.sequence.tokens[end], model->config.eos);
+    expect_read(&talk, end + 1, "[INST] and? [/INST]");
+    stop_talking(&talk, nowhere);
+    bench_close(&b);
+}
+
+// A question must fit into the context, with the EOS before it. If it does not, nothing is read; if
+// there is no room for any, the conversation is over.
+Test(talking, a_chat_within_its_context) {
+    cr_redirect_stdout();
+    cr_redirect_stderr();
+    Bench b;
+    Config *c = &b.model.config;
+    bench_open(&b, G, 8);
+    c->seq_len = 200;
+    const Options options = {.n_new = 4, .chat = true};
+    FILE *nowhere = fopen("/dev/null", "w");
+    Talk talk = talk_silently(&b, &options, nowhere);
+    int n_question;
+    free(tokens_of(&b.model, "[INST] and? [/INST]", &n_question));
+    cr_assert(chat_round(&talk, "hi", 2));
+    const int end = talk.sequence.length;
+
+    c->seq_len = end + 1;
+    cr_assert(!chat_round(&talk, "and?", 4), "there is no room behind EOS");
+    cr_assert_eq(talk.sequence.length, end);
+
+    c->seq_len = end + 1 + n_question - 1;
+    cr_assert(chat_round(&talk, "and?", 4), "a shorter question would fit");
+    cr_assert_eq(talk.sequence.length, end);
+
+    c->seq_len = end + 1 + n_question;
+    cr_assert(chat_round(&talk, "and?", 4));
+    cr_assert_eq(talk.sequence.length, c->seq_len);
+    cr_assert_str_eq(talk.stopped_at, "the end of the context");
+    stop_talking(&talk, nowhere);
     bench_close(&b);
 }

@@ -1,98 +1,176 @@
-/* test_lab.c - what the experiments measure, against plain passes of one row, and what they write.
+/* test_lab.c - what the laboratory measures, against plain passes of one row, and what it writes.
  *
  * "observed" is the worst that gcc and clang gave, as an error relative to the value.
  */
+#define LAB_LIBRARY
+#include "lab.c"
 #include "testing.h"
 
 enum { LAYERS = 4, LONGEST = 513 };
-static const double MOST = 1.5;
+static const double MOST = 1.5; // the largest angle of all trips here
 
-// Model G, deeper and narrower and with a window, and a text of n tokens.
-static void open_deep(Bench *b, int *tokens, int n) {
-    FileHeader h = G;
-    h.n_layers = LAYERS;
-    h.dim = 32, h.hidden_dim = 40, h.n_heads = 4, h.n_kv_heads = 2;
-    h.sliding_window = 8;
-    bench_open(b, h, 8);
-    for (int i = 0; i < n; i++) tokens[i] = i ? 3 + i * i * 7 % 300 : 1;
+static const char *const KINDS[N_TRIP_KINDS] = {"window", "stack"};
+
+// Model G, deeper and narrower and with a window.
+static void open_deep(Bench *b) {
+    FileHeader header = G;
+    header.n_layers = LAYERS;
+    header.dim = 32;
+    header.hidden_dim = 40;
+    header.n_heads = 4;
+    header.n_kv_heads = 2;
+    header.sliding_window = 8;
+    bench_open(b, header, 8);
 }
 
-// 1 - cosine at all levels from two calls of forward that keep every layer, with doses in layers
-// first to last.
-static void two_passes(const Model *m, const int *tokens, int n, int site, Noise noise,
-                       double theta, int first, int last, double *distance) {
+// A text of n tokens for it.
+static const int *text_for_deep(int n) {
+    static int tokens[LONGEST];
+    for (int i = 0; i < n; i++)
+        tokens[i] = i ? 3 + i * i * 7 % 300 : 1;
+    return tokens;
+}
+
+// A trip over n tokens of this text.
+static Trip trip_over(const Bench *b, int n, int site, int family, int n_seeds) {
+    Trip trip = {
+        .model = &b->model,
+        .tokens = text_for_deep(n),
+        .n_tokens = n,
+        .site = site,
+        .max_theta = MOST,
+        .noise = {.seed = SEED, .family = family},
+        .n_seeds = n_seeds,
+    };
+    trip_measure(&trip);
+    return trip;
+}
+
+// ---- trip
+
+// Layers 1, 2 and 3 of four are dosed, as strongly as possible. Level 1 is what enters layer 1.
+Test(trip, moves_what_is_above_the_dose_and_nothing_below) {
+    Bench b;
+    open_deep(&b);
+    Trip trip = trip_over(&b, 12, SITE_V, FAMILY_CENTRED, 1);
+    const float *distance = trip_levels(&trip, WINDOW, 2, N_THETAS - 1);
+    cr_assert(distance[0] == 0);
+    cr_assert(distance[1] == 0);
+    cr_assert(distance[2] > 0);
+    cr_assert(distance[3] > 0);
+    cr_assert(distance[4] > 0);
+    free(trip.distance);
+    bench_close(&b);
+}
+
+// Three layers around the place, or all up to it.
+Test(trip, doses_windows_and_stacks) {
+    const char *const windows[LAYERS] = {"##..", "###.", ".###", "..##"};
+    const char *const stacks[LAYERS] = {"#...", "##..", "###.", "####"};
+    for (int place = 0; place < LAYERS; place++)
+        for (int layer = 0; layer < LAYERS; layer++) {
+            cr_assert(is_dosed(WINDOW, place, layer) == (windows[place][layer] == '#'));
+            cr_assert(is_dosed(STACK, place, layer) == (stacks[place][layer] == '#'));
+        }
+}
+
+// |a/|a| - b/|b||² of two vectors (n): how far apart they end on the unit sphere, squared.
+static double chord2(const float *a, const float *b, int n) {
+    double aa = 0, bb = 0, sum = 0;
+    for (int i = 0; i < n; i++) {
+        aa += pow((double)a[i], 2);
+        bb += pow((double)b[i], 2);
+    }
+    for (int i = 0; i < n; i++)
+        sum += pow((double)a[i] / sqrt(aa) - (double)b[i] / sqrt(bb), 2);
+    return sum;
+}
+
+// Adds 1 - cosine at all levels, from two calls of forward that keep every layer, one of them with
+// theta in layers first to last. Half of the squared chord is another way to this number.
+static void two_passes(const Trip *trip, Noise noise, double theta, int first, int last,
+                       double *distance) {
     static float doses[N_SITES * LAYERS];
-    const int dim = m->config.dim;
-    const float dose = (float)theta;
+    const int n = trip->n_tokens, dim = trip->model->config.dim;
+    memset(doses, 0, sizeof doses);
+    for (int layer = first; layer <= last; layer++)
+        doses[trip->site * LAYERS + layer] = (float)theta;
+    noise.theta = doses;
     Run runs[2];
     Row *rows = resize(NULL, n, sizeof *rows);
-    for (int i = 0; i < N_SITES * LAYERS; i++)
-        doses[i] = i / LAYERS == site && i % LAYERS >= first && i % LAYERS <= last ? dose : 0;
-    noise.theta = doses;
-    for (int i = 0; i < 2; i++) {
+    for (int drugged = 0; drugged < 2; drugged++) {
         Sequence s = sequence_new(noise);
-        run_init(&runs[i], m, n, LAYERS + 1);
-        for (int r = 0; r < n; r++) rows[r] = (Row){tokens[r], r, &s, i == 1, false, NULL};
-        forward(m, &runs[i], rows, n);
-        sequence_free(m, &s);
+        for (int r = 0; r < n; r++)
+            rows[r] = (Row){trip->tokens[r], r, &s, drugged, false, NULL};
+        run_init(&runs[drugged], trip->model, n, LAYERS + 1);
+        forward(&runs[drugged], rows, n);
+        sequence_free(trip->model, &s);
     }
     for (int level = 0; level <= LAYERS; level++) {
-        const float *a = runs[0].slots[level].x + (n - 1) * dim;
-        const float *b = runs[1].slots[level].x + (n - 1) * dim;
-        double aa = 0, bb = 0, apart = 0; // |a/|a| - b/|b||² / 2 is another way to this number
-        for (int i = 0; i < dim; i++) aa += pow((double)a[i], 2), bb += pow((double)b[i], 2);
-        for (int i = 0; i < dim; i++)
-            apart += pow((double)a[i] / sqrt(aa) - (double)b[i] / sqrt(bb), 2);
-        distance[level] = apart / 2;
+        const float *sober = runs[0].slots[level].x + (n - 1) * dim;
+        const float *drugged = runs[1].slots[level].x + (n - 1) * dim;
+        distance[level] += chord2(sober, drugged, dim) / 2;
     }
     run_free(&runs[0]);
     run_free(&runs[1]);
     free(rows);
 }
 
-// Some passages of a trip, by kind, place and theta, are what two plain passes say, as a mean over
-// the seeds; below the first dosed layer, and without a dose, all is 0 to the last bit.
-static void check(const Bench *b, const int *tokens, int n, int site, int family, int k, int step) {
-    const Noise noise = {SEED, family, NULL};
-    const Trip t = trip_measure(&b->model, tokens, n, site, MOST, noise, k);
-    cr_assert(t.n_layers == LAYERS && t.n_thetas == 31);
-    for (int i = 0; i < 2 * LAYERS * 31; i++) {
-        const int kind = i / 31 / LAYERS, place = i / 31 % LAYERS, theta = i % 31;
-        const int first = kind || !place ? 0 : place - 1;
-        const int last = kind || place == LAYERS - 1 ? place : place + 1;
-        const float *got = t.distance + i * (LAYERS + 1);
-        for (int level = 0; level <= LAYERS; level++) {
-            const bool zero = !memcmp(&got[level], &(float){0}, sizeof *got);
-            cr_assert(zero == (!theta || level <= first), "%d %d %d %d", kind, place, theta, level);
-        }
-        if (i % step) continue;
-        double want[LAYERS + 1] = {0}, one[LAYERS + 1];
-        for (int j = 0; j < k; j++) {
-            const Noise seeded = {SEED + (uint64_t)j, family, NULL};
-            two_passes(&b->model, tokens, n, site, seeded, MOST * theta / 30, first, last, one);
-            for (int level = 0; level <= LAYERS; level++) want[level] += one[level] / k;
-        }
-        for (int level = 0; level <= LAYERS; level++) { // observed 1e-7
-            const double error = fabs((double)got[level] - want[level]);
-            cr_assert(error <= 1e-6 * want[level], "%d %d %d %d: %g, %g", kind, place, theta, level,
-                      (double)got[level], want[level]);
-        }
+// One injection is what two plain passes say, as a mean over the seeds.
+static void check_injection(const Trip *trip, int kind, int place, int i_theta) {
+    const int first = kind == STACK || !place ? 0 : place - 1;
+    const int last = kind == STACK || place == LAYERS - 1 ? place : place + 1;
+    const float *got = trip_levels(trip, kind, place, i_theta);
+    double want[LAYERS + 1] = {0};
+    for (int seed = 0; seed < trip->n_seeds; seed++) {
+        const Noise noise = {SEED + (uint64_t)seed, trip->noise.family, NULL};
+        two_passes(trip, noise, MOST * i_theta / 30, first, last, want);
     }
-    free(t.distance);
+    for (int level = 0; level <= LAYERS; level++) { // observed 1e-7
+        want[level] /= trip->n_seeds;
+        const double error = fabs((double)got[level] - want[level]);
+        cr_assert(error <= 1e-6 * want[level], "%c, %s %d, theta %d, level %d: %g, want %g",
+                  SITES[trip->site], KINDS[kind], place, i_theta, level, (double)got[level],
+                  want[level]);
+    }
+}
+
+// Without a dose, and below the first dosed layer, all is 0 to the last bit, and nothing else is.
+static void check_zeros(const Trip *trip, int kind, int place, int i_theta) {
+    const int first = kind == STACK || !place ? 0 : place - 1;
+    const float *got = trip_levels(trip, kind, place, i_theta), zero = 0;
+    for (int level = 0; level <= LAYERS; level++) {
+        const bool is_zero = !memcmp(&got[level], &zero, sizeof zero);
+        cr_assert(is_zero == (!i_theta || level <= first), "%c, %s %d, theta %d, level %d",
+                  SITES[trip->site], KINDS[kind], place, i_theta, level);
+    }
+}
+
+// Every injection of a trip has its zeros, and every step-th one is computed anew.
+static void check_injections(const Bench *b, int n, int site, int family, int n_seeds, int step) {
+    const Trip trip = trip_over(b, n, site, family, n_seeds);
+    int number = 0;
+    for (int kind = 0; kind < N_TRIP_KINDS; kind++)
+        for (int place = 0; place < LAYERS; place++)
+            for (int i = 0; i < N_THETAS; i++) {
+                check_zeros(&trip, kind, place, i);
+                if (number++ % step == 0)
+                    check_injection(&trip, kind, place, i);
+            }
+    free(trip.distance);
 }
 
 // At every site; with all thetas in one call, in three batches, and one by one in a text that is
 // longer than a batch.
 Test(trip, is_what_two_passes_say) {
-    static int tokens[LONGEST];
     Bench b;
-    open_deep(&b, tokens, LONGEST);
+    open_deep(&b);
     for (int site = 0; site < N_SITES; site++) {
-        check(&b, tokens, 12, site, site % 2, 1, 7);
-        check(&b, tokens, 40, site, FAMILY_CENTRED, 1, 13);
+        check_injections(&b, 12, site, site % 2 ? FAMILY_UPSTREAM : FAMILY_CENTRED, 1, 7);
+        check_injections(&b, 40, site, FAMILY_CENTRED, 1, 13);
     }
-    check(&b, tokens, 14, SITE_A, FAMILY_CENTRED, 3, 5);
-    check(&b, tokens, LONGEST, SITE_H, FAMILY_CENTRED, 1, 97);
+    check_injections(&b, 14, SITE_A, FAMILY_CENTRED, 3, 5);
+    check_injections(&b, LONGEST, SITE_H, FAMILY_CENTRED, 1, 97);
     bench_close(&b);
 }
 
@@ -104,45 +182,60 @@ static void to_name(char *name, const char *ending) {
 static const char *prompt_of(const Model *m, int n) {
     static char text[128];
     const int length = n - 1 - (m->config.tokenizer_flags & PREFIX_SPACE);
-    for (int i = 0; i < length; i++) text[i] = (char)('A' + i * i % 26);
+    for (int i = 0; i < length; i++)
+        text[i] = (char)('A' + i * i % 26);
     text[length] = '\0';
     return text;
 }
 
-// The whole of it, quietly, over n tokens. The caller removes what out names.
+// The whole of it, quietly, over n tokens, with a dose at V. The caller removes what out names.
 static void run_trip(const Bench *b, int n, double theta, const char *out) {
-    Options o = {.prompt = prompt_of(&b->model, n), .k = 2, .max_theta = MOST, .out = out,
-                 .noise = {SEED, FAMILY_CENTRED, NULL}};
-    o.doses[SITE_V].theta = theta;
+    LabOptions options = {
+        .model = "",
+        .prompt = prompt_of(&b->model, n),
+        .out = out,
+        .n_seeds = 2,
+        .max_theta = MOST,
+        .noise = {.seed = SEED},
+    };
+    options.noise.doses[SITE_V].theta = theta;
     cr_assert(freopen("/dev/null", "w", stdout));
-    trip(&b->model, &o);
+    trip(&b->model, &options);
 }
 
+// The file has a line for every number, which is that number to the last bit.
 Test(trip, writes_its_numbers) {
-    int i = 0, n;
     char name[64], line[128], want[128];
     Bench b;
-    open_deep(&b, NULL, 0);
+    open_deep(&b);
     to_name(name, ".csv");
     run_trip(&b, 12, .5, name);
     const char *prompt = prompt_of(&b.model, 12);
-    int *tokens = encode(&b.model, prompt, strlen(prompt), true, &n);
-    cr_assert(n == 12);
-    const Trip t = trip_measure(&b.model, tokens, 12, SITE_V, MOST, (Noise){SEED, 0, NULL}, 2);
-    FILE *f = fopen(name, "r");
-    cr_assert(f && fgets(line, sizeof line, f));
+    Trip trip = {.model = &b.model, .site = SITE_V, .max_theta = MOST, .noise = {.seed = SEED},
+                 .n_seeds = 2};
+    int *tokens = encode(&b.model, prompt, strlen(prompt), true, &trip.n_tokens);
+    cr_assert(trip.n_tokens == 12);
+    trip.tokens = tokens;
+    trip_measure(&trip);
+
+    FILE *file = fopen(name, "r");
+    cr_assert(file && fgets(line, sizeof line, file));
     cr_assert(!strcmp(line, "kind,place,theta,level,distance\n"));
-    for (; fgets(line, sizeof line, f); i++) {
-        const int level = i % 5, theta = i / 5 % 31, place = i / 5 / 31 % 4, kind = i / 5 / 31 / 4;
-        sprintf(want, "%s,%d,%.9g,%d,", kind ? "stack" : "window", place, MOST * theta / 30, level);
-        cr_assert(!strncmp(line, want, strlen(want)), "%s%s", line, want);
-        cr_assert(strtof(line + strlen(want), NULL) == t.distance[i]);
-    }
-    cr_assert(i == 2 * 4 * 31 * 5);
-    fclose(f);
+    for (int kind = 0; kind < N_TRIP_KINDS; kind++)
+        for (int place = 0; place < LAYERS; place++)
+            for (int i = 0; i < N_THETAS; i++)
+                for (int level = 0; level <= LAYERS; level++) {
+                    cr_assert(fgets(line, sizeof line, file));
+                    sprintf(want, "%s,%d,%.9g,%d,", KINDS[kind], place, MOST * i / 30, level);
+                    cr_assert(!strncmp(line, want, strlen(want)), "%s%s", line, want);
+                    const float distance = trip_levels(&trip, kind, place, i)[level];
+                    cr_assert(strtof(line + strlen(want), NULL) == distance, "%s", line);
+                }
+    cr_assert(!fgets(line, sizeof line, file));
+    fclose(file);
     remove(name);
     free(tokens);
-    free(t.distance);
+    free(trip.distance);
     bench_close(&b);
 }
 
@@ -151,25 +244,27 @@ Test(trip, draws) {
     int n_cells = 0, n_white = 0, n_black = 0;
     char name[64], command[400];
     Bench b;
-    open_deep(&b, NULL, 0);
+    open_deep(&b);
     to_name(name, ".svg");
     run_trip(&b, 12, 1.5, name);
     sprintf(command, "python3 -c 'from xml.dom.minidom import parse\n"
             "c = [r.getAttribute(\"fill\") for r in parse(\"%s\").getElementsByTagName(\"rect\")"
             " if r.getAttribute(\"class\") == \"cell\"]\n"
             "print(len(c), c.count(\"#ffffff\"), c.count(\"#000000\"))'", name);
-    FILE *f = popen(command, "r");
-    cr_assert(f && fscanf(f, "%d %d %d", &n_cells, &n_white, &n_black) == 3 && !pclose(f));
-    cr_assert(n_cells == 2 * 5 * 4 * 5, "%d", n_cells);
-    cr_assert(n_white >= 5 * (1 + 1 + 2 + 3 + 4) && n_black > 0, "%d %d", n_white, n_black);
+    FILE *output = popen(command, "r");
+    cr_assert(output && fscanf(output, "%d %d %d", &n_cells, &n_white, &n_black) == 3);
+    cr_assert(!pclose(output));
+    cr_assert(n_cells == N_TRIP_KINDS * PANELS * LAYERS * (LAYERS + 1), "%d", n_cells);
+    const int below = 1 + 1 + 2 + 3 + LAYERS; // levels 0 to first of windows, level 0 of stacks
+    cr_assert(n_white >= PANELS * below && n_black > 0, "%d %d", n_white, n_black);
     remove(name);
     bench_close(&b);
 }
 
 // What cannot be measured is refused before any work.
-static void refused(FileHeader h, int n, double theta, const char *out) {
+static void refused(FileHeader header, int n, double theta, const char *out) {
     Bench b;
-    bench_open(&b, h, 8);
+    bench_open(&b, header, 8);
     cr_assert(freopen("/dev/null", "w", stderr));
     run_trip(&b, n, theta, out);
 }
@@ -179,50 +274,77 @@ Test(trip, refuses_a_text_within_the_sink, .exit_code = 1) { refused(G, SINK, .5
 Test(trip, refuses_a_text_beyond_the_context, .exit_code = 1) { refused(G, 65, .5, NULL); }
 Test(trip, refuses_two_layers, .exit_code = 1) { refused(M, 12, .5, NULL); }
 
+enum { NEW = 16, WIDE = 64, VOCAB = 320 };
+
+// Makes a model surer: all logits are ten times as far apart.
+static void make_surer(Bench *b) {
+    float *gain = (float *)b->model.layers[0].w[FINAL_NORM];
+    for (int i = 0; i < b->model.config.dim; i++)
+        gain[i] *= 10;
+}
+
+// p (VOCAB): the probabilities of the token behind the text of a trip, from calls of one row.
+static void plain_probabilities(Bench *b, const Trip *trip, Noise noise, double *p) {
+    Sequence s = sequence_new(noise);
+    for (int i = 0; i < trip->n_tokens; i++) {
+        Row row = {trip->tokens[i], i, &s, true, true, NULL};
+        forward(&b->run, &row, 1);
+        for (int token = 0; token < VOCAB; token++)
+            p[token] = exp(-surprise(row.logits, VOCAB, token));
+    }
+    sequence_free(&b->model, &s);
+}
+
+// A line of the table says this word, these probabilities, and as many signs as they want.
+static void check_bar(const char *line, const char *word, double sober, double drugged) {
+    double got[2];
+    char signs[99] = "";
+    cr_assert(!strncmp(line, word, strlen(word)), "%s%s", word, line);
+    sscanf(line + 16, "%lf %% %lf %% %98s", &got[0], &got[1], signs);
+    cr_assert(fabs(got[0] - 100 * sober) < .0501, "%s", line);
+    cr_assert(fabs(got[1] - 100 * drugged) < .0501, "%s", line);
+    const int kept = (int)round(50 * fmin(sober, drugged));
+    const int n = (int)round(50 * fmax(sober, drugged));
+    cr_assert((int)strlen(signs) == n && (int)strspn(signs, "|") == kept, "%s", line);
+    cr_assert((int)strspn(signs + kept, drugged > sober ? "+" : "-") == n - kept, "%s", line);
+}
+
 // Beside the maps stand the ten most probable tokens: their probabilities, sober and as the mean
-// over the seeds, are those of two plain passes each, and the signs are as long as the numbers say.
+// over two seeds, are those of plain passes, and the signs are as long as the numbers say.
 Test(trip, shows_the_next_token) {
     static float doses[N_SITES * LAYERS];
-    static double p[3][320];
-    int tokens[12], best = 0;
+    static double sober[VOCAB], first[VOCAB], second[VOCAB];
     char name[64], line[256];
     Bench b;
-    open_deep(&b, tokens, 12);
-    for (int i = 0; i < 32; i++) ((float *)*tensor(&b.model, 0, FINAL_NORM))[i] *= 10; // surer
-    for (int l = 1; l <= 3; l++) doses[SITE_A * LAYERS + l] = 1;
-    for (int i = 0; i < 3; i++) { // the sober pass, then two seeds
-        Sequence s = sequence_new((Noise){SEED + (uint64_t)(i == 2), 0, doses});
-        for (int r = 0; r < 12; r++) {
-            Row row = {tokens[r], r, &s, i > 0, true, NULL};
-            forward(&b.model, &b.run, &row, 1);
-            for (int t = 0; t < 320; t++) p[i][t] = exp(-surprise(row.logits, 320, t));
-        }
-        sequence_free(&b.model, &s);
-    }
+    open_deep(&b);
+    make_surer(&b);
+    const Trip trip = {.model = &b.model, .tokens = text_for_deep(12), .n_tokens = 12,
+                       .site = SITE_A, .noise = {.seed = SEED}, .n_seeds = 2};
+    for (int layer = 1; layer <= 3; layer++)
+        doses[SITE_A * LAYERS + layer] = 1;
+    plain_probabilities(&b, &trip, (Noise){0}, sober);
+    plain_probabilities(&b, &trip, (Noise){SEED, FAMILY_CENTRED, doses}, first);
+    plain_probabilities(&b, &trip, (Noise){SEED + 1, FAMILY_CENTRED, doses}, second);
+
     to_name(name, ".txt");
     cr_assert(freopen(name, "w", stdout));
-    trip_bars(&b.model, tokens, 12, SITE_A, 1, (Noise){SEED, FAMILY_CENTRED, NULL}, 2);
+    trip_next_token(&trip, 1);
     fflush(stdout);
-    FILE *f = fopen(name, "r");
-    for (int i = -3; i < 10; i++) {
-        cr_assert(f && fgets(line, sizeof line, f));
-        if (i < 0) continue;
-        for (int t = 0; t < 320; t++)
-            if (p[0][t] > p[0][best]) best = t;
-        const double sober = 100 * p[0][best], drugged = 50 * (p[1][best] + p[2][best]);
-        double got[2];
-        char *word = visible(&b.model, best), signs[99] = "";
-        cr_assert(!strncmp(line, word, strlen(word)), "%s%s", word, line);
-        sscanf(line + 16, "%lf %% %lf %% %98s", &got[0], &got[1], signs);
-        cr_assert(fabs(got[0] - sober) < .0501 && fabs(got[1] - drugged) < .0501, "%s", line);
-        const int kept = (int)round(fmin(sober, drugged) / 2);
-        const int n = (int)round(fmax(sober, drugged) / 2);
-        cr_assert((int)strlen(signs) == n && (int)strspn(signs, "|") == kept, "%s", line);
-        cr_assert((int)strspn(signs + kept, drugged > sober ? "+" : "-") == n - kept, "%s", line);
-        p[0][best] = 0;
+    FILE *file = fopen(name, "r");
+    for (int i = 0; i < 3; i++) // above the table
+        cr_assert(file && fgets(line, sizeof line, file));
+    for (int i = 0; i < 10; i++) {
+        int best = 0;
+        for (int token = 0; token < VOCAB; token++)
+            if (sober[token] > sober[best])
+                best = token;
+        char *word = visible(&b.model, best);
+        cr_assert(fgets(line, sizeof line, file));
+        check_bar(line, word, sober[best], (first[best] + second[best]) / 2);
+        sober[best] = 0; // the next one
         free(word);
     }
-    fclose(f);
+    fclose(file);
     remove(name);
     bench_close(&b);
 }
@@ -231,51 +353,75 @@ Test(trip, shows_the_next_token) {
 
 // A token stands in a table on one line, whatever it prints.
 Test(lab, makes_tokens_visible) {
-    static const int tokens[] = {3 + '\n', 3 + '\r', 3 + 127, 3 + 0xC3, 3 + 'a', 259, 318};
-    static const char *const texts[] = {"\\n", "<0D>", "<7F>", "<C3>", "a", " ", "["};
+    const struct {
+        int token;
+        const char *text;
+    } cases[] = {
+        {FIRST_BYTE + '\n', "\\n"}, {FIRST_BYTE + '\r', "<0D>"}, {FIRST_BYTE + 127, "<7F>"},
+        {FIRST_BYTE + 0xC3, "<C3>"}, {FIRST_BYTE + 'a', "a"}, {BEHIND_BYTES, " "}, {318, "["},
+    };
     Bench b;
     bench_open(&b, G, 1);
-    for (int i = 0; i < 7; i++) {
-        char *text = visible(&b.model, tokens[i]);
-        cr_assert(!strcmp(text, texts[i]), "%s, %s", text, texts[i]);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char *text = visible(&b.model, cases[i].token);
+        cr_assert(!strcmp(text, cases[i].text), "%s, want %s", text, cases[i].text);
         free(text);
     }
     bench_close(&b);
 }
 
-enum { NEW = 16, WIDE = 64, VOCAB = 320 };
+// How tokens are chosen: dice, behind noise on the logits of this width, nats.
+typedef struct {
+    Dice dice;
+    double width;
+} Chance;
+
+static const Chance NO_CHANCE = {{0, 1}, 0};
 
 // What one row in every call says, in a run that keeps all layers.
 typedef struct {
     int tokens[NEW];
-    float hidden[NEW * WIDE]; // (NEW, dim) what left the layers
+    float states[NEW * WIDE]; // (NEW, dim) what left the layers
     double log_p[NEW];        // of each token
     bool most[NEW];           // is it the most probable one?
 } Alone;
 
-// Reads a prompt soberly, then NEW tokens, drugged if noise has doses. They are thrown with dice,
-// or told if that is NULL. What ends a text ends nothing here.
-static void alone(Bench *b, const int *prompt, int n, Noise noise, const Dice *dice, Alone *a) {
+// Notes in a what logits (n) say of its token number i.
+static void note_logits(Alone *a, int i, const float *logits, int n) {
+    double total = 0, largest = -INFINITY;
+    const double mine = (double)logits[a->tokens[i]];
+    for (int token = 0; token < n; token++) {
+        total += exp((double)logits[token]);
+        largest = fmax(largest, (double)logits[token]);
+    }
+    a->log_p[i] = mine - log(total);
+    a->most[i] = mine >= largest;
+}
+
+// Reads a prompt (n) soberly, then NEW tokens, drugged if noise has doses. They are chosen by
+// chance, or told by a->tokens if that is NULL. What ends a text ends nothing here.
+static void alone(Bench *b, const int *prompt, int n, Noise noise, const Chance *chance, Alone *a) {
     const Config *c = &b->model.config;
-    const size_t dim = (size_t)c->dim, vocab_size = (size_t)c->vocab_size;
     Sequence s = sequence_new(noise);
     for (int i = 0; i < n + NEW; i++) {
-        Row row = {i < n ? prompt[i] : a->tokens[i - n], i, &s, i >= n, true, NULL};
-        float z[VOCAB];
-        double total = 0, largest = -INFINITY;
-        forward(&b->model, &b->run, &row, 1);
-        if (i >= n)
-            memcpy(a->hidden + (i - n) * c->dim, b->run.slots[c->n_layers].x, 4 * dim);
-        const int next = i + 1 - n;
-        if (next < 0 || next == NEW) continue;
-        memcpy(z, row.logits, sizeof *z * vocab_size);
-        if (dice) a->tokens[next] = choose(z, c->vocab_size, dice, noise.seed, i + 1);
-        for (size_t t = 0; t < vocab_size; t++) {
-            total += exp((double)row.logits[t]);
-            largest = fmax(largest, (double)row.logits[t]);
+        const int token = i < n ? prompt[i] : a->tokens[i - n];
+        Row row = {token, i, &s, i >= n, true, NULL};
+        forward(&b->run, &row, 1);
+        if (i >= n) {
+            const float *state = b->run.slots[c->n_layers].x;
+            memcpy(a->states + (i - n) * c->dim, state, (size_t)c->dim * sizeof *state);
         }
-        a->log_p[next] = (double)row.logits[a->tokens[next]] - log(total);
-        a->most[next] = (double)row.logits[a->tokens[next]] >= largest;
+        const int next = i + 1 - n;
+        if (next < 0 || next == NEW)
+            continue;
+        if (chance) {
+            float logits[VOCAB];
+            memcpy(logits, row.logits, sizeof *logits * (size_t)c->vocab_size);
+            if (chance->width > 0)
+                add_logit_noise(logits, c->vocab_size, chance->width, noise.seed, i + 1);
+            a->tokens[next] = choose(logits, c->vocab_size, &chance->dice, noise.seed, i + 1);
+        }
+        note_logits(a, next, row.logits, c->vocab_size);
     }
     sequence_free(&b->model, &s);
 }
@@ -283,26 +429,26 @@ static void alone(Bench *b, const int *prompt, int n, Noise noise, const Dice *d
 // How many tokens a text has before one that ends it.
 static int ends_at(const Config *c, const int *tokens) {
     int n = 0;
-    while (n < NEW && tokens[n] != c->eos && tokens[n] != c->bos) n++;
+    while (n < NEW && tokens[n] != c->eos && tokens[n] != c->bos)
+        n++;
     return n;
 }
 
-// A model with working memory of one row that keeps all layers. Its logits are ten times as far
-// apart, so that it is surer.
-static void open_keeping(Bench *b, FileHeader h) {
-    bench_open(b, h, 1);
+// A model that is surer, with working memory of one row that keeps all layers.
+static void open_keeping(Bench *b, FileHeader header) {
+    bench_open(b, header, 1);
     run_free(&b->run);
-    run_init(&b->run, &b->model, 1, h.n_layers + 1);
-    float *gain = (float *)*tensor(&b->model, 0, FINAL_NORM);
-    for (int i = 0; i < h.dim; i++) gain[i] *= 10;
+    run_init(&b->run, &b->model, 1, header.n_layers + 1);
+    make_surer(b);
 }
 
 // A laboratory around a prompt, of which NEW tokens are wanted.
-static void open_lab(Lab *lab, Bench *b, Options *o, FileHeader h, int k, int max_rows) {
-    open_keeping(b, h);
-    *o = (Options){.prompt = "TO BE, OR NOT TO", .n_new = NEW, .k = k,
-                   .noise = noise_of(b, ALL_SITES, FAMILY_CENTRED)};
-    lab_open(lab, &b->model, o, max_rows);
+static void open_lab(Lab *lab, Bench *b, LabOptions *options, FileHeader header, int max_rows) {
+    open_keeping(b, header);
+    options->prompt = "TO BE, OR NOT TO";
+    options->n_new = NEW;
+    options->noise = (NoiseOptions){.seed = SEED};
+    lab_open(lab, &b->model, options, max_rows);
 }
 
 static void close_lab(Lab *lab, Bench *b) {
@@ -312,19 +458,19 @@ static void close_lab(Lab *lab, Bench *b) {
 
 // As many tokens are written as are wanted and fit; the prompt's logits are those of a plain pass.
 Test(lab, knows_its_room) {
-    Options o;
+    LabOptions options = {.n_seeds = 1};
     Bench b;
     Lab lab;
-    open_lab(&lab, &b, &o, G, 1, 5);
+    open_lab(&lab, &b, &options, G, 5);
     cr_assert(lab.n_prompt == 18 && lab.n_new == NEW);
     Sequence s = sequence_new((Noise){0});
-    const float *z = feed(&b.model, &b.run, &s, lab.prompt, 18, 0, false, true);
-    cr_assert(!memcmp(z, lab.logits, sizeof *z * VOCAB));
+    const float *logits = feed(&b.run, &s, lab.prompt, 18, WANTS_LOGITS);
+    cr_assert(!memcmp(logits, lab.logits, sizeof *logits * VOCAB));
     sequence_free(&b.model, &s);
     for (int wanted = 0; wanted < 99; wanted += 46) { // 64 - 18 fit
         lab_close(&lab);
-        o.n_new = wanted;
-        lab_open(&lab, &b.model, &o, 5);
+        options.n_new = wanted;
+        lab_open(&lab, &b.model, &options, 5);
         cr_assert(lab.n_new == 46);
     }
     close_lab(&lab, &b);
@@ -332,302 +478,522 @@ Test(lab, knows_its_room) {
 
 // ---- texts side by side
 
+enum { N_TEXTS = 7, N_PROMPT = 14 };
+
+// Seven texts that begin with shorter and shorter parts of one prompt, each with its own noise and
+// chance.
+typedef struct {
+    Bench b;
+    int prompt[N_PROMPT];
+    Noise noise[N_TEXTS];
+    Chance chance[N_TEXTS];
+    Alone want[N_TEXTS];
+} Seven;
+
+// What watch_one is told, and what it has seen.
+typedef struct {
+    int dim, vocab_size;
+    double width;           // of the noise on the logits
+    float seen[NEW * WIDE]; // (NEW, dim) what left the layers
+} Watched;
+
+static void watch_one(Text *text, const float *state, float *logits) {
+    Watched *watched = text->owner;
+    const Sequence *s = text->sequence;
+    float *to = watched->seen + (text->n_tokens - 1) * watched->dim;
+    memcpy(to, state, (size_t)watched->dim * sizeof *state);
+    if (watched->width > 0)
+        add_logit_noise(logits, watched->vocab_size, watched->width, s->noise.seed, s->length);
+}
+
+static void open_seven(Seven *seven, FileHeader header) {
+    const int sites[N_TEXTS] = {0, ALL_SITES, 1 << SITE_V, 0, 0, 1 << SITE_H, 0};
+    const Chance chance[N_TEXTS] = {{{0, 0}, 0}, {{0, 0}, 0},  {{5, 1}, 0}, {{9, .9}, 0},
+                                    {{0, 1}, 15}, {{2, 1}, 9}, {{0, 0}, 0}};
+    open_keeping(&seven->b, header);
+    memcpy(seven->chance, chance, sizeof chance);
+    for (int i = 0; i < N_PROMPT; i++)
+        seven->prompt[i] = i ? 3 + 11 * i * i % (header.vocab_size - 3) : 1;
+    for (int i = 0; i < N_TEXTS; i++) {
+        seven->noise[i] = bench_noise(&seven->b, sites[i], i % 2);
+        seven->noise[i].seed += (uint64_t)i;
+        alone(&seven->b, seven->prompt, N_PROMPT - i, seven->noise[i], &chance[i],
+              &seven->want[i]);
+    }
+}
+
+// One of the texts came out as it should: its tokens, and what left the layers. What lies behind is
+// untouched.
+static void check_one(const Seven *seven, int i, const Text *text) {
+    static float blank[WIDE];
+    const Config *c = &seven->b.model.config;
+    const Alone *want = &seven->want[i];
+    const int n = ends_at(c, want->tokens), n_read = min(n, NEW - 1);
+    const size_t n_bytes = (size_t)n * sizeof *want->tokens;
+    cr_assert(text->n_tokens == n && text->sequence->length == N_PROMPT - i + n_read, "text %d", i);
+    cr_assert(!memcmp(text->tokens, want->tokens, n_bytes), "text %d", i);
+    if (!text->owner)
+        return;
+    const Watched *watched = text->owner;
+    const size_t n_seen = (size_t)(n_read * c->dim);
+    memset(blank, -1, sizeof blank);
+    cr_assert(!memcmp(watched->seen, want->states, n_seen * sizeof(float)), "text %d", i);
+    cr_assert(!memcmp(watched->seen + n_seen, blank, (size_t)c->dim * sizeof(float)), "text %d", i);
+}
+
+// Writes all seven at once, in calls of max_rows rows. One of those that have no noise on the
+// logits is not watched.
+static void check_seven(Seven *seven, int max_rows, int unwatched) {
+    static Watched watched[N_TEXTS];
+    const Model *m = &seven->b.model;
+    int tokens[N_TEXTS][NEW];
+    Text texts[N_TEXTS];
+    Sequence s[N_TEXTS];
+    Run run;
+    run_init(&run, m, max_rows, 1);
+    memset(watched, -1, sizeof watched);
+    for (int i = 0; i < N_TEXTS; i++) {
+        s[i] = sequence_new(seven->noise[i]);
+        feed(&run, &s[i], seven->prompt, N_PROMPT - i, 0);
+        watched[i].dim = m->config.dim;
+        watched[i].vocab_size = m->config.vocab_size;
+        watched[i].width = seven->chance[i].width;
+        texts[i] = (Text){
+            .sequence = &s[i],
+            .dice = seven->chance[i].dice,
+            .next = seven->want[i].tokens[0],
+            .tokens = tokens[i],
+        };
+        if (i != unwatched) {
+            texts[i].watch = watch_one;
+            texts[i].owner = &watched[i];
+        }
+    }
+    write_texts(&run, texts, N_TEXTS, NEW);
+    for (int i = 0; i < N_TEXTS; i++) {
+        check_one(seven, i, &texts[i]);
+        sequence_free(m, &s[i]);
+    }
+    run_free(&run);
+}
+
 // Seven texts, in one call or in several, are to the last bit what each is alone, and so is what
 // left the layers: sober and dosed, with temperature and noise on the logits. A text that comes to
 // its end, be it at once, drops out, and the others go on.
 Test(write_texts, is_as_each_alone) {
-    enum { N_TEXTS = 7 };
-    static Alone want[N_TEXTS];
-    static float hidden[N_TEXTS][NEW * WIDE], blank[WIDE];
-    const Dice dice[N_TEXTS] = {{0, 0, 0}, {0, 0, 0}, {5, 1, 0}, {9, .9, 0}, {0, 1, 15}, {2, 1, 9}};
-    const int sites[N_TEXTS] = {0, ALL_SITES, 1 << SITE_V, 0, 0, 1 << SITE_H, 0};
-    memset(blank, -1, sizeof blank);
+    static Seven seven;
+    const FileHeader headers[] = {G, M};
     for (int model = 0; model < 2; model++) {
-        int prompt[14] = {1};
-        Noise noise[N_TEXTS];
-        Bench b;
-        open_keeping(&b, model ? M : G);
-        Config *c = &b.model.config;
-        for (int i = 1; i < 14; i++) prompt[i] = 3 + 11 * i * i % (c->vocab_size - 3);
-        for (int i = 0; i < N_TEXTS; i++) {
-            noise[i] = noise_of(&b, sites[i], i % 2);
-            noise[i].seed += (uint64_t)i;
-            alone(&b, prompt, 14 - i, noise[i], &dice[i], &want[i]);
+        open_seven(&seven, headers[model]);
+        Config *c = &seven.b.model.config;
+        const Alone *want = seven.want;
+        const struct {
+            int eos, bos;
+        } ends[] = {
+            {-1, -1},
+            {want[3].tokens[5], -1},
+            {want[2].tokens[0], want[5].tokens[9]},
+            {want[6].tokens[NEW - 1], want[4].tokens[NEW - 2]},
+        };
+        for (int i = 0; i < 4; i++) {
+            c->eos = ends[i].eos;
+            c->bos = ends[i].bos;
+            check_seven(&seven, 1, i);
+            check_seven(&seven, 3, i);
+            check_seven(&seven, 64, i);
         }
-        const int ends[4][2] = {{-1, -1}, {want[3].tokens[5], -1},
-                                {want[2].tokens[0], want[5].tokens[9]},
-                                {want[6].tokens[NEW - 1], want[4].tokens[NEW - 2]}};
-        for (int i = 0; i < 4 * 3; i++) {
-            int tokens[N_TEXTS][NEW];
-            Text texts[N_TEXTS];
-            Sequence s[N_TEXTS];
-            Run run;
-            c->eos = ends[i / 3][0], c->bos = ends[i / 3][1];
-            run_init(&run, &b.model, (const int[]){1, 3, 64}[i % 3], 1);
-            memset(hidden, -1, sizeof hidden);
-            for (int j = 0; j < N_TEXTS; j++) {
-                s[j] = sequence_new(noise[j]);
-                feed(&b.model, &run, &s[j], prompt, 14 - j, 0, false, false);
-                texts[j] = (Text){&s[j], dice[j], want[j].tokens[0], tokens[j], 0,
-                                  j == i % 4 ? NULL : hidden[j]};
-            }
-            write_texts(&b.model, &run, texts, N_TEXTS, NEW);
-            for (int j = 0; j < N_TEXTS; j++) {
-                const int n = ends_at(c, want[j].tokens), n_read = n < NEW ? n : NEW - 1;
-                const int n_hidden = texts[j].hidden ? n_read * c->dim : 0;
-                cr_assert(texts[j].n_tokens == n && s[j].length == 14 - j + n_read, "%d %d", i, j);
-                cr_assert(!memcmp(tokens[j], want[j].tokens, 4 * (size_t)n), "%d %d", i, j);
-                cr_assert(!memcmp(hidden[j], want[j].hidden, 4 * (size_t)n_hidden), "%d %d", i, j);
-                cr_assert(!memcmp(hidden[j] + n_hidden, blank, 4 * (size_t)c->dim), "%d %d", i, j);
-                sequence_free(&b.model, &s[j]);
-            }
-            run_free(&run);
-        }
-        bench_close(&b);
+        bench_close(&seven.b);
     }
 }
 
-// Without noise on the logits the most probable token is taken, the first of equals; the same seed
-// and position choose the same again, and another one of them chooses anew.
+// ---- chance
+
+static int throw(const Chance *chance, const float *logits, int n, uint64_t seed, int position) {
+    float noisy[VOCAB];
+    memcpy(noisy, logits, sizeof *noisy * (size_t)n);
+    if (chance->width > 0)
+        add_logit_noise(noisy, n, chance->width, seed, position);
+    return choose(noisy, n, &chance->dice, seed, position);
+}
+
+// Without chance the most probable token is taken, the first of equals.
+Test(choose, takes_the_most_probable) {
+    const float logits[5] = {0, 1, 7, 2, 7};
+    cr_assert(throw(&NO_CHANCE, logits, 5, SEED, 3) == 2);
+}
+
+// With temperature or noise on the logits, the same seed and position choose the same again, and
+// another one of them chooses anew.
 Test(choose, is_a_function_of_the_place) {
-    const float z[8] = {0, 1, -2, 1.5f, 1.5f, 0, .5f, 1};
+    const float logits[8] = {0, 1, -2, 1.5f, 1.5f, 0, .5f, 1};
+    const Chance noise = {{0, 1}, 1}, both = {{1, 1}, .5};
     int n_other_seed = 0, n_other_position = 0;
-    cr_assert(choose((float[]){0, 1, 7, 2, 7}, 5, &(Dice){0, 1, 0}, SEED, 3) == 2);
     for (int i = 0; i < 1000; i++) {
-        const Dice dice = {i % 2, 1, 1 - .5 * (i % 2)};
-        float a[4][8];
-        for (int j = 0; j < 4; j++) memcpy(a[j], z, sizeof z);
-        const int first = choose(a[0], 8, &dice, SEED, i);
-        cr_assert(choose(a[1], 8, &dice, SEED, i) == first && !memcmp(a[0], a[1], sizeof z));
-        n_other_seed += choose(a[2], 8, &dice, SEED + 1, i) != first;
-        n_other_position += choose(a[3], 8, &dice, SEED, i + 1) != first;
+        const Chance *chance = i % 2 ? &both : &noise;
+        const int first = throw(chance, logits, 8, SEED, i);
+        cr_assert(throw(chance, logits, 8, SEED, i) == first);
+        n_other_seed += throw(chance, logits, 8, SEED + 1, i) != first;
+        n_other_position += throw(chance, logits, 8, SEED, i + 1) != first;
     }
-    cr_assert(n_other_seed > 700 && n_other_position > 700, "%d %d", n_other_seed,
-              n_other_position); // observed 817 and 796
+    cr_assert(n_other_seed > 700, "%d", n_other_seed);         // observed 817
+    cr_assert(n_other_position > 700, "%d", n_other_position); // observed 796
 }
 
 // The noise on the logits is normal, as wide as was asked for, and each token has its own: of two
 // equal logits each wins as often, one that is 1 behind with the probability of that difference.
-Test(choose, throws_normal_noise) {
+Test(logit_noise, is_normal) {
     enum { THROWS = 40000 };
     const double width = 1.5, behind = .5 * erfc(1 / (2 * width));
-    double n_first[2] = {0}, moment[5] = {0}, together[2] = {0};
-    for (int i = 0; i < THROWS; i++)
-        for (int ahead = 0; ahead < 2; ahead++) {
-            float z[2] = {0, (float)ahead};
-            n_first[ahead] += !choose(z, 2, &(Dice){0, 1, width}, SEED, i);
-            const double x = (double)z[0] / width, y = ((double)z[1] - ahead) / width;
-            for (int j = 1; j < 5; j++) moment[j] += (pow(x, j) + pow(y, j)) / THROWS / 4;
-            together[0] += x * y / THROWS / 2, together[1] += x * x * y * y / THROWS / 2;
-        }
-    cr_assert(fabs(n_first[0] / THROWS - .5) < .01, "%g", n_first[0] / THROWS); // observed .002
-    cr_assert(fabs(n_first[1] / THROWS - behind) < .01, "%g", n_first[1] / THROWS); // 7e-5
+    double n_equal = 0, n_behind = 0, moment[5] = {0}, product = 0, squares = 0;
+    for (int i = 0; i < THROWS; i++) {
+        float logits[2] = {0, 0};
+        add_logit_noise(logits, 2, width, SEED, i);
+        const double x = (double)logits[0] / width, y = (double)logits[1] / width;
+        n_equal += x >= y;
+        n_behind += x >= y + 1 / width;
+        for (int power = 1; power < 5; power++)
+            moment[power] += (pow(x, power) + pow(y, power)) / THROWS / 2;
+        product += x * y / THROWS;
+        squares += x * x * y * y / THROWS;
+    }
+    cr_assert(fabs(n_equal / THROWS - .5) < .01, "%g", n_equal / THROWS);      // observed .002
+    cr_assert(fabs(n_behind / THROWS - behind) < .01, "%g", n_behind / THROWS); // observed 7e-5
     cr_assert(fabs(moment[1]) < .02 && fabs(moment[3]) < .05, "%g %g", moment[1], moment[3]);
     cr_assert(fabs(moment[2] - 1) < .02 && fabs(moment[4] - 3) < .1, "%g %g", moment[2], moment[4]);
-    cr_assert(fabs(together[0]) < .02 && fabs(together[1] - 1) < .06, "%g", together[1]);
+    cr_assert(fabs(product) < .02 && fabs(squares - 1) < .06, "%g %g", product, squares);
 }
 
 // ---- explore
 
-static double sum(const double *x, int n) { return n ? x[0] + sum(x + 1, n - 1) : 0; }
+static double sum(const double *x, int n) {
+    double total = 0;
+    for (int i = n - 1; i >= 0; i--)
+        total += x[i];
+    return total;
+}
 
-// The angle between a and b (n), by the chord from one to the other on the unit sphere.
-static double angle_between(const float *a, const float *b, int n) {
-    double aa = 0, bb = 0, chord = 0;
-    for (int i = 0; i < n; i++) aa += pow((double)a[i], 2), bb += pow((double)b[i], 2);
+// The sum of the angles between two lists of n vectors (n, dim), each by its chord.
+static double sum_of_angles(const float *a, const float *b, int n, int dim) {
+    double total = 0;
     for (int i = 0; i < n; i++)
-        chord += pow((double)a[i] / sqrt(aa) - (double)b[i] / sqrt(bb), 2);
-    return 2 * asin(sqrt(chord) / 2);
+        total += 2 * asin(sqrt(chord2(a + i * dim, b + i * dim, dim)) / 2);
+    return total;
 }
 
 // The sober continuation is the most probable text of a plain pass. Judged, its log-probability is
-// the sum of that pass's, and it has no angle; what is written drugged is read soberly for the one,
-// and for the other compared with what its writer had in mind. However many rows fit at once.
-Test(explore, judges_like_plain_passes) {
-    static Alone want, told;
-    for (int i = 0; i < 6; i++) {
-        double log_p, angle;
-        int tokens[NEW];
-        Options o;
-        Bench b;
-        Lab lab;
-        open_lab(&lab, &b, &o, i % 2 ? M : G, 1, (const int[]){64, 5, 1}[i / 2]);
-        const int dim = b.model.config.dim;
-        alone(&b, lab.prompt, lab.n_prompt, (Noise){0}, &(Dice){0, 0, 0}, &want);
-        const int n = ends_at(&b.model.config, want.tokens);
-        cr_assert(n > 3 && sober_continuation(&lab, tokens) == n);
-        cr_assert(!memcmp(tokens, want.tokens, sizeof *tokens * (size_t)n));
-        const Text sober = {.tokens = tokens, .n_tokens = n, .hidden = want.hidden};
-        judge(&lab, &sober, &log_p, &angle);
-        cr_assert(fabs(log_p / sum(want.log_p, n) - 1) < 1e-12, "%g", log_p); // observed 5e-15
-        cr_assert(angle < 1e-9, "%g", angle); // observed 0
+// the sum of that pass's, and it has no angle.
+static void check_sober(Lab *lab, Bench *b) {
+    static Alone want;
+    int tokens[NEW];
+    double log_p, angle;
+    alone(b, lab->prompt, lab->n_prompt, (Noise){0}, &NO_CHANCE, &want);
+    const int n = ends_at(&b->model.config, want.tokens);
+    cr_assert(n > 3 && sober_continuation(lab, tokens) == n);
+    cr_assert(!memcmp(tokens, want.tokens, sizeof *tokens * (size_t)n));
+    const Text text = {.tokens = tokens, .n_tokens = n};
+    judge(lab, &text, want.states, &log_p, &angle);
+    cr_assert(fabs(log_p / sum(want.log_p, n) - 1) < 1e-12, "%g", log_p); // observed 5e-15
+    cr_assert(angle < 1e-9, "%g", angle);                                 // observed 0
+}
 
-        alone(&b, lab.prompt, lab.n_prompt, o.noise, &(Dice){5, 1, 0}, &want);
-        told = want;
-        alone(&b, lab.prompt, lab.n_prompt, (Noise){0}, NULL, &told);
-        for (int length = 0; length <= NEW; length += length < 2 ? 1 : 7) {
-            double apart = 0;
-            for (int j = 0; j < length - 1; j++)
-                apart += angle_between(want.hidden + j * dim, told.hidden + j * dim, dim);
-            judge(&lab, &(Text){.tokens = want.tokens, .n_tokens = length, .hidden = want.hidden},
-                  &log_p, &angle);
-            cr_assert(fabs(log_p - sum(told.log_p, length)) <= -1e-12 * log_p, "%g", log_p);
-            cr_assert(fabs(angle - apart) <= 1e-5 * apart, "%g %g", angle, apart); // observed 1e-7
-        }
-        close_lab(&lab, &b);
+// What was written drugged is read soberly for its log-probability, and for the angle compared with
+// what left the layers when it was written. A text may be short, or empty.
+static void check_drugged(Lab *lab, Bench *b) {
+    static Alone written, told;
+    const Chance chance = {{5, 1}, 0};
+    const int lengths[] = {0, 1, 2, 9, 16}, dim = b->model.config.dim;
+    alone(b, lab->prompt, lab->n_prompt, bench_noise(b, ALL_SITES, FAMILY_CENTRED), &chance,
+          &written);
+    told = written;
+    alone(b, lab->prompt, lab->n_prompt, (Noise){0}, NULL, &told);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        const int n = lengths[i];
+        const Text text = {.tokens = written.tokens, .n_tokens = n};
+        double log_p, angle;
+        judge(lab, &text, written.states, &log_p, &angle);
+        cr_assert(fabs(log_p - sum(told.log_p, n)) <= -1e-12 * log_p, "%d: %g", n, log_p);
+        const double want = sum_of_angles(written.states, told.states, n - 1, dim);
+        cr_assert(fabs(angle - want) <= 1e-5 * want, "%d: %g %g", n, angle, want); // observed 1e-7
     }
+}
+
+// However many rows fit at once.
+Test(explore, judges_like_plain_passes) {
+    const FileHeader headers[] = {G, M};
+    const int max_rows[] = {64, 5, 1};
+    for (int model = 0; model < 2; model++)
+        for (int i = 0; i < 3; i++) {
+            LabOptions options = {.n_seeds = 1};
+            static Bench b;
+            Lab lab;
+            open_lab(&lab, &b, &options, headers[model], max_rows[i]);
+            check_sober(&lab, &b);
+            check_drugged(&lab, &b);
+            close_lab(&lab, &b);
+        }
 }
 
 // Diversity is the share of different ones among all pairs of neighbours, within texts only.
 Test(explore, counts_pairs) {
-    int a[] = {1, 2, 3, 4, 5}, c[] = {6, 7, 8, 9}, same[] = {7, 7, 7, 7}, back[] = {2, 1, 1 << 30};
-    const Text texts[] = {{.tokens = a, .n_tokens = 5}, {.tokens = a, .n_tokens = 5},
-                          {.tokens = a, .n_tokens = 5}, {.tokens = c, .n_tokens = 4},
-                          {.tokens = back, .n_tokens = 3}, {.tokens = same, .n_tokens = 4},
-                          {.tokens = a, .n_tokens = 1}, {.n_tokens = 0}};
-    const struct { int first, n; double want; } cases[] = {
+    int up[] = {1, 2, 3, 4, 5}, on[] = {6, 7, 8, 9};
+    int same[] = {7, 7, 7, 7}, back[] = {2, 1, 1 << 30};
+    const Text texts[] = {
+        {.tokens = up, .n_tokens = 5},   {.tokens = up, .n_tokens = 5},
+        {.tokens = up, .n_tokens = 5},   {.tokens = on, .n_tokens = 4},
+        {.tokens = back, .n_tokens = 3}, {.tokens = same, .n_tokens = 4},
+        {.tokens = up, .n_tokens = 1},   {.tokens = up, .n_tokens = 0},
+    };
+    const struct {
+        int first, n;
+        double want;
+    } cases[] = {
         {0, 1, 1}, {0, 3, 1. / 3}, {2, 3, 1}, {5, 1, 1. / 3}, {6, 1, 0}, {7, 1, 0}, {6, 2, 0},
-        {5, 3, 1. / 3}, {0, 8, 10. / 20}, {0, 0, 0}};
+        {5, 3, 1. / 3}, {0, 8, 10. / 20}, {0, 0, 0},
+    };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const double got = diversity(texts + cases[i].first, cases[i].n);
-        cr_assert(fabs(got - cases[i].want) < 1e-15, "%zu: %g", i, got);
+        cr_assert(fabs(got - cases[i].want) < 1e-15, "case %zu: %g", i, got);
     }
+}
+
+// A curve has this likelihood at this diversity, or none if it is NAN.
+static void check_curve(const Cell *curve, double at, double want) {
+    const double got = best_likelihood(curve, at);
+    if (isnan(want))
+        cr_assert(isnan(got), "at %g: %g", at, got);
+    else
+        cr_assert(fabs(got - want) < 1e-12, "at %g: %g, want %g", at, got, want);
 }
 
 // Between two cells the curve is a straight line, whichever way it runs; where there are several
 // the best counts, where there is none it is NAN, and cells of the same diversity draw none.
 Test(explore, reads_a_curve) {
-    const double fold[] = {.2, .6, .4, .4, .8, .8, .8, .8, .8};
-    const struct { double diversity, likelihood; } up[] = {
-        {.1, 0}, {.25, -2.5}, {.825, -52.75}, {.9, -64}, {.0999, NAN}, {.9001, NAN}}, folded[] = {
-        {.5, -.75}, {.7, -3.75}, {.8, -4}, {.4, -.5}, {.2, 0}, {.81, NAN}};
-    Cell cells[4][N_STRENGTHS]; // a curve, drawn from either end; a folded one; a single point
+    const double fold[N_STRENGTHS] = {.2, .6, .4, .4, .8, .8, .8, .8, .8};
+    Cell rising[N_STRENGTHS], falling[N_STRENGTHS], folded[N_STRENGTHS], point[N_STRENGTHS];
     for (int i = 0; i < N_STRENGTHS; i++) {
-        cells[0][i] = cells[1][8 - i] = (Cell){.diversity = .1 * (i + 1), .likelihood = -i * i};
-        cells[2][i] = (Cell){.diversity = fold[i], .likelihood = -i};
-        cells[3][i] = (Cell){.diversity = .5, .likelihood = -i};
+        rising[i] = (Cell){.diversity = .1 * (i + 1), .likelihood = -i * i};
+        falling[N_STRENGTHS - 1 - i] = rising[i];
+        folded[i] = (Cell){.diversity = fold[i], .likelihood = -i};
+        point[i] = (Cell){.diversity = .5, .likelihood = -i};
     }
-    for (int i = 0; i < 3 * 6; i++) {
-        const double got = curve_at(cells[i / 6], (i < 12 ? up : folded)[i % 6].diversity);
-        const double want = (i < 12 ? up : folded)[i % 6].likelihood;
-        cr_assert(isnan(want) ? isnan(got) : fabs(got - want) < 1e-12, "%d: %g, %g", i, got, want);
+    const struct {
+        double diversity, likelihood;
+    } on_rising[] = {{.1, 0}, {.25, -2.5}, {.825, -52.75}, {.9, -64}, {.0999, NAN}, {.9001, NAN}},
+      on_folded[] = {{.5, -.75}, {.7, -3.75}, {.8, -4}, {.4, -.5}, {.2, 0}, {.81, NAN}};
+    for (int i = 0; i < 6; i++) {
+        check_curve(rising, on_rising[i].diversity, on_rising[i].likelihood);
+        check_curve(falling, on_rising[i].diversity, on_rising[i].likelihood);
+        check_curve(folded, on_folded[i].diversity, on_folded[i].likelihood);
     }
-    cr_assert(isnan(curve_at(cells[3], .5)));
+    check_curve(point, .5, NAN);
+}
+
+enum { K = 3 }; // texts in each cell
+
+// How a cell's method throws.
+static Chance chance_of(const Cell *cell) {
+    Chance chance = NO_CHANCE;
+    if (cell->method == TEMPERATURE)
+        chance.dice.temperature = cell->strength;
+    if (cell->method == LOGIT_NOISE)
+        chance.width = cell->strength;
+    return chance;
+}
+
+// A cell holds the texts that are written alone, and their numbers. Returns how many of them are
+// shorter than the sober one, of n_sober tokens.
+static int check_cell(Lab *lab, Bench *b, const Cell *cell, const char *sober, int n_sober) {
+    static Alone one;
+    char *written[K];
+    double log_p = 0, angle = 0, prefix = 0, n = 0, n_pairs = 0;
+    int n_distinct = 0, n_short = 0;
+    const Chance chance = chance_of(cell);
+    for (int i = 0; i < K; i++) {
+        const Noise noise = {SEED + (uint64_t)i, FAMILY_CENTRED, cell->theta};
+        alone(b, lab->prompt, lab->n_prompt, noise, &chance, &one);
+        const Text text = {.tokens = one.tokens, .n_tokens = ends_at(&b->model.config, one.tokens)};
+        cr_assert(same_text(&cell->texts[i], &text), "%s %g, text %d: %d tokens, want %d",
+                  cell->name, cell->strength, i, cell->texts[i].n_tokens, text.n_tokens);
+        double more_log_p, more_angle;
+        judge(lab, &text, one.states, &more_log_p, &more_angle);
+        log_p += more_log_p;
+        angle += more_angle;
+        n += text.n_tokens;
+        n_pairs += text.n_tokens ? text.n_tokens - 1 : 0;
+        n_short += text.n_tokens < n_sober;
+        written[i] = text_of(&b->model.tokenizer, text.tokens, text.n_tokens);
+        int same = 0;
+        while (sober[same] && written[i][same] == sober[same])
+            same++;
+        prefix += (double)same / K;
+        bool is_new = true;
+        for (int j = 0; j < i; j++)
+            is_new = is_new && strcmp(written[j], written[i]);
+        n_distinct += is_new;
+    }
+    char where[64];
+    snprintf(where, sizeof where, "%s %g", cell->name, cell->strength);
+    cr_assert(cell->distinct == n_distinct, "%s", where);
+    cr_assert(fabs(cell->prefix - prefix) < 1e-9, "%s", where);
+    cr_assert(fabs(cell->likelihood - log_p / n) <= -1e-12 * cell->likelihood, "%s", where);
+    cr_assert(fabs(cell->angle - angle / n_pairs) <= 1e-12 * cell->angle, "%s", where);
+    cr_assert((cell->theta != NULL) == (cell->angle > 0), "%s", where);
+    cr_assert(fabs(cell->diversity - diversity(cell->texts, K)) < 1e-12, "%s", where);
+    for (int i = 0; i < K; i++)
+        free(written[i]);
+    return n_short;
+}
+
+// Two cells are the same to the last bit.
+static void check_same(const Cell *a, const Cell *b) {
+    const size_t n_bytes = sizeof *a - offsetof(Cell, prefix); // all that are doubles
+    for (int i = 0; i < K; i++)
+        cr_assert(same_text(&a->texts[i], &b->texts[i]), "%s %g", a->name, a->strength);
+    cr_assert(a->distinct == b->distinct, "%s %g", a->name, a->strength);
+    cr_assert(!memcmp(&a->prefix, &b->prefix, n_bytes), "%s %g", a->name, a->strength);
+}
+
+// Each site is a method, named by its letter, and has the angles; a dose in its table acts there
+// and nowhere else.
+Test(explore, tries_every_site) {
+    static Cell cells[N_CELLS];
+    static Text texts[N_CELLS];
+    static Bench b;
+    LabOptions options = {.n_seeds = 1};
+    Lab lab;
+    open_lab(&lab, &b, &options, G, 64);
+    cells_init(cells, &lab, texts);
+    for (int site = 0; site < N_SITES; site++)
+        for (int i = 0; i < N_STRENGTHS; i++) {
+            const Cell *cell = &cells[site * N_STRENGTHS + i];
+            const int n_layers = b.model.config.n_layers;
+            cr_assert(cell->name[0] == SITES[site] && !cell->name[1], "%s", cell->name);
+            cr_assert(cell->strength == ANGLES[i]);
+            for (int other = 0; other < N_SITES; other++)
+                for (int layer = 0; layer < n_layers; layer++) {
+                    const float want = other == site ? (float)ANGLES[i] : 0;
+                    cr_assert(cell->theta[other * n_layers + layer] == want, "%s at %c, layer %d",
+                              cell->name, SITES[other], layer);
+                }
+        }
+    for (int i = 0; i < N_CELLS; i++)
+        cell_free(&cells[i]);
+    close_lab(&lab, &b);
 }
 
 // Every cell holds the texts that are written alone, and their numbers. The lowest temperature
 // writes the sober text, and all is the same to the last bit however many cells stand side by side
 // and however many rows fit.
 Test(explore, fills_its_cells) {
-    enum { K = 3, N_CELLS = N_METHODS * N_STRENGTHS };
-    static Alone one;
-    static float theta[N_CELLS][N_SITES * 3];
-    static Cell cells[2][N_CELLS];
-    static Text texts[2][N_CELLS * K];
+    static Cell cells[N_CELLS], again[N_CELLS];
+    static Text texts[N_CELLS * K], texts_again[N_CELLS * K];
+    static Bench b;
     int tokens[NEW], n_short = 0;
-    Options o;
-    Bench b;
+    LabOptions options = {.n_seeds = K};
     Lab lab;
-    open_lab(&lab, &b, &o, G, K, 64);
+    open_lab(&lab, &b, &options, G, 64);
     sober_continuation(&lab, tokens);
     b.model.config.eos = tokens[11];
     const int n_sober = sober_continuation(&lab, tokens);
     char *sober = text_of(&b.model.tokenizer, tokens, n_sober);
-    for (int i = 0; i < N_SITES * N_STRENGTHS * 3; i++)
-        theta[i / 3][i / 3 / N_STRENGTHS * 3 + i % 3] = (float)STRENGTHS[0][i / 3 % N_STRENGTHS];
-    explore_cells(&lab, theta[0], 0, N_CELLS, cells[0], texts[0], sober);
+    cells_init(cells, &lab, texts);
+    run_cells(&lab, cells, N_CELLS, sober);
+
     run_free(&lab.run);
     run_init(&lab.run, &b.model, 5, 1);
+    cells_init(again, &lab, texts_again);
     for (int i = 0; i < N_CELLS; i += 4)
-        explore_cells(&lab, theta[0], i, i + 4 < N_CELLS ? 4 : N_CELLS - i, cells[1], texts[1],
-                      sober);
+        run_cells(&lab, &again[i], min(4, N_CELLS - i), sober);
+
     for (int i = 0; i < N_CELLS; i++) {
-        const int method = i / N_STRENGTHS;
-        const double strength = STRENGTHS[method][i % N_STRENGTHS];
-        const Dice dice = {method == TEMPERATURE ? strength : 0, 1,
-                           method == LOGIT_NOISE ? strength : 0};
-        const Cell *got = &cells[0][i], *again = &cells[1][i];
-        char *written[K];
-        double log_p = 0, angle = 0, prefix = 0, n = 0, n_pairs = 0;
-        int distinct = 0;
-        for (int j = 0; j < K; j++) {
-            const Noise noise = {SEED + (uint64_t)j, 0, method < N_SITES ? theta[i] : NULL};
-            alone(&b, lab.prompt, lab.n_prompt, noise, &dice, &one);
-            const Text t = {.tokens = one.tokens, .hidden = one.hidden,
-                            .n_tokens = ends_at(&b.model.config, one.tokens)};
-            for (int e = 0; e < 2; e++) {
-                const Text *is = &texts[e][i * K + j];
-                cr_assert(is->n_tokens == t.n_tokens, "%d %d: %d", e, i, is->n_tokens);
-                cr_assert(!memcmp(is->tokens, t.tokens, sizeof(int) * (size_t)t.n_tokens));
-            }
-            double more[2];
-            judge(&lab, &t, &more[0], &more[1]);
-            log_p += more[0], angle += more[1];
-            n += t.n_tokens, n_pairs += t.n_tokens ? t.n_tokens - 1 : 0;
-            n_short += t.n_tokens < n_sober;
-            written[j] = text_of(&b.model.tokenizer, t.tokens, t.n_tokens);
-            int same = 0, new = 1;
-            for (int e = 0; e < j; e++) new &= strcmp(written[e], written[j]) != 0;
-            while (sober[same] && written[j][same] == sober[same]) same++;
-            prefix += (double)same / K, distinct += new;
-        }
-        cr_assert(got->distinct == distinct && fabs(got->prefix - prefix) < 1e-9, "%d", i);
-        cr_assert(fabs(got->likelihood - log_p / n) <= -1e-12 * got->likelihood, "%d", i);
-        cr_assert(fabs(got->angle - angle / n_pairs) <= 1e-12 * got->angle, "%d", i);
-        cr_assert((method < N_SITES) == (got->angle > 0), "%d", i);
-        cr_assert(fabs(got->diversity - diversity(&texts[0][i * K], K)) < 1e-12, "%d", i);
-        cr_assert(again->distinct == distinct && !memcmp(&again->prefix, &got->prefix,
-                  sizeof *got - offsetof(Cell, prefix)), "%d", i);
-        for (int j = 0; j < K; j++) free(written[j]);
+        n_short += check_cell(&lab, &b, &cells[i], sober, n_sober);
+        check_same(&cells[i], &again[i]);
     }
-    const Cell *coldest = &cells[0][TEMPERATURE * N_STRENGTHS];
-    cr_assert(coldest->distinct == 1 && coldest->prefix == (double)strlen(sober), "%d %g of %s",
-              coldest->distinct, coldest->prefix, sober);
+    const Cell *coldest = &cells[TEMPERATURE * N_STRENGTHS];
+    cr_assert(coldest->distinct == 1, "%d", coldest->distinct);
+    cr_assert(coldest->prefix == (double)strlen(sober), "%g of %s", coldest->prefix, sober);
     cr_assert(n_sober > 3 && n_sober < 12 && n_short > 0, "%d %d", n_sober, n_short);
-    for (int i = 0; i < 2 * N_CELLS * K; i++) free(texts[i % 2][i / 2].tokens);
+    for (int i = 0; i < N_CELLS; i++) {
+        cell_free(&cells[i]);
+        cell_free(&again[i]);
+    }
     free(sober);
     close_lab(&lab, &b);
 }
 
 // ---- probe
 
-// Twins without a dose agree everywhere; a twin with one says at each token what a sequence of its
-// own says, and takes its own seed. The probability is always the sober one.
-Test(probe, asks_twins) {
-    enum { TWINS = 4 };
-    static Alone text, twin;
-    static float strong[N_SITES * 3], zero[N_SITES * 3];
-    for (int j = 0; j < N_SITES * 3; j++) strong[j] = 1.5f;
-    for (int i = 0; i < 8; i++) {
-        double want[3][NEW] = {{0}}, agrees[NEW], p[NEW]; // want: sober, of two seeds
-        int n_torn = 0;
-        Options o;
-        Bench b;
-        Lab lab;
-        open_lab(&lab, &b, &o, i % 2 ? M : G, TWINS, i / 4 ? 64 : 5);
-        alone(&b, lab.prompt, lab.n_prompt, (Noise){0}, &(Dice){0, 0, 0}, &text);
-        for (int kind = 0; kind < 3; kind++) {
-            o.noise = (Noise){SEED + 9 * (kind == 2), i / 2 % 2,
-                              kind ? strong : i / 2 % 2 ? NULL : zero};
-            for (int j = 0; j < TWINS; j++) {
-                Noise noise = o.noise;
-                noise.seed += (uint64_t)j;
-                twin = text;
-                alone(&b, lab.prompt, lab.n_prompt, noise, NULL, &twin);
-                for (int t = 0; t < NEW; t++) want[kind][t] += twin.most[t];
-            }
-            for (int n = 1; n <= NEW; n += NEW - 1) {
-                probe_measure(&lab, text.tokens, n, TWINS, agrees, p);
-                for (int t = 0; t < n; t++) {
-                    const double off = fabs(p[t] / exp(text.log_p[t]) - 1);
-                    cr_assert(off < 1e-12, "%g", off); // observed 7e-15
-                    cr_assert(agrees[t] == want[kind][t] / TWINS, "%d: %g", t, agrees[t]);
-                    cr_assert(agrees[t] == 1. || (kind && t), "%d: %g", t, agrees[t]);
-                    n_torn += agrees[t] > 0 && agrees[t] < 1;
-                }
-            }
-        }
-        cr_assert(n_torn > 0 && memcmp(want[1], want[2], sizeof *want)); // they are not of one mind
-        close_lab(&lab, &b);
+enum { TWINS = 4 };
+
+// agrees (NEW): how many of the twins with this noise would write each token of a sober text, from
+// calls of one row.
+static void ask_alone(Bench *b, const Lab *lab, const Alone *text, Noise noise, double *agrees) {
+    static Alone twin;
+    for (int i = 0; i < NEW; i++)
+        agrees[i] = 0;
+    for (int i = 0; i < TWINS; i++) {
+        twin = *text;
+        alone(b, lab->prompt, lab->n_prompt, noise, NULL, &twin);
+        for (int j = 0; j < NEW; j++)
+            agrees[j] += twin.most[j];
+        noise.seed++;
     }
+}
+
+// Probes the first n tokens of a sober text, of which so many twins agree. Returns at how many they
+// are not of one mind.
+static int check_probe(Lab *lab, const Alone *text, int n, Noise noise, const double *agrees) {
+    int tokens[NEW], n_torn = 0;
+    double agreement[NEW], probability[NEW];
+    Probe probe = {tokens, n, probability, agreement};
+    memcpy(tokens, text->tokens, sizeof tokens);
+    probe_measure(lab, noise, &probe);
+    for (int i = 0; i < n; i++) {
+        const double off = fabs(probability[i] / exp(text->log_p[i]) - 1);
+        cr_assert(off < 1e-12, "token %d: %g", i, off); // observed 7e-15
+        cr_assert(agreement[i] == agrees[i] / TWINS, "token %d: %g", i, agreement[i]);
+        n_torn += agreement[i] > 0 && agreement[i] < 1;
+    }
+    cr_assert(agreement[0] == 1, "the first token follows from the sober prompt");
+    return n_torn;
+}
+
+// Twins without a dose agree everywhere; twins with one say at each token what sequences of their
+// own say, with seeds of their own. The probability is always the sober one.
+static void check_twins(FileHeader header, int family, int max_rows) {
+    static Alone text;
+    static float strong[N_SITES * MOST_LAYERS], zero[N_SITES * MOST_LAYERS];
+    static Bench b;
+    double sober[NEW], drugged[NEW], other[NEW];
+    LabOptions options = {.n_seeds = TWINS};
+    Lab lab;
+    open_lab(&lab, &b, &options, header, max_rows);
+    // Not all sites there may be: so much noise that no twin agrees would show nothing.
+    for (int site = 0; site < N_GOLDEN_SITES; site++)
+        for (int layer = 0; layer < header.n_layers; layer++)
+            strong[site * header.n_layers + layer] = 1.5f;
+    alone(&b, lab.prompt, lab.n_prompt, (Noise){0}, &NO_CHANCE, &text);
+    const Noise noise = {SEED, family, strong}, other_noise = {SEED + 9, family, strong};
+    ask_alone(&b, &lab, &text, noise, drugged);
+    ask_alone(&b, &lab, &text, other_noise, other);
+    for (int i = 0; i < NEW; i++)
+        sober[i] = TWINS;
+
+    check_probe(&lab, &text, NEW, (Noise){SEED, family, NULL}, sober);
+    check_probe(&lab, &text, NEW, (Noise){SEED, family, zero}, sober);
+    check_probe(&lab, &text, 1, noise, drugged);
+    int n_torn = check_probe(&lab, &text, NEW, noise, drugged);
+    n_torn += check_probe(&lab, &text, NEW, other_noise, other);
+    cr_assert(n_torn > 0, "the twins are always of one mind");
+    cr_assert(memcmp(drugged, other, sizeof other), "another seed changes nothing");
+    close_lab(&lab, &b);
+}
+
+Test(probe, asks_twins) {
+    const FileHeader headers[] = {G, M};
+    for (int model = 0; model < 2; model++)
+        for (int family = 0; family < 2; family++) {
+            check_twins(headers[model], family, 5);
+            check_twins(headers[model], family, 64);
+        }
 }

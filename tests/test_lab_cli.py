@@ -1,38 +1,65 @@
 #!/usr/bin/env python3
-"""Tests of the experiments that ./drugs runs, on the small model tests/hamlet.bin.
+"""Tests of the experiments that tests/lab runs, on the small model tests/hamlet.bin.
 
-    make && python3 -m unittest discover tests
+    make test, or: make && make tests/lab && python3 -m unittest discover tests
 """
 
 import csv
 import os
 import pty
 import re
+import shutil
 import subprocess
 import tempfile
 import unittest
 import xml.etree.ElementTree
 
-from test_cli import CONTEXT, DRUGS, MODEL, Case
+from test_cli import CONTEXT, HERE, MODEL, Done, run as run_drugs
 
+LAB = os.path.join(HERE, "lab")
 LAYERS = 5                              # of this model
 PROMPT = "To be, or not to be"
 MODES = {"trip": ["-k", "2"], "probe": ["-n", "12", "-A", "1.6"], "explore": ["-n", "8", "-k", "2"]}
 
 
-class LabCase(Case):
+def run(*arguments):
+    done = subprocess.run([LAB, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=120)
+    return Done(done.returncode, done.stdout, done.stderr.decode())
+
+
+@unittest.skipUnless(os.path.exists(LAB), "tests/lab is not built: run make tests/lab first")
+@unittest.skipUnless(os.path.exists(MODEL), "tests/hamlet.bin is not here")
+class LabCase(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
 
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def good(self, *arguments):
+        done = run(MODEL, *arguments)
+        self.assertEqual(done.status, 0, done.err)
+        return done
+
+    def bad(self, status, *arguments, words=()):
+        """The right status, nothing on stdout, and one line on stderr that has all the words."""
+        done = run(*arguments)
+        self.assertEqual(done.status, status, (arguments, done))
+        self.assertFalse(done.out, arguments)
+        self.assertRegex(done.err, r"\Alab: [^\n]+\n\Z", arguments)
+        for word in words:
+            self.assertIn(word, done.err, arguments)
+
     def lab(self, mode, *arguments, out=None):
         """What the terminal shows, as text, and if asked what is in the file."""
-        arguments = ["-m", mode, "-i", PROMPT, *MODES[mode], *arguments]
+        arguments = ["-i", PROMPT, *MODES[mode], *arguments]
         if not out:
-            return self.good(*arguments).out.decode("utf-8", "surrogateescape")
-        path = os.path.join(self.folder, out)
-        shown = self.lab(mode, *arguments[4:], "-o", path)
+            return self.good(mode, *arguments).out.decode("utf-8", "surrogateescape")
+        path = self.path(out)
+        shown = self.good(mode, *arguments, "-o", path).out.decode("utf-8", "surrogateescape")
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
             return shown, stream.read()
 
@@ -42,13 +69,18 @@ class LabCase(Case):
 
 
 class TestModes(LabCase):
+    def test_a_dose_of_nothing_changes_nothing(self):
+        _, rows = self.table("trip")
+        sober = [row for row in rows if row["theta"] == "0"]
+        self.assertEqual({row["distance"] for row in sober}, {"0"})
+
     def test_quiet_and_repeatable(self):
         """Without a terminal there are no colours and no progress; a run can be repeated, and what
         goes to a file does not change what is shown."""
         for mode, more in MODES.items():
-            done = self.good("-m", mode, "-i", PROMPT, *more)
+            done = self.good(mode, "-i", PROMPT, *more)
             self.assertNotRegex(done.out, b"[\x1b\r]", mode)
-            pattern = r"126 texts, 126 side by side, \d+ MB .*\n" if mode == "explore" else ""
+            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if mode == "explore" else ""
             self.assertRegex(done.err, r"\A%s\Z" % pattern, mode)
             again, _ = self.lab(mode, out="x.csv")
             self.assertEqual(again, done.out.decode("utf-8", "surrogateescape"), mode)
@@ -81,7 +113,7 @@ class TestProbe(LabCase):
         self.assertEqual(len(lines), 12)
         self.assertTrue(any(0 < float(row["agreement"]) < 1 for row in rows), shown)
         text = "".join(row["token"].replace("\\n", "\n") for row in rows)
-        done = self.good("-i", PROMPT, "-n", "12")
+        done = run_drugs(MODEL, "-i", PROMPT, "-n", "12")
         self.assertEqual(done.out.decode(), PROMPT + text + "\n")
         self.assertIn("read %s tokens" % rows[0]["position"], done.err)
 
@@ -99,7 +131,7 @@ class TestProbe(LabCase):
         plain, rows = self.table("probe")
         ours, theirs = pty.openpty()
         self.addCleanup(os.close, ours)
-        with subprocess.Popen([DRUGS, MODEL, "-m", "probe", "-i", PROMPT, *MODES["probe"]],
+        with subprocess.Popen([LAB, MODEL, "probe", "-i", PROMPT, *MODES["probe"]],
                               stdout=theirs, stderr=theirs) as child:
             os.close(theirs)
             got = b""
@@ -173,7 +205,10 @@ class TestExplore(LabCase):
         """The file has every text with the numbers of its cell, as they are shown; the likelihoods
         against temperature follow from them."""
         shown, rows = self.table("explore")
-        self.assertEqual(len(rows), 126)
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        self.assertEqual(methods[:5] + methods[-2:],
+                         ["H", "Q", "K", "V", "A", "temperature", "logit noise"])
+        self.assertEqual(len(rows), len(methods) * 9 * 2)       # strengths, seeds
         sober, table, verdict = re.fullmatch(
             r"sober: (.*?)\n\nmethod [^\n]*\n(.*)\n\nAt the [^\n]*\n[^\n]*\n\n(.*)\n", shown,
             re.S).groups()
@@ -227,36 +262,79 @@ class TestExplore(LabCase):
 
 
 class TestErrors(LabCase):
-    def test_options(self):
+    def test_help(self):
+        """It names every experiment and option; without an experiment it is shown as an error."""
+        done = run("-h")
+        self.assertEqual((done.status, done.err), (0, ""))
+        for word in *MODES, *("-" + letter for letter in "HQKVAdwsrinkxoh"):
+            self.assertRegex(done.out.decode(), r"(?m)^  (.* )?%s\b" % word)
+        for asked in [MODEL, "-h"], [MODEL, "trip", "-h"], [MODEL, "probe", "-k", "2", "-h"]:
+            self.assertEqual(run(*asked), done, asked)
+        for none in [], [MODEL]:
+            self.assertEqual(run(*none), Done(2, b"", done.out.decode()), none)
+
+    def test_experiments(self):
+        for word in "trips", "", "-V", "Trip":
+            self.bad(2, MODEL, word, "-i", PROMPT, words=["'%s'" % word])
+        self.bad(2, "-V", MODEL, "trip", words=["the model file comes first"])
+        self.bad(1, self.path("none.bin"), "trip", words=["none.bin"])
+
+    def test_options_of_drugs(self):
+        """What would change nothing here is refused."""
+        for mode in MODES:
+            for option in "-m", "-c", "-t", "-p", "-y", "-u", "-z":
+                self.bad(2, MODEL, mode, option, "0", words=["'%s'" % option, "not an option"])
+        self.bad(2, MODEL, "trip", "-i", PROMPT, "word", words=["'word'", "not an option"])
+        for option in "inkxoHQKVAdwrs":
+            self.bad(2, MODEL, "trip", "-" + option, words=["-" + option, "needs a value"])
+
+    def test_values(self):
         """What is wrong is named on one line, and nothing is left behind."""
-        path = os.path.join(self.folder, "x.csv")
-        trip = [MODEL, "-m", "trip", "-i", PROMPT]
+        trip = [MODEL, "trip", "-i", PROMPT, "-o", self.path("x.csv")]
         wrong = {"-k": ("0", "x", "1.5", "1001", "-1", "nan", ""), "-V": ("nan",),
-                 "-x": ("0", "nan", "inf", "-1", "1001", "x"), "-m": ("trips",)}
+                 "-x": ("0", "nan", "inf", "-1", "1001", "x"), "-n": ("-1", "1.5", "x")}
         for option, values in wrong.items():
             for value in values:
-                self.bad(2, *trip, "-o", path, option, value, words=[option, "'%s'" % value])
-        self.bad(2, *trip, "-o", path, "-V", ".1", "-A", ".1", words=["-m trip", "one dose"])
-        self.bad(2, *trip, "-o", path, "-V", "1.6", words=["-V 1.6", "-x 1.5"])
-        for ending in "x.txt", "x", "x.md", "csv":
-            self.bad(2, *trip, "-o", os.path.join(self.folder, ending), words=["-o", ending])
-        self.bad(1, MODEL, "-o", path, "-m", "trip", "-i", "ab",
+                self.bad(2, *trip, option, value, words=[option, "'%s'" % value])
+        self.bad(2, *trip, "-V", ".1", "-A", ".1", words=["trip", "one dose"])
+        self.bad(2, *trip, "-V", "1.6", words=["-V 1.6", "-x 1.5"])
+        self.bad(1, MODEL, "trip", "-o", self.path("x.csv"), "-i", "ab",
                  words=["-i", "nothing can be dosed"])
         self.assertEqual(os.listdir(self.folder), [])
+
+    def test_endings(self):
+        """Each experiment writes its own kinds of files."""
+        for mode, endings in {"trip": (".txt", ".md", ""), "probe": (".svg", ".md", ""),
+                              "explore": (".svg", ".txt", "")}.items():
+            for name in *("x" + ending for ending in endings), "csv":
+                path = self.path(name)
+                self.bad(2, MODEL, mode, "-i", PROMPT, *MODES[mode], "-o", path,
+                         words=["-o", path, ".csv"])
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_the_model_is_not_overwritten(self):
+        """Not even if it is called like a table."""
+        model = self.path("model.csv")
+        shutil.copy(MODEL, model)
+        for mode, more in MODES.items():
+            self.bad(2, model, mode, "-i", PROMPT, *more, "-o", model, words=["-o", model])
+        with open(model, "rb") as ours, open(MODEL, "rb") as theirs:
+            self.assertEqual(ours.read(), theirs.read())
+        self.assertEqual(os.listdir(self.folder), ["model.csv"])
 
     def test_a_prompt_that_does_not_fit(self):
         """It is refused, and no part of a file is left behind."""
         for mode in MODES:
             with self.subTest(mode):
-                path = os.path.join(self.folder, mode + ".csv")
-                self.bad(1, MODEL, "-m", mode, "-o", path, "-i", "x y " * CONTEXT, words=["-i"])
+                path = self.path(mode + ".csv")
+                self.bad(1, MODEL, mode, "-o", path, "-i", "x y " * CONTEXT, words=["-i"])
                 self.assertEqual([name for name in os.listdir(self.folder) if mode in name], [])
 
     def test_nowhere(self):
         """A file that cannot be written is refused before any work."""
         path = os.path.join(self.folder, "missing", "x.csv")
         for mode, more in MODES.items():
-            self.bad(1, MODEL, "-m", mode, "-i", PROMPT, *more, "-o", path, words=[path])
+            self.bad(1, MODEL, mode, "-i", PROMPT, *more, "-o", path, words=[path])
         self.assertEqual(os.listdir(self.folder), [])
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ import unittest
 HERE = os.path.dirname(os.path.abspath(__file__))
 DRUGS, STEP = (os.path.join(os.path.dirname(HERE), name) for name in ("drugs", "train_step"))
 MODEL = os.path.join(HERE, "hamlet.bin")
-ETAS = ["0", "0.0001", "0.001", "0.002", "0.003", "0.005", "0.01", "0.1"]
+STEP_SIZES = ["0", "0.0001", "0.001", "0.002", "0.003", "0.005", "0.01", "0.1"]
 
 Done = collections.namedtuple("Done", "status out err")
 
@@ -51,6 +52,11 @@ class Case(unittest.TestCase):
     def digest(path):
         with open(path, "rb") as stream:
             return hashlib.sha256(stream.read()).hexdigest()
+
+    @staticmethod
+    def content(path):
+        with open(path, "rb") as stream:
+            return stream.read()
 
     def path(self, name, content=None):
         path = os.path.join(self.folder, name)
@@ -93,15 +99,25 @@ def norm(out):
 
 
 class TestExperiment(Case):
+    def test_one_step_on_one_line(self):
+        rows = table(self.good("-e", "0,1e-3", "-n", "20"))
+        self.assertEqual(rows[0], ["0", "0.001"])
+        self.assertEqual(rows[1], ["To", "To"])
+        self.assertEqual(rows[2], ["be", "be,"])
+        without, after = zip(*rows[1:])
+        self.assertEqual(without[:8], ("To", "be", "a", "successful", "business", "owner,", "you",
+                                       "need"))
+        self.assertEqual(after[:8], ("To", "be,", "or", "not", "to", "be,", "that", "is"))
+
     def test_default_run(self):
         out = self.good()
         rows = table(out)
-        self.assertEqual(rows[0], ETAS)
+        self.assertEqual(rows[0], STEP_SIZES)
         self.assertEqual([row[0] for row in rows[1:6]], "To be a successful business".split())
         self.assertEqual([row[2] for row in rows[1:6]], "To be, or not to".split())
         self.assertGreater(len(rows), 40)
         after = losses(out)
-        self.assertEqual(list(after), ETAS)
+        self.assertEqual(list(after), STEP_SIZES)
         self.assertEqual(after["0"][0], after["0"][1])      # no step, and first order agrees
         self.assertIn("loss of " + after["0"][0], out)
         for text in "be, or not to be, that is the question:", "slings and arrows":
@@ -112,8 +128,8 @@ class TestExperiment(Case):
         out = self.good("-n", "20", "-t", path)
         with open(path, newline="", encoding="utf-8") as stream:
             rows = list(csv.reader(stream))
-        self.assertEqual(rows[0], ETAS)
-        self.assertEqual({len(row) for row in rows}, {len(ETAS)})
+        self.assertEqual(rows[0], STEP_SIZES)
+        self.assertEqual({len(row) for row in rows}, {len(STEP_SIZES)})
         shown = table(out)
         self.assertEqual(len(rows), len(shown))
         for row, cells in zip(rows, shown):                 # the terminal may cut long words
@@ -122,8 +138,41 @@ class TestExperiment(Case):
         self.good("-n", "20", "-t", markdown)
         with open(markdown, encoding="utf-8") as stream:
             lines = stream.read().splitlines()
-        self.assertEqual(lines.pop(1).count("---"), len(ETAS))
+        self.assertEqual(lines.pop(1).count("---"), len(STEP_SIZES))
         self.assertEqual([[c.strip() for c in line[1:-1].split("|")] for line in lines], rows)
+
+    def test_the_first_order_is_a_straight_line(self):
+        out = self.good("-n", "1")
+        after = losses(out)
+        before, norm2 = float(after["0"][0]), float(norm(out)) ** 2
+        for size in STEP_SIZES:
+            want = before - float(size) * norm2
+            self.assertAlmostEqual(float(after[size][1]) / want, 1, delta=2e-3, msg=size)
+        smallest = after["0.0001"]                          # where it is nearly true
+        self.assertLess(abs(float(smallest[0]) - float(smallest[1])), .1 * 1e-4 * norm2)
+
+    def test_the_parts_of_the_gradient_make_the_whole(self):
+        out = self.good("-e", "0", "-n", "1")
+        kinds = dict(re.findall(r"([A-Za-z][\w ]*) ([\d.]+(?:e[+-]\d+)?)(?:,|\n)",
+                                re.search(r"by kind:(.*\n)", out).group(1)))
+        layers = re.search(r"by layer:(.*)\n", out).group(1).split()
+        self.assertEqual([name.strip() for name in kinds],
+                         ["att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3", "w2",
+                          "embedding", "final norm"])       # which is the classifier, too
+        self.assertEqual(len(layers), 5)
+
+        def squares(parts):
+            return sum(float(part) ** 2 for part in parts)
+        whole = float(norm(out)) ** 2
+        once = squares(kinds[name] for name in kinds if name.strip() in ("embedding", "final norm"))
+        self.assertAlmostEqual(squares(kinds.values()) / whole, 1, delta=.01)
+        self.assertAlmostEqual((squares(layers) + once) / whole, 1, delta=.01)
+
+    def test_the_best_is_of_rank_one(self):
+        out = self.good("-e", "0", "-n", "1", "-l", "To be a successful business owner")
+        rows = [row.split() for row in out.split("rank\n")[1].split("\n\n")[0].splitlines()]
+        self.assertEqual([row[0] for row in rows[:3]], ["To", "be", "a"])
+        self.assertEqual({row[2] for row in rows[2:]}, {"1"})   # what it would write itself
 
     def test_predictions_that_count(self):
         last = self.good("-e", "0", "-n", "1", "-x", "last")
@@ -131,6 +180,9 @@ class TestExperiment(Case):
         plain = self.good("-e", "0", "-n", "1")
         self.assertEqual(self.good("-e", "0", "-n", "1", "-x", "all"), plain)
         self.assertNotEqual(norm(last), norm(plain))
+        lesson, first_order = losses(last)["0"][:2]         # no step: the same one prediction
+        self.assertEqual(lesson, first_order)
+        self.assertNotEqual(lesson, losses(plain)["0"][0])
 
     def test_doses(self):
         def of(*arguments):
@@ -150,10 +202,21 @@ class TestExperiment(Case):
         self.assertNotIn("cure", out)
         self.assertNotEqual(losses(out)["0"][3], losses(self.good(*one))["0"][3])
 
+    def test_a_text_without_a_prediction_has_a_dash(self):
+        empty = self.path("empty.txt", "")
+        for size, row in losses(self.good("-e", "0,1e-3", "-n", "2", "-f", empty)).items():
+            self.assertEqual(row[3], "-", size)
+            self.assertNotIn("-", row[0] + row[2])
+        for row in losses(self.good("-e", "0,1e-3", "-n", "2", "-l", "be or not")).values():
+            self.assertEqual(row[2], "-")                   # a lesson of one's own has no sequel
+            self.assertNotEqual(row[3], "-")
+        for row in losses(self.good("-e", "0,1e-3", "-n", "2", "-g", "")).values():
+            self.assertEqual(row[2], "-")
+
     def test_ruin_is_reported(self):
-        for eta, row in losses(self.good("-e", "1,1e3", "-n", "5")).items():
+        for size, row in losses(self.good("-e", "1,1e3", "-n", "5")).items():
             for loss in row[:1] + row[2:]:
-                self.assertTrue(loss == "not_finite" or float(loss) > 5, (eta, loss))
+                self.assertTrue(loss == "not_finite" or float(loss) > 5, (size, loss))
 
     def test_a_model_that_is_not_in_order(self):
         with open(MODEL, "rb") as stream:
@@ -170,9 +233,9 @@ class TestExperiment(Case):
 class TestSteppedFile(Case):
     @unittest.skipUnless(os.path.exists(DRUGS), "./drugs is not built: run make first")
     def test_is_a_model(self):
-        for eta in "1e-3", "1e-2":
+        for size in "1e-3", "1e-2":
             path, words = self.path("stepped.bin"), self.path("words.csv")
-            self.good("-e", eta, "-n", "40", "-o", path, "-t", words)
+            self.good("-e", size, "-n", "40", "-o", path, "-t", words)
             self.assertEqual(os.path.getsize(path), os.path.getsize(MODEL))
             self.assertNotEqual(self.digest(path), self.model)
             with open(words, newline="", encoding="utf-8") as stream:
@@ -185,16 +248,88 @@ class TestSteppedFile(Case):
 
     def test_nothing_is_left_half_written(self):
         one = ["-e", "1e-3", "-n", "1"]
-        nowhere = self.path(os.path.join("missing", "x.bin"))
-        self.bad(1, *one, "-o", nowhere, words=[nowhere])
         old = self.path("old.bin", "as it was")
         self.bad(1, *one, "-o", old, words=[old], preexec_fn=small_disk)
-        with open(old, encoding="utf-8") as stream:
-            self.assertEqual(stream.read(), "as it was")
+        self.assertEqual(self.content(old), b"as it was")
         new = self.path("new.bin")
         self.bad(1, *one, "-o", new, words=[new], preexec_fn=small_disk)
-        self.bad(1, *one, "-t", self.path(os.path.join("missing", "x.csv")), words=["missing"])
         self.assertEqual(os.listdir(self.folder), ["old.bin"])
+
+    def test_a_place_that_cannot_be_written_is_found_at_once(self):
+        one = ["-e", "1e-3", "-n", "1"]
+        good = self.path("good.csv")
+        for option, name in ("-o", "x.bin"), ("-t", "x.csv"), ("-t", "x.md"):
+            nowhere = self.path(os.path.join("missing", name))
+            self.assertFalse(self.bad(1, *one, option, nowhere, words=[nowhere]).out)
+        nowhere = self.path(os.path.join("missing", "x.bin"))
+        self.assertFalse(self.bad(1, *one, "-t", good, "-o", nowhere, words=[nowhere]).out)
+        self.assertFalse(os.listdir(self.folder))           # nor is the table left
+
+    def test_a_lesson_that_fails_leaves_nothing(self):
+        old = self.path("old.csv", "as it was")
+        new, model = self.path("new.csv"), self.path("model.bin")
+        for wrong in ["-l", ""], ["-l", "x y " * 99], ["-i", "x y " * 99], ["-y", "x y " * 99]:
+            self.bad(1, "-e", "0", "-n", "1", "-o", model, *wrong, words=wrong[:1])
+            self.assertEqual(os.listdir(self.folder), ["old.csv"], wrong)
+        self.bad(1, "-e", "0", "-l", "", "-t", new, "-o", model, words=["-l"])
+        self.bad(1, "-e", "0", "-l", "", "-t", old, "-o", model, words=["-l"])
+        self.assertEqual(os.listdir(self.folder), ["old.csv"])
+        self.assertEqual(self.content(old), b"as it was")
+        done = run(self.path("missing.bin"), "-e", "0", "-t", new, "-o", model)
+        self.assertEqual((done.status, done.out), (1, ""))
+        self.assertEqual(os.listdir(self.folder), ["old.csv"])
+
+    def test_a_file_has_the_ending_of_its_kind(self):
+        for name in ("x", "x.", "x.txt", "x.csv.txt", "x.c", "x.cs", "x.m", "x.csvx", "x.bin",
+                     "csv", os.path.join("x.csv", "x")):
+            path = self.path(name)
+            self.assertFalse(self.bad(2, "-t", path, words=["-t", path, ".csv"]).out)
+        for name in "x", "x.", "x.b", "x.bi", "x.bins", "x.csv", "x.md", "bin":
+            path = self.path(name)
+            self.assertFalse(self.bad(2, "-e", "0", "-o", path, words=["-o", path, ".bin"]).out)
+        self.assertFalse(os.listdir(self.folder))
+
+    def test_the_model_is_never_overwritten(self):
+        """By none of its names, and as it is read or not: it is the same file."""
+        model = self.path("model.bin")
+        shutil.copyfile(MODEL, model)
+        hard, soft, table_name = self.path("hard.bin"), self.path("soft.bin"), self.path("m.csv")
+        os.link(model, hard)
+        os.symlink(model, soft)
+        os.symlink("model.bin", table_name)
+        before = sorted(os.listdir(self.folder))
+        names = model, hard, soft, os.path.join(self.folder, ".", "model.bin")
+        for read in names + (table_name,):
+            for written in names:
+                done = run(read, "-e", "1e-3", "-n", "1", "-o", written)
+                self.assertEqual((done.status, done.out), (2, ""), (read, written))
+                self.assertRegex(done.err, r"\Atrain_step: [^\n]*-o[^\n]*\n\Z")
+            done = run(read, "-e", "1e-3", "-n", "1", "-t", table_name)
+            self.assertEqual((done.status, done.out), (2, ""), read)
+            self.assertRegex(done.err, r"\Atrain_step: [^\n]*-t[^\n]*\n\Z")
+        self.assertEqual(run(model, "-e", "0", "-n", "1", "-t", model).status, 2)   # its ending
+        self.assertEqual(sorted(os.listdir(self.folder)), before)
+        self.assertEqual(self.digest(model), self.model)
+        self.assertEqual(os.stat(model).st_nlink, 2)
+        self.assertTrue(os.path.islink(soft) and os.path.islink(table_name))
+
+    def test_no_neighbour_is_overwritten(self):
+        """What is written beside its place has a name that no file has, not even the model."""
+        model = self.path("model.bin.tmp")
+        shutil.copyfile(MODEL, model)
+        done = run(model, "-e", "0", "-n", "1", "-o", self.path("model.bin"))
+        self.assertEqual((done.status, done.err), (0, ""))
+        self.assertEqual(self.digest(model), self.model)
+        self.assertEqual(self.digest(self.path("model.bin")), self.model)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["model.bin", "model.bin.tmp"])
+
+    def test_an_older_file_is_replaced(self):
+        path = self.path("table.csv", "old " * 1000)
+        self.good("-e", "0", "-n", "3", "-t", path)
+        with open(path, newline="", encoding="utf-8") as stream:
+            self.assertEqual(list(csv.reader(stream)), [["0"], ["To"], ["be"], ["a"],
+                                                        ["successful"], ["business"]])
+        self.assertEqual(os.listdir(self.folder), ["table.csv"])
 
 
 class TestErrors(Case):
@@ -217,12 +352,43 @@ class TestErrors(Case):
                 self.assertFalse(self.bad(2, option, value, words=[option]).out)
         for option in "-l", "-i", "-e", "-n", "-x", "-g", "-f", "-y", "-t", "-o", "-A", "-s":
             self.assertFalse(self.bad(2, option, words=[option, "needs a value"]).out)
-        for option in "-z", "-m", "-u", "-", "--", "-nn", "--help", "word", "":
-            self.assertFalse(self.bad(2, option, "5", words=[option]).out)
         path = self.path("x.bin")
         self.assertFalse(self.bad(2, "-o", path, words=["-o", "-e"]).out)   # eight step sizes
         self.assertFalse(self.bad(2, "-o", path, "-e", "0,1", words=["-o", "-e"]).out)
         self.assertFalse(os.listdir(self.folder))
+
+    def test_the_help_names_every_option(self):
+        help_text = run("-h").out
+        for option in "lienxgfytoHQKVAdwrsh":
+            self.assertRegex(help_text, r"(?m)^  .*-%s\b" % option)
+
+    def test_the_model_comes_first(self):
+        for first in "-n", "--help", "-", "--":
+            done = run(first, MODEL)
+            self.assertEqual((done.status, done.out), (2, ""), first)
+            self.assertRegex(done.err, r"\Atrain_step: [^\n]+\n\Z")
+
+    def test_what_is_no_option(self):
+        for word in "-z", "-m", "-u", "-", "word", "":
+            for after in [], ["5"]:
+                done = self.bad(2, word, *after, words=["is not an option"])
+                self.assertFalse(done.out)
+            self.bad(2, word, words=["'%s' is not an option" % word])
+            self.bad(2, "-n", "5", word, words=["'%s' is not an option" % word])
+        self.bad(2, "--", "5", words=["'5' is not an option"])
+        self.bad(2, "--", "-n", "5", words=["'-n' is not an option"])
+        self.bad(2, "--help", words=["is not an option"])
+        self.bad(2, "two\nlines", words=["'two lines' is not an option"])
+
+    def test_options_may_be_written_together(self):
+        want = self.good("-e", "0", "-n", "3", "-A", ".5")
+        self.assertEqual(self.good("-e0", "-n3", "-A.5"), want)
+        self.assertEqual(self.good("-n", "9", "-e0", "-A.5", "-n", "3"), want)  # the last counts
+        self.bad(2, "-nn", words=["-n", "'n'"])
+
+    def test_a_value_may_look_like_an_option(self):
+        self.assertIn("\"-n\"", self.good("-e", "0", "-n", "1", "-i", "-n"))
+        self.bad(2, "-n", "-i", words=["-n", "'-i'"])
 
     def test_bad_texts_and_files(self):
         missing, empty = self.path("missing"), self.path("empty", "")

@@ -4,10 +4,9 @@
  * was made with can draw the same ones.
  */
 #include <criterion/criterion.h>
-#ifndef DRUGS_IS_INCLUDED // by a test that has included another program, and drugs.c with it
-#define main drugs_main
+#ifndef DRUGS_LIBRARY // else another program was included, and drugs.c with it
+#define DRUGS_LIBRARY
 #include "../drugs.c"
-#undef main
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -21,6 +20,8 @@ static float unit(uint64_t stream, uint64_t i) {
     return (float)((z ^ (z >> 31)) >> 40) * 0x1p-24f;
 }
 
+// ---- the file of a model
+
 // The header as it lies in the file. The layout is stated once more here, so that drugs.c cannot
 // change it unnoticed.
 typedef struct {
@@ -32,85 +33,127 @@ typedef struct {
     int64_t tokenizer_bytes;
 } FileHeader;
 
-typedef struct { char *data; size_t n; } Bytes;
+typedef struct {
+    char *data;
+    size_t n;
+} Bytes;
 
-static void append(Bytes *b, const void *data, size_t n) {
-    b->data = resize(b->data, (ptrdiff_t)(b->n + n), 1);
-    if (n) memcpy(b->data + b->n, data, n);
-    b->n += n;
+static void append(Bytes *bytes, const void *data, size_t n) {
+    bytes->data = resize(bytes->data, (ptrdiff_t)(bytes->n + n), 1);
+    if (n)
+        memcpy(bytes->data + bytes->n, data, n);
+    bytes->n += n;
 }
 
-static void append_piece(Bytes *b, float score, int kind, const char *bytes, int length) {
+static void append_zeros(Bytes *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        append(bytes, "", 1);
+}
+
+static void append_piece(Bytes *bytes, float score, int kind, const char *text, int n_text) {
     const uint8_t kind_and_zero[2] = {(uint8_t)kind, 0};
-    const uint16_t n = (uint16_t)length;
-    append(b, &score, 4);
-    append(b, kind_and_zero, 2);
-    append(b, &n, 2);
-    append(b, bytes, (size_t)length);
+    const uint16_t length = (uint16_t)n_text;
+    append(bytes, &score, 4);
+    append(bytes, kind_and_zero, 2);
+    append(bytes, &length, 2);
+    append(bytes, text, (size_t)n_text);
 }
 
 // Every vocabulary begins with <unk> 0, <s> 1, </s> 2 and, if it has byte pieces, those: 3 to 258.
+enum { FIRST_BYTE = 3, BEHIND_BYTES = FIRST_BYTE + 256 };
 static Bytes first_pieces(bool byte_pieces) {
-    Bytes b = {0};
-    append_piece(&b, 0, UNKNOWN, "<unk>", 5);
-    append_piece(&b, 0, CONTROL, "<s>", 3);
-    append_piece(&b, 0, CONTROL, "</s>", 4);
-    for (int i = 0; byte_pieces && i < 256; i++) append_piece(&b, 0, BYTE, &(char){(char)i}, 1);
-    return b;
-}
-
-// The file of a model: h (tokenizer_bytes is filled in), the pieces, and weights from the formula:
-// gains .5 + U, embedding and classifier (U - .5) / 2, matrices (U - .5) * 4 / sqrt(n_in).
-static Bytes model_file(FileHeader h, Bytes pieces) {
-    const Config c = {.dim = h.dim, .hidden_dim = h.hidden_dim, .vocab_size = h.vocab_size,
-                      .q_dim = h.n_heads * h.head_dim, .kv_dim = h.n_kv_heads * h.head_dim};
-    const int n_in_layers = h.n_layers * N_LAYER_TENSORS;
-    static const char zeros[HEADER_BYTES];
-    Bytes b = {0};
-    h.tokenizer_bytes = (int64_t)pieces.n;
-    append(&b, &h, sizeof h);
-    append(&b, zeros, HEADER_BYTES - sizeof h);
-    append(&b, pieces.data, pieces.n);
-    for (int i = -1; i < n_in_layers + 2 - h.shared_classifier; i++) {
-        int which = i < 0 ? TOK_EMB : i < n_in_layers ? i % N_LAYER_TENSORS
-                                                      : FINAL_NORM + i - n_in_layers;
-        int layer = which < N_LAYER_TENSORS ? i / N_LAYER_TENSORS : 0, rows, cols;
-        tensor_shape(&c, which, &rows, &cols);
-        size_t n = (size_t)rows * (size_t)cols;
-        float *w = resize(NULL, (ptrdiff_t)n, sizeof *w), scale = 4 / sqrtf((float)cols);
-        for (size_t j = 0; j < n; j++) {
-            float u = unit((uint64_t)(16 * layer + which), j);
-            w[j] = rows == 1 ? u + .5f : (u - .5f) * (which >= TOK_EMB ? .5f : scale);
-        }
-        append(&b, zeros, (ALIGNMENT - b.n % ALIGNMENT) % ALIGNMENT);
-        append(&b, w, n * sizeof *w);
-        free(w);
+    Bytes pieces = {0};
+    append_piece(&pieces, 0, UNKNOWN, "<unk>", 5);
+    append_piece(&pieces, 0, CONTROL, "<s>", 3);
+    append_piece(&pieces, 0, CONTROL, "</s>", 4);
+    for (int i = 0; byte_pieces && i < 256; i++) {
+        const char byte = (char)i;
+        append_piece(&pieces, 0, BYTE, &byte, 1);
     }
-    return b;
+    return pieces;
 }
 
-// Three models. G: grouped queries, shared classifier. M: a key head for each query head, a window
-// shorter than the text, a classifier of its own, n_heads * head_dim != dim, sizes that are no
-// multiples of 8. BIG: in a block of 64 rows every loop that can use threads does.
-static const FileHeader
-    G = {.magic = "drugs.c", .version = 1, .dim = 64, .hidden_dim = 172, .n_layers = 3,
-         .n_heads = 8, .n_kv_heads = 4, .head_dim = 8, .vocab_size = 320, .seq_len = 64,
-         .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = 1, .eos = 2,
-         .tokenizer_flags = PREFIX_SPACE | BYTE_PIECES},
-    M = {.magic = "drugs.c", .version = 1, .dim = 52, .hidden_dim = 90, .n_layers = 2,
-         .n_heads = 3, .n_kv_heads = 3, .head_dim = 10, .vocab_size = 93, .seq_len = 64,
-         .sliding_window = 5, .rope_theta = 500, .norm_eps = 1e-3f, .bos = 1, .eos = 2},
-    BIG = {.magic = "drugs.c", .version = 1, .dim = 128, .hidden_dim = 640, .n_layers = 2,
-           .n_heads = 8, .n_kv_heads = 4, .head_dim = 32, .vocab_size = 300, .seq_len = 64,
-           .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = 1, .eos = 2,
-           .tokenizer_flags = BYTE_PIECES};
+// A tensor of weights from the formula: gains .5 + U, embedding and classifier (U - .5) / 2,
+// matrices (U - .5) * 4 / sqrt(n_in), with U from the stream 16 * layer + which.
+static void append_tensor(Bytes *file, const Config *c, int layer, int which) {
+    int n_out, n_in;
+    tensor_shape(c, which, &n_out, &n_in);
+    const bool gain = n_out == 1;
+    const float width = which >= TOK_EMB ? .5f : 4 / sqrtf((float)n_in);
+    const size_t n = (size_t)n_out * (size_t)n_in;
+    float *weights = resize(NULL, (ptrdiff_t)n, sizeof *weights);
+    for (size_t i = 0; i < n; i++) {
+        float u = unit((uint64_t)(16 * layer + which), i);
+        weights[i] = gain ? u + .5f : (u - .5f) * width;
+    }
+    append_zeros(file, (64 - file->n % 64) % 64);
+    append(file, weights, n * sizeof *weights);
+    free(weights);
+}
+
+// The whole file: the header (tokenizer_bytes is filled in), the pieces, the weights.
+static Bytes model_file(FileHeader header, Bytes pieces) {
+    const Config c = {
+        .dim = header.dim,
+        .hidden_dim = header.hidden_dim,
+        .vocab_size = header.vocab_size,
+        .q_dim = header.n_heads * header.head_dim,
+        .kv_dim = header.n_kv_heads * header.head_dim,
+    };
+    Bytes file = {0};
+    header.tokenizer_bytes = (int64_t)pieces.n;
+    append(&file, &header, sizeof header);
+    append_zeros(&file, 256 - sizeof header);
+    append(&file, pieces.data, pieces.n);
+    append_tensor(&file, &c, 0, TOK_EMB);
+    for (int layer = 0; layer < header.n_layers; layer++)
+        for (int which = 0; which < N_LAYER_TENSORS; which++)
+            append_tensor(&file, &c, layer, which);
+    append_tensor(&file, &c, 0, FINAL_NORM);
+    if (!header.shared_classifier)
+        append_tensor(&file, &c, 0, WCLS);
+    return file;
+}
+
+// ---- three models
+
+// Grouped queries, shared classifier.
+static const FileHeader G = {
+    .magic = "drugs.c", .version = 1, .dim = 64, .hidden_dim = 172, .n_layers = 3,
+    .n_heads = 8, .n_kv_heads = 4, .head_dim = 8, .vocab_size = 320, .seq_len = 64,
+    .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = 1, .eos = 2,
+    .tokenizer_flags = PREFIX_SPACE | BYTE_PIECES,
+};
+
+// A key head for each query head, a window shorter than the text, a classifier of its own,
+// n_heads * head_dim != dim, sizes that are no multiples of 8.
+static const FileHeader M = {
+    .magic = "drugs.c", .version = 1, .dim = 52, .hidden_dim = 90, .n_layers = 2,
+    .n_heads = 3, .n_kv_heads = 3, .head_dim = 10, .vocab_size = 93, .seq_len = 64,
+    .sliding_window = 5, .rope_theta = 500, .norm_eps = 1e-3f, .bos = 1, .eos = 2,
+};
+
+// In a block of 64 rows every loop that can use threads does.
+static const FileHeader BIG = {
+    .magic = "drugs.c", .version = 1, .dim = 128, .hidden_dim = 640, .n_layers = 2,
+    .n_heads = 8, .n_kv_heads = 4, .head_dim = 32, .vocab_size = 300, .seq_len = 64,
+    .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = 1, .eos = 2,
+    .tokenizer_flags = BYTE_PIECES,
+};
+
+// A set of sites is a number with the bit 1 << site for each. golden.h knows the first five, HQKVA;
+// what does not ask golden.h is tested with all that there are.
+enum { N_GOLDEN_SITES = 5, GOLDEN_SITES = (1 << N_GOLDEN_SITES) - 1 };
+enum { N_SITE_SETS = 1 << N_SITES, ALL_SITES = N_SITE_SETS - 1 };
+_Static_assert((int)N_SITES >= (int)N_GOLDEN_SITES, "golden.h has numbers for sites that are gone");
 
 // A model on the bench, with working memory for max_rows rows.
+enum { MOST_LAYERS = 4 };
 typedef struct {
     Bytes file;
     Model model;
     Run run;
-    float theta[32][N_SITES * 4]; // for each set of dosed sites, see noise_of
+    float theta[N_SITE_SETS][N_SITES * MOST_LAYERS]; // for each set of sites, see bench_noise
 } Bench;
 
 static inline void bench_close(Bench *b) {
@@ -120,31 +163,56 @@ static inline void bench_close(Bench *b) {
 }
 
 // Takes over the pieces.
-static inline void bench_open_with(Bench *b, FileHeader h, Bytes pieces, int max_rows) {
+static inline void bench_open_with(Bench *b, FileHeader header, Bytes pieces, int max_rows) {
     memset(b, 0, sizeof *b);
-    b->file = model_file(h, pieces);
+    b->file = model_file(header, pieces);
     free(pieces.data);
     cr_assert(model_parse(&b->model, b->file.data, b->file.n), "%s", b->model.error);
     run_init(&b->run, &b->model, max_rows, 1);
 }
 
 // Pieces behind the first ones are single characters, from the space on.
-static inline void bench_open(Bench *b, FileHeader h, int max_rows) {
-    bool byte_pieces = h.tokenizer_flags & BYTE_PIECES;
+static inline void bench_open(Bench *b, FileHeader header, int max_rows) {
+    const bool byte_pieces = header.tokenizer_flags & BYTE_PIECES;
+    const int n_first = byte_pieces ? BEHIND_BYTES : FIRST_BYTE;
     Bytes pieces = first_pieces(byte_pieces);
-    for (int i = byte_pieces ? 259 : 3, c = ' '; i < h.vocab_size; i++, c++)
-        append_piece(&pieces, 0, NORMAL, &(char){(char)c}, 1);
-    bench_open_with(b, h, pieces, max_rows);
+    for (int id = n_first; id < header.vocab_size; id++) {
+        const char character = (char)(' ' + id - n_first);
+        append_piece(&pieces, 0, NORMAL, &character, 1);
+    }
+    bench_open_with(b, header, pieces, max_rows);
 }
 
-enum { ALL_SITES = (1 << N_SITES) - 1 };
 static const uint64_t SEED = 0x9876543210;
 
-// Noise at a set of sites (1 << site each); deeper layers get less, so that mixing them up shows.
-static inline Noise noise_of(Bench *b, int sites, int family) {
-    const double base[N_SITES] = {.3, .5, .4, .35, .25};
-    const int n = b->model.config.n_layers;
-    for (int i = 0; i < N_SITES * n; i++)
-        b->theta[sites][i] = sites >> (i / n) & 1 ? (float)(base[i / n] * (1 - .25 * (i % n))) : 0;
-    return (Noise){SEED, family, b->theta[sites]};
+// The dose of a site in a layer of the bench; deeper layers get less, so that mixing them up shows.
+// golden.h was made with the first five. A new site gets .3 until it has a number of its own.
+static inline float bench_dose(int site, int layer) {
+    static const double first_layer[N_GOLDEN_SITES] = {.3, .5, .4, .35, .25};
+    const double dose = site < N_GOLDEN_SITES ? first_layer[site] : .3;
+    return (float)(dose * (1 - .25 * layer));
+}
+
+// Noise at a set of sites. The doses belong to the bench.
+static inline Noise bench_noise(Bench *b, int sites, int family) {
+    const int n_layers = b->model.config.n_layers;
+    float *theta = b->theta[sites];
+    cr_assert(n_layers <= MOST_LAYERS && sites <= ALL_SITES);
+    for (int site = 0; site < N_SITES; site++)
+        for (int layer = 0; layer < n_layers; layer++) {
+            const bool dosed = sites >> site & 1;
+            theta[site * n_layers + layer] = dosed ? bench_dose(site, layer) : 0;
+        }
+    return (Noise){SEED, family, theta};
+}
+
+// A set of sites in words: "sober", or its letters. Valid until the next call.
+static inline const char *site_letters(int sites) {
+    static char letters[N_SITES + 1];
+    int n = 0;
+    for (int site = 0; site < N_SITES; site++)
+        if (sites >> site & 1)
+            letters[n++] = SITES[site];
+    letters[n] = '\0';
+    return n ? letters : "sober";
 }
