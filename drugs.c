@@ -25,7 +25,8 @@
  *   13  memory and messages    what every program needs
  *
  * If you want to know how a Llama works, read 1 to 5. What a layer can be
- * understood without comes after it, and is declared where it is used.
+ * understood without (how a sum is made fast, how memory is taken) comes later
+ * and is only declared here.
  *
  * A promise that the code keeps everywhere: a result is bitwise the same whether
  * its token came alone or in a block, alone or beside other texts, on one thread
@@ -104,11 +105,12 @@
  * for each head separately.
  *
  * token            a piece of text, a word or part of one, and its number in the vocabulary.
- * weight           a number of the model. Weights come in matrices and vectors; both are called
+ * weight           a number of the model (attention's weights, below, are others). They come in matrices and
+ *                  vectors; both are called
  *                  tensors. A norm's vector of weights is its gain.
  * embedding        the table in which each token has a row of dim numbers: its first x.
- * residual stream  the x on the left. Nothing ever replaces it, every half of a layer only adds to it. So it
- *                  is the memory that all layers share.
+ * residual stream  the x on the left. Nothing replaces it, each half of a layer only adds to it:
+ *                  so it is the memory that all layers share.
  * activation       any of these vectors: computed anew for every text, unlike the weights, which
  *                  are the model. DRµGS touches activations only.
  * head             attention is done several times in parallel, on slices of q, k and v that are
@@ -154,10 +156,11 @@ typedef struct {
     int32_t n_layers;
     int32_t n_heads;           // query heads
     int32_t n_kv_heads;        // key and value heads; n_heads / n_kv_heads query heads share one
-                               // (grouped-query attention)
+                               // (grouped-query attention): the cache is as much
+                               // smaller
     int32_t head_dim;
     int32_t vocab_size;
-    int32_t seq_len;           // the longest context it was trained for, in tokens
+    int32_t seq_len;           // the context: the longest text it was trained for, in tokens
     int32_t shared_classifier; // 1: the embedding serves as the classifier too
     int32_t sliding_window;    // Mistral: a query sees this many keys, itself included; 0: all
     float rope_theta;          // sets the speeds of RoPE's hands, see read_rope
@@ -192,7 +195,9 @@ typedef struct {
     const float *w[N_TENSORS];
 } Layer;
 
-// What a piece of the vocabulary is. Only NORMAL ones take part in merging.
+// What a piece of the vocabulary is. CONTROL: BOS, EOS and the like, no text
+// leads there. UNKNOWN: <unk>. BYTE: one raw byte. USER_DEFINED: always kept
+// whole. Only NORMAL ones take part in merging.
 enum { NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, N_KINDS };
 typedef struct {
     const char *bytes; // (length), no zero behind them
@@ -231,8 +236,9 @@ typedef struct {
  * what it computes is said here.
  */
 
-// Threads cost some microseconds to wake. Below this many multiply-adds one core
-// is faster.
+// "#pragma omp parallel for" (OpenMP) shares a loop out among the cores. Threads
+// cost some microseconds to wake. Below this many multiply-adds one core is
+// faster.
 enum { WORTH_THREADS = 1000000 };
 
 // The sum of a[i] * b[i], for i < n.
@@ -262,13 +268,16 @@ static void exp_all(float *x, int n);
 //
 //     y = gain * x / sqrt(mean of x² + eps)
 //
+// Each layer adds to the stream, so it grows; the norm hands every matrix numbers
+// of about size 1, however deep it sits.
+//
 // Apart from the gain it forgets the length of a vector and keeps its direction.
 // All readers of the residual stream see it through a norm: they see where it
 // points, and not how long it is. Remember that when the noise comes: it changes
 // directions and leaves lengths alone.
 static void rmsnorm(float *y, const float *x, const float *gain, int dim, float eps) {
-    float mean = dot(x, x, dim) / (float)dim;
-    float scale = 1.0f / sqrtf(mean + eps);
+    float mean_square = dot(x, x, dim) / (float)dim;
+    float scale = 1.0f / sqrtf(mean_square + eps);
     for (int i = 0; i < dim; i++)
         y[i] = gain[i] * (x[i] * scale);
 }
@@ -282,9 +291,9 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
 // Pair i is x[2i] and x[2i + 1]; the first pairs are fast hands, the last ones
 // hardly move. A dot product sees only the angle between two hands. So if the
 // query stands at position m and the key at n, all that their product sees of the
-// two is m - n: attention knows distances and not places, which is why one text
-// may stand anywhere. (Hugging Face pairs i with i + head_dim / 2 instead;
-// export.py puts the rows of wq and wk in our order.)
+// two is (m - n) * rope_freq: how far back the key lies, and not where. So a
+// passage reads alike anywhere in a text. (Hugging Face pairs i with i + head_dim
+// / 2 instead; export.py puts the rows of wq and wk in our order.)
 static void rope(float *x,             // (head_dim)
                  const float *cos_sin, // (head_dim) the cosine and the sine for each pair
                  int head_dim) {
@@ -293,8 +302,8 @@ static void rope(float *x,             // (head_dim)
         float b = x[i + 1];
         float cosine = cos_sin[i];
         float sine = cos_sin[i + 1];
-        // As a difference, gcc 12 would fuse it with the sum below into one
-        // rounding, in spite of -ffp-contract=off.
+        // Written a * cosine - b * sine, gcc 12 would fuse product and
+        // subtraction into one rounding, in spite of -ffp-contract=off.
         float minus_sine = -sine;
         x[i] = a * cosine + b * minus_sine;
         x[i + 1] = a * sine + b * cosine;
@@ -317,7 +326,7 @@ static void rope_angles(const Model *m, int position, float *cos_sin) {
 // taken off first, which changes nothing in the quotient but keeps exp from
 // overflowing. Returns the logarithm of that sum (as if nothing had been taken
 // off), because -log(probability of i) = log(sum) - scale * x[i], and that is
-// what a loss needs.
+// what a loss needs: the mean of -log(probability) over a text (train_step.c).
 static double softmax(float *x, int n, float scale) {
     float max = x[0];
     for (int i = 1; i < n; i++)
@@ -392,7 +401,7 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *
  *     H  the input of attention, before wq, wk and wv: so its noise enters the cache
  *     Q  the query of each head, before RoPE
- *     K  a key while a query head reads it: each reader sees another glitch, the cache stays clean
+ *     K  a key while a query head reads it: each reader sees another glitch, this layer's cache stays clean
  *     V  a value while a query head reads it, likewise
  *     A  the output of each head, before wo
  *
@@ -401,9 +410,9 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  * key position. So a drugged run can be repeated to the last bit and in any
  * order, and whoever needs a glitch again simply draws it again:
  *
- *     key = seed;  for v in site, layer, head, query position (, key position):
- *         key = scramble(key + (v + 1) * 0x9E3779B97F4A7C15)
- *     U(j) = a hash of (key, j), / 2^24       u[i] = U(i + 1) - 1/2       a = theta * U(0)
+ *     hash = seed;  for v in site, layer, head, query position (, key position):
+ *         hash = scramble(hash + (v + 1) * 0x9E3779B97F4A7C15)
+ *     U(j) = 24 bits of a hash of (hash, j), / 2^24       u[i] = U(i + 1) - 1/2       a = theta * U(0)
  *
  * The original (EGjoni/DRUGS) draws u from [0, 1), without the 1/2. Then all u
  * lean towards (1, 1, ..., 1), and two of them have a cosine of 3/4: most of
@@ -414,15 +423,15 @@ static const char SITES[] = "HQKVA"; // the letters, in the order of the enum
 _Static_assert(sizeof SITES == N_SITES + 1, "each site has a letter");
 
 // Dice at the end are drawn at a "site" of their own, whatever the others are.
-enum { SITE_SAMPLE = 1000 };
+enum { SITE_SAMPLE = 1000 }; // far above N_SITES, so a new site changes no dice
 
 // How random directions are drawn.
 enum { FAMILY_CENTRED, FAMILY_UPSTREAM };
 
-// The first tokens are where attention rests when it finds nothing to look at, a
-// sink (Xiao et al. 2023). Models break when it is moved, so positions 0 to 5 are
-// never turned, neither as a query nor as a key that is read. Six is the
-// original's choice.
+// The first tokens are where attention rests when it finds nothing to look at
+// (softmax must give its 1 to somebody), a sink (Xiao et al. 2023). Models break
+// when it is moved, so positions 0 to 5 are never turned, neither as a query nor
+// as a key that is read. Six is the original's choice.
 enum { SINK = 6 };
 
 typedef struct {
@@ -433,7 +442,7 @@ typedef struct {
 
 // Where a glitch happens, with all that it takes to draw it.
 typedef struct {
-    uint64_t key;
+    uint64_t hash;
     float theta; // radians, 0: no glitch here
     int family;
 } Place;
@@ -455,17 +464,17 @@ static uint64_t scramble(uint64_t z) {
 static const uint64_t GOLDEN_RATIO = 0x9E3779B97F4A7C15u;
 
 // Descends from a place to a smaller one within it: from a layer to a head, say.
-static uint64_t within(uint64_t key, int v) {
-    return scramble(key + ((uint64_t)v + 1) * GOLDEN_RATIO);
+static uint64_t within(uint64_t hash, int v) {
+    return scramble(hash + ((uint64_t)v + 1) * GOLDEN_RATIO);
 }
 
 // The j-th draw at a place, uniform in [0, 1) with 24 bits, which is exact in a
 // float. It has no state and needs 32-bit arithmetic only, so the compiler can
 // draw eight at once. The multipliers are from Wellons' hash-prospector.
-static inline float uniform(uint64_t key, uint32_t j) {
-    uint32_t x = (uint32_t)key + j * (uint32_t)(GOLDEN_RATIO >> 32);
+static inline float uniform(uint64_t hash, uint32_t j) {
+    uint32_t x = (uint32_t)hash + j * (uint32_t)(GOLDEN_RATIO >> 32);
     x = (x ^ (x >> 16)) * 0x21F0AAADu;
-    x = (x ^ (x >> 15) ^ (uint32_t)(key >> 32)) * 0xD35A2D97u;
+    x = (x ^ (x >> 15) ^ (uint32_t)(hash >> 32)) * 0xD35A2D97u;
     x = (x ^ (x >> 15)) >> 8;
     return (float)(int32_t)x * 0x1p-24f;
 }
@@ -488,8 +497,8 @@ static Glitch rotation(const float *x, const float *u, int n, float angle) {
 static Glitch draw_glitch(Place place, const float *x, int n, float *u) {
     float centre = place.family == FAMILY_CENTRED ? 0.5f : 0.0f;
     for (int i = 0; i < n; i++)
-        u[i] = uniform(place.key, (uint32_t)i + 1) - centre;
-    return rotation(x, u, n, place.theta * uniform(place.key, 0));
+        u[i] = uniform(place.hash, (uint32_t)i + 1) - centre;
+    return rotation(x, u, n, place.theta * uniform(place.hash, 0));
 }
 
 // Turns x (n) where it stands, for the sites H, Q and A. u (n) is scratch.
@@ -570,7 +579,8 @@ typedef struct {
 // With one slot all layers use it one after the other: layer l writes its result
 // over its own x, which nobody needs any more. With n_layers + 1 slots everything
 // that was computed is kept, as going back needs it; the x of the last slot is
-// then what left the layers.
+// then what left the layers. So slot number layer % n_slots is the only one, or
+// the layer's own.
 typedef struct Run {
     const Model *model;
     int max_rows;     // that there is room for
@@ -589,9 +599,9 @@ typedef struct Run {
     float **buffers;  // (n_buffers) all that new_buffer made, for run_free
     int n_buffers;
     float *heads;     // (n_heads, head_scratch) of each head, see struct Head
-    // If set, called after each use of weights with what went in (x) and what
-    // came out (y). A program that includes this file can change y there, as if
-    // the weights were other ones.
+    // If set, called after each use of weights (which: WQ and its kin) with what
+    // went in (x) and what came out (y). A program that includes this file can
+    // change y there, as if the weights were other ones.
     void (*hook)(const struct Run *run, int layer, int which, const float *x, float *y);
     void *owner;      // for the hook
 } Run;
@@ -615,10 +625,10 @@ static Place place_of(const Model *m, const Row *row, int site, int layer, int h
     Place place = {.family = noise->family};
     if (row->drugged && noise->theta && row->position >= SINK)
         place.theta = noise->theta[site * m->config.n_layers + layer];
-    place.key = within(noise->seed, site);
-    place.key = within(place.key, layer);
-    place.key = within(place.key, head);
-    place.key = within(place.key, row->position);
+    place.hash = within(noise->seed, site);
+    place.hash = within(place.hash, layer);
+    place.hash = within(place.hash, head);
+    place.hash = within(place.hash, row->position);
     return place;
 }
 
@@ -678,13 +688,13 @@ static Head head_of(const Run *run, ptrdiff_t r, int layer, int head, float *scr
 // For the sites K and V: the place of key number t, as this head reads it.
 static Place place_of_key(const Head *h, int site, int t) {
     Place place = h->places[site];
-    place.key = within(place.key, h->first + t);
+    place.hash = within(place.hash, h->first + t);
     return place;
 }
 
 // How many of the keys are read as they are: those in the sink, or all of them if
 // the site has no dose here.
-static int untouched_keys(const Head *h, int site) {
+static int n_untouched_keys(const Head *h, int site) {
     if (!(h->places[site].theta > 0))
         return h->n_keys;
     int in_sink = h->first < SINK ? SINK - h->first : 0;
@@ -708,7 +718,7 @@ static void attend(const Head *h, int head_dim,
     // A turned key is key * glitch.x + u * glitch.u, so its product with q is
     // q.key * glitch.x + q.u * glitch.u, and the key itself is left alone.
     dots(h->weight, h->q, h->keys, h->stride, head_dim, h->n_keys);
-    for (int t = untouched_keys(h, SITE_K); t < h->n_keys; t++) {
+    for (int t = n_untouched_keys(h, SITE_K); t < h->n_keys; t++) {
         Place place = place_of_key(h, SITE_K, t);
         Glitch glitch = draw_glitch(place, h->keys + t * h->stride, head_dim, h->u);
         h->weight[t] = h->weight[t] * glitch.x + dot(h->q, h->u, head_dim) * glitch.u;
@@ -716,7 +726,7 @@ static void attend(const Head *h, int head_dim,
     softmax(h->weight, h->n_keys, 1.0f / sqrtf((float)head_dim));
 
     // Likewise for values.
-    int n_untouched = untouched_keys(h, SITE_V);
+    int n_untouched = n_untouched_keys(h, SITE_V);
     memset(out, 0, head_dim * sizeof *out);
     for (int t = 0; t < n_untouched; t++)
         add_scaled(out, h->weight[t], h->values + t * h->stride, head_dim);
@@ -871,7 +881,7 @@ static void layer_forward(Run *run, int layer) {
     add(next->x, s->xm, run->added, size);
 }
 
-// What left the layers for row r of the call before, (dim).
+// What left the layers for row r of the latest call of forward, (dim).
 static const float *last_state(const Run *run, ptrdiff_t r) {
     const Config *c = &run->model->config;
     return run->slots[c->n_layers % run->n_slots].x + r * c->dim;
@@ -978,9 +988,10 @@ static void run_free(Run *run);
  *                |       sober prompt        | dirty    |
  *                                              ^ first_dirty = 7
  *
- * Then the cache is, to the last bit, that of a model that was never drugged.
- * What was written in the meantime stays written: the model now remembers it
- * soberly.
+ * What stands before first_dirty was computed soberly and looks back on nothing
+ * later, and a block has the bits of single tokens. So then the cache is, to the
+ * last bit, that of a sober model that has read this same text. What was written
+ * stays written; the model now remembers it soberly.
  */
 
 // Returns the number of tokens that were run again.
@@ -1652,8 +1663,8 @@ static bool find_tensors(Model *m, const char *data, size_t n_bytes) {
     return true;
 }
 
-// The speeds of RoPE's hands: theta^(-2i / head_dim) radians a position for pair
-// i.
+// The speeds of RoPE's hands: rope_theta^(-2i / head_dim) radians a position for
+// pair i.
 static void read_rope(Model *m) {
     int n_pairs = m->config.head_dim / 2;
     m->rope_freq = resize(NULL, n_pairs, sizeof *m->rope_freq);
@@ -1711,6 +1722,9 @@ static void model_close(Model *m) {
 
 /* ================================================================================================
  * 10  Talking
+ *
+ * Read the prompt, then choose a token, read it, choose the next: that is reply.
+ * The rest is printing and conversation.
  */
 
 // The index of the largest of n numbers, the first of equals.
@@ -1776,8 +1790,8 @@ static int sample(const float *logits, int n, const Dice *dice, double u) {
 static int choose(const float *logits, int n, const Dice *dice, uint64_t seed, int position) {
     if (!(dice->temperature > 0))
         return argmax(logits, n);
-    uint64_t key = within(within(seed, SITE_SAMPLE), position);
-    return sample(logits, n, dice, uniform(key, 0));
+    uint64_t hash = within(within(seed, SITE_SAMPLE), position);
+    return sample(logits, n, dice, uniform(hash, 0));
 }
 
 // What the options say about noise: the same letters in all programs.
@@ -2168,7 +2182,8 @@ static const char USAGE[] =
     "  -s <seed>    of the noise and the sampling (420)\n"
     "  -r <family>  of random directions: centred (default) or upstream\n"
     "  -u           unprotected: the prompt is read drugged too\n"
-    "  -c <tokens>  a cold shower after so many drugged tokens, 0: never (420)\n"
+    "  -c <tokens>  a cold shower after so many drugged tokens, and in a chat before\n"
+    "               each question; 0: never (420)\n"
     "  -t <temp>    temperature, 0: take the most probable token (0)\n"
     "  -p <top_p>   keep the most probable tokens up to this probability, with -t (.9)\n"
     "  -h           this help\n";
@@ -2304,8 +2319,8 @@ static inline float sum_lanes(vec v) {
 }
 
 // A tile: out[r][o] = x[r] . w[o] for 4 rows of x and 4 rows of w. All loops over
-// r and o run 4 times, so the compiler writes them out, and each sum gets a
-// register of its own.
+// r and o run 4 times, so the compiler writes them out and keeps as many sums as
+// it can in registers.
 static void tile(float *out,     // (TILE, TILE), rows n_out apart
                  const float *x, // (TILE, n_in)
                  const float *w, // (TILE, n_in)
@@ -2343,7 +2358,8 @@ static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride,
 }
 
 // The rows of w are shared out among the threads in fours. Each four is fetched
-// from memory once: while it is used for all rows of x it stays in the cache.
+// from memory once: while it is used for all rows of x it stays in the
+// processor's cache.
 static void matmul(float *out, const float *x, const float *w, ptrdiff_t n_rows, ptrdiff_t n_in,
                    ptrdiff_t n_out) {
 #pragma omp parallel for schedule(static) if (n_rows * n_in * n_out > WORTH_THREADS)
@@ -2370,7 +2386,8 @@ static float sum_of(const float *x, int n) {
     return sum_lanes(sum);
 }
 
-// exp with nothing from libm, whose last digits differ from system to system.
+// exp without libm, whose expf may differ in the last digit from system to
+// system, and whose call no compiler can do eight at a time.
 //
 //     x = n ln 2 + r,   n a whole number,   |r| <= ln 2 / 2 = .35
 //     exp(x) = 2^n exp(r)
@@ -2381,13 +2398,14 @@ static float sum_of(const float *x, int n) {
 //
 // x / ln 2 is rounded to a whole n by adding 1.5 * 2^23: a float as large as that
 // has no digits behind the point, so the sum is rounded, and its lowest bits hold
-// n.
+// n. (1.5, so that a negative n stays in the same range.)
 //
-// There is no branch in it, so the compiler can compute several at once.
+// Its two ?: become selections and not branches, so the compiler can compute
+// several at once.
 static inline float exp_of(float x) {
     float shift = 0x1.8p23f;
     float limited = x > 88.0f ? 88.0f : x; // beyond, a float would overflow
-    float shifted = limited * 1.44269504f + shift; // 1 / ln 2
+    float shifted = limited * 1.44269504f + shift; // 1.44... = 1 / ln 2
     float n = shifted - shift;
     // ln 2 = .693359375 - .00021219444. n times the first part is exact, so r has
     // all its digits.

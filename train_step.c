@@ -36,8 +36,8 @@
  *     rmsnorm   softmax   attend      layer_forward: layer_backward   norm     classify
  *     rope      swiglu    attention   forward: backward               linear   embed
  *
- * loss_, values_, keys_ and read_backward are parts of these. The options
- * -y, -t and -x mean other things than in drugs.
+ * loss_, values_, keys_ and read_backward are parts of these. (On the
+ * command line -y and -t mean other things than in drugs.)
  */
 #define DRUGS_LIBRARY
 #include "drugs.c"
@@ -115,7 +115,6 @@ static void rmsnorm_backward(float *dx,         // (dim) is added to
 //     dx_0 = cos dy_0 + sin dy_1        dx_1 = -sin dy_0 + cos dy_1
 //
 // which is turning by the same angle the other way.
-
 static void rope_backward(float *dx,            // (head_dim) dy, becomes dx
                           const float *cos_sin, // (head_dim)
                           int head_dim) {
@@ -140,8 +139,9 @@ static void rope_backward(float *dx,            // (head_dim) dy, becomes dx
 //
 //     dx_j = sum over i of dp_i ∂p_i/∂x_j = scale * p_j * (dp_j - sum over i of dp_i p_i)
 //
-// An item gains only if its dp is above the average one. dp (n) becomes dx.
-// It takes 1 / scale, here sqrt(head_dim), to divide by.
+// Only the difference to the average counts: p adds up to 1, so what raises
+// all alike changes nothing. dp (n) becomes dx. It takes 1 / scale, here
+// sqrt(head_dim), to divide by.
 static void softmax_backward(float *dp,      // (n)
                              const float *p, // (n) what came out
                              int n, float divisor) {
@@ -272,8 +272,9 @@ static void turn_backward(Place place,
  *
  * (On Q and RoPE's place: dq passes both, dk only RoPE, dv neither.) Look
  * at the left side: whatever the two halves do, the gradient also runs
- * straight along the residual stream, unchanged. That is why networks with
- * this many layers learn.
+ * straight along the residual stream, unchanged. y = x + f(x) has the
+ * derivative 1 + f'(x), and a product of such factors does not die out as
+ * one of f' alone. That is why networks with this many layers learn.
  */
 typedef struct {
     const Model *model;
@@ -416,9 +417,8 @@ typedef struct {
     float *dweight; // (n_keys) of the weights; then of what softmax got, the scores
 } HeadBackward;
 
-// A key or value x that was // read turned: g, the gradient of what was
-// read, goes back through the glitch (which is drawn again) and is added to
-// dx.
+// A key or value x that was read turned: g, the gradient of what was read,
+// goes back through the glitch (which is drawn again) and is added to dx.
 static void read_backward(const HeadBackward *b, Place place,
                           const float *x, // (head_dim) the key or value
                           float *dx) {    // (head_dim)
@@ -441,7 +441,7 @@ static void set_g(const HeadBackward *b, float a, const float *x) {
 static void values_backward(const HeadBackward *b) {
     const Head *h = &b->head;
     int n = b->head_dim;
-    int n_untouched = untouched_keys(h, SITE_V);
+    int n_untouched = n_untouched_keys(h, SITE_V);
     dots(b->dweight, b->dout, h->values, h->stride, n, h->n_keys);
     // The untouched keys come first, then those that were turned.
     for (int t = 0; t < h->n_keys; t++) {
@@ -469,7 +469,7 @@ static void values_backward(const HeadBackward *b) {
 static void keys_backward(const HeadBackward *b) {
     const Head *h = &b->head;
     int n = b->head_dim;
-    int n_untouched = untouched_keys(h, SITE_K);
+    int n_untouched = n_untouched_keys(h, SITE_K);
     for (int t = 0; t < h->n_keys; t++) {
         const float *key = h->keys + t * h->stride;
         float *dkey = b->dkeys + t * h->stride;
@@ -559,10 +559,10 @@ static void attention_backward(const Step *s, int layer) {
 // ---- the layers, last things first
 
 // The loss of a prediction is -log softmax(logits)[target] = log(sum of
-// exp(logits)) - logits[target]. So its derivative by a logit is that
-// token's probability, minus 1 at the target: all others are pushed down,
-// the target is pulled up. Fills s->loss and the first n_loss rows of
-// vocab_dy.
+// exp(logits)) - logits[target]. The log's derivative by a logit is
+// exp(logit) / sum. So that of the loss is the token's probability, minus 1
+// at the target: by the step (minus!) all others are pushed down, the
+// target is pulled up. Fills s->loss and the first n_loss rows of vocab_dy.
 static void loss_backward(Step *s) {
     const ptrdiff_t vocab_size = s->model->config.vocab_size;
     double *losses = resize(NULL, s->n_loss, sizeof *losses);
@@ -781,12 +781,12 @@ static void step_take(Step *s) {
  *     (W - step_size dYᵀX) x  =  W x - step_size dYᵀ (X x)
  *
  *     X x           n dot products: how much is x like each of the lesson's inputs?
- *     dYᵀ (X x)     n vectors, each added as much as that
+ *     dYᵀ (X x)     n vectors, each added as strongly as its product says
  *
  * So one step is a memory, and this is how it is read. If x resembles what
  * this matrix was given at the lesson's third token, the third product is
- * large, and dY's third row is subtracted as often: the output moves as the
- * lesson wanted it to move there. If x resembles none of the lesson's
+ * large, and dY's third row is subtracted as strongly: the output moves as
+ * the lesson wanted it to move there. If x resembles none of the lesson's
  * inputs, nothing moves: that is the stability. With a large step even a
  * slight likeness moves much.
  *
@@ -976,10 +976,10 @@ static double gradient_norm2(const Step *s, int layer, int which) {
  * (three of them here). In every call of forward each of them has one row,
  * the token that it wrote last:
  *
- *     step size    0         .001      .01
- *     call 1       "a"       "or"      "or"       three rows, one pass over the weights
- *     call 2       "good"    "not"     "or"
- *     call 3       "leader"  "to"      "be"
+ *     step size    0             .001     .1
+ *     call 1       "a"           ","      ","       three rows, one pass over the weights
+ *     call 2       "successful"  "or"     "or"
+ *     call 3       "business"    "not"    "or"
  *
  * As reading the weights is what takes the time, eight texts cost little
  * more than one.
@@ -1255,7 +1255,7 @@ static void end_heading(Table *table) {
  * a lesson of its first line, and business goes on as usual elsewhere. The
  * model knew the soliloquy all along; the step opened the door to it.
  */
-enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 }; // rows: each takes vocab_size logits
+enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 }; // 128 rows of 32,000 logits: 16 MB
 typedef struct {
     const char *prompt; // is completed with each step
     const char *cure;   // help without a step: a prompt that says where we are
@@ -1433,8 +1433,9 @@ static void print_mean(const double *losses, int from, int to) {
 
 // Plasticity against stability: what the lesson gained, and what everything
 // else paid for it. norm2 is |g|²: if the loss were a straight line, a step
-// would lower it by step_size * |g|². Losses are sober ones, but with doses
-// that line begins at the drugged one.
+// would lower it by step_size * |g|². Losses are sober ones, but "first
+// order" starts from the loss of the lesson, which may be drugged; then the
+// two columns differ at step 0.
 static void print_after(Stepped *t, const Experiment *e, double norm2) {
     const Model *m = t->run.model;
     size_t n_bytes = strlen(e->lesson) + strlen(e->sequel);
@@ -1446,7 +1447,8 @@ static void print_after(Stepped *t, const Experiment *e, double norm2) {
     int *lesson = tokens_of(m, e->lesson, &n_lesson);
     int *passage = tokens_of(m, whole, &n_whole);
     int *other = tokens_of(m, e->other, &n_other);
-    // What goes beyond the context is not measured. The last token is not read.
+    // What goes beyond the context is not measured. The last token is not
+    // read.
     n_whole = min(n_whole, m->config.seq_len + 1);
     n_other = min(n_other, m->config.seq_len + 1);
     double *of_passage = resize(NULL, n_whole, sizeof *of_passage);
@@ -1751,7 +1753,7 @@ int main(int argc, char **argv) {
  * So its bits do not depend on the shapes.
  */
 enum {
-    TILE_ROWS = 3, // with 4 vecs: 12 sums, and 4 vecs of b fill the 16 registers of AVX2
+    TILE_ROWS = 3, // with 4 vecs: 12 sums, so that some of the 16 registers of AVX2 are left for a, b and products
     VECS = 4,
     COLUMNS = VECS * LANES,
     STRIP = 4 * COLUMNS,

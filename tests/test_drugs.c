@@ -547,7 +547,7 @@ Test(noise, generator) {
     Model model = {.config.n_layers = 12};
     Sequence s = sequence_new((Noise){.seed = 420});
     Row row = {.position = 17, .sequence = &s};
-    const uint64_t query = place_of(&model, &row, SITE_K, 11, 3).key;
+    const uint64_t query = place_of(&model, &row, SITE_K, 11, 3).hash;
     cr_assert_eq(within(query, 9), 0xd948a38d34ba32c3u); // as it reads the key at position 9
 }
 
@@ -609,7 +609,7 @@ Test(noise, turns_by_the_angle_it_draws) {
         for (int j = 0; j < n; j++)
             r[j] = x[j] * glitch.x + u[j] * glitch.u;
         double angle = acos(fmin(1, cosine(r, x, n)));
-        double drawn = (double)theta * (double)uniform(place.key, 0);
+        double drawn = (double)theta * (double)uniform(place.hash, 0);
         double stretch = sqrt(dot_in_double(r, r, n) / dot_in_double(x, x, n));
         worst_length = fmax(worst_length, fabs(stretch - 1));
         // acos is steep near 1: an error e of the cosine is one of e / sin(a) in the angle

@@ -1146,8 +1146,8 @@ static void check_turn_backward(int i, int n, Place place) {
     float u[64];
     double apart = 0;
     double worst = 0;
-    place.key = within(SEED, i);
-    double angle = place.theta * uniform(place.key, 0);
+    place.hash = within(SEED, i);
+    double angle = place.theta * uniform(place.hash, 0);
     for (int j = 0; j < n; j++) {
         x[j] = unit(200, 64 * i + j) * 4 - 2;
         g[j] = unit(201, 64 * i + j) - .5f;
