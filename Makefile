@@ -23,7 +23,7 @@ FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wno-unk
 C_TESTS = tests/test_drugs tests/test_loader tests/test_step tests/test_lab
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-PROGRAMS = drugs train_step tests/lab tests/logits tests/pretrain tests/bench
+PROGRAMS = drugs train_step tests/lab tests/logits tests/tokens tests/pretrain tests/bench
 SEED = 2
 
 all: drugs train_step

@@ -2,11 +2,10 @@
  *
  * A language model is usually made inventive at its very end: it computes a
  * probability for every token, and we throw dice. DRµGS does it the other way
- * round. While the network is still thinking, some of its hidden vectors are
- * turned by a small random angle; then we simply take the most probable token.
- * The layers after the glitch may notice it and correct it, which no dice at the
- * end allow. Only activations are touched, and only for the moment: the weights
- * never change.
+ * round. While the network is still thinking, some of its hidden vectors are turned
+ * by a small random angle; then we simply take the most probable token. The layers
+ * after the glitch may notice it and correct it, which no dice at the end allow.
+ * Only activations are touched, and only for the moment: the weights never change.
  *
  * The file reads from top to bottom, in the order in which one asks:
  *
@@ -25,16 +24,16 @@
  *   13  memory and messages    what every program needs
  *
  * If you want to know how a Llama works, read 1 to 5. What a layer can be
- * understood without (how a sum is made fast, how memory is taken) comes later
- * and is only declared here.
+ * understood without (how a sum is made fast, how memory is taken) comes later and
+ * is only declared here.
  *
  * A promise that the code keeps everywhere: a result is bitwise the same whether
- * its token came alone or in a block, alone or beside other texts, on one thread
- * or on many, because every sum has one fixed order (section 12 says how). So
- * what differs between two runs is what you changed, never how it was computed.
+ * its token came alone or in a block, alone or beside other texts, on one thread or
+ * on many, because every sum has one fixed order (section 12 says how). So what
+ * differs between two runs is what you changed, never how it was computed.
  */
+#include <errno.h>
 #include <fcntl.h>
-#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -58,15 +57,13 @@
 /* ================================================================================================
  * 1  What a layer does
  *
- * Each token of a text travels through the layers as one vector, x. A layer reads
- * x twice and adds something to it twice: first what attention found in the
- * tokens before, then what a small network makes of it. Follow x down the left
- * side. The names are those of the code, and the five letters H Q K V A stand
- * where DRµGS can turn a vector.
+ * Each token of a text travels through the layers as one vector, x. A layer reads x
+ * twice and adds something to it twice: first what attention found in the tokens
+ * before, then what a small network makes of it. Follow x down the left side. The
+ * names are those of the code, and the five letters H Q K V A stand where DRµGS can
+ * turn a vector.
  *
- *      the embedding's row of a token
- *      |
- *      x
+ *      x, at first the embedding's row of a token
  *      |
  *      +-------------- RMSNorm
  *      |                  | xn                        H  turns xn
@@ -100,9 +97,9 @@
  *      x of the next layer; after the last one: RMSNorm, then the classifier gives the logits
  *
  * (xn: x, normed. xm: x in the middle. fn: what the feed-forward half gets,
- * normed.) RMSNorm, RoPE, softmax and silu are small functions, defined in
- * section 3. wq to w2 are the layer's matrices. From q to att everything is done
- * for each head separately.
+ * normed.) RMSNorm, RoPE, softmax and silu are small functions, defined in section
+ * 3. wq to w2 are the layer's matrices. From q to att everything is done for each
+ * head separately.
  *
  * token            a piece of text, a word or part of one, and its number in the vocabulary.
  * weight           a number of the model (attention's weights, below, are others). They come in matrices and
@@ -132,9 +129,15 @@
  *                  .69 nats: one half; 2.3 nats: one tenth.
  *
  * Shapes stand beside declarations as // (n_rows, dim), row-major: the last index
- * runs fastest. Angles are in radians, lengths of texts in tokens unless bytes
- * are named.
+ * runs fastest. Angles are in radians, lengths of texts in tokens unless bytes are
+ * named.
  */
+
+static const char *program = "drugs"; // what error messages begin with
+
+// Prints one line on stderr and exits: 1 when something failed, 2 when the command
+// line is wrong.
+__attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...);
 
 static int min(int a, int b) {
     return a < b ? a : b;
@@ -143,12 +146,11 @@ static int min(int a, int b) {
 /* ================================================================================================
  * 2  A model
  *
- * A model is a page of numbers, a few tensors for each layer, and a vocabulary.
- * All of it lies in one file that export.py wrote; section 9 reads it.
+ * A model is a page of numbers, a few tensors for each layer, and a vocabulary. All
+ * of it lies in one file that export.py wrote; section 9 reads it.
  */
 
-// The members down to tokenizer_bytes lie in the file just like this, one after
-// the other.
+// The members down to n_merges lie in the file just like this, one after the other.
 typedef struct {
     int32_t version;
     int32_t dim;               // length of x, the residual stream
@@ -156,23 +158,24 @@ typedef struct {
     int32_t n_layers;
     int32_t n_heads;           // query heads
     int32_t n_kv_heads;        // key and value heads; n_heads / n_kv_heads query heads share one
-                               // (grouped-query attention): the cache is as much
-                               // smaller
+                               // (grouped-query attention)
     int32_t head_dim;
     int32_t vocab_size;
-    int32_t seq_len;           // the context: the longest text it was trained for, in tokens
+    int32_t seq_len;           // the longest context it was trained for, in tokens
     int32_t shared_classifier; // 1: the embedding serves as the classifier too
     int32_t sliding_window;    // Mistral: a query sees this many keys, itself included; 0: all
-    float rope_theta;          // sets the speeds of RoPE's hands, see read_rope
-    float norm_eps;            // keeps RMSNorm from dividing by zero
     int32_t bos;               // the token that begins a text, -1: none
-    int32_t eos;               // the token that ends one, -1: none
-    int32_t tokenizer_flags;   // PREFIX_SPACE | BYTE_PIECES
+    int32_t tokenizer_flags;   // PREFIX_SPACE and its kin
+    int32_t cut_rule;          // CUT_NOWHERE, CUT_GPT2 or CUT_LLAMA3
+    int32_t most_digits;       // of a number that stay together, 0: all
+    int32_t n_ranges;          // of letters, numbers and spaces, for cutting
+    int32_t chat_bytes;        // 0: no form of a chat is known
+    float norm_eps;            // keeps RMSNorm from dividing by zero
     int64_t tokenizer_bytes;
+    int32_t n_merges;          // pairs of pieces that may be merged, see struct Merge
     int32_t q_dim;             // from here on not in the file: n_heads * head_dim
     int32_t kv_dim;            // n_kv_heads * head_dim
 } Config;
-enum { PREFIX_SPACE = 1, BYTE_PIECES = 2 };
 
 // The tensors of a layer, and then the three that exist only once.
 enum {
@@ -189,39 +192,19 @@ enum {
     N_TENSORS
 };
 
-// A layer's tensors. Layer 0 also has the ones that exist once, so that a layer
-// and a name lead to every tensor.
+// A layer's tensors. Layer 0 also has the ones that exist once, so that a layer and
+// a name lead to every tensor.
 typedef struct {
     const float *w[N_TENSORS];
 } Layer;
 
-// What a piece of the vocabulary is. CONTROL: BOS, EOS and the like, no text
-// leads there. UNKNOWN: <unk>. BYTE: one raw byte. USER_DEFINED: always kept
-// whole. Only NORMAL ones take part in merging.
-enum { NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, N_KINDS };
-typedef struct {
-    const char *bytes; // (length), no zero behind them
-    int length;
-    int kind;
-    float score;       // merges with a higher score come first
-} Piece;
-
-typedef struct {
-    Piece *pieces;       // (vocab_size)
-    int *table;          // (n_slots) a hash table: slot -> id of a piece, -1: empty
-    unsigned n_slots;    // a power of two
-    int byte_id[256];    // the token of each byte, -1: none
-    int unknown_id;      // -1: none
-    int longest_user_defined; // in bytes, 0: there are none
-    bool prefix_space;   // a space is put before the text
-    bool byte_pieces;    // there is a piece for each of the 256 bytes
-} Tokenizer;
+typedef struct Tokenizer Tokenizer; // section 8
 
 typedef struct {
     Config config;
-    Tokenizer tokenizer;
+    Tokenizer *tokenizer;
     Layer *layers;       // (n_layers)
-    double *rope_freq;   // (head_dim / 2) radians per position
+    const double *rope_freq; // (head_dim / 2) radians per position
     void *file;          // the mapped file, NULL if the bytes are somebody else's
     size_t file_bytes;
     char error[160];     // what is wrong with the file
@@ -232,13 +215,12 @@ typedef struct {
  *
  * A weight matrix w (n_out, n_in) maps a vector of n_in numbers to n_out numbers;
  * each of these is the dot product of the vector with one row of w. That is where
- * nearly all of the time goes. How it is made fast can wait until section 12;
- * what it computes is said here.
+ * nearly all of the time goes. How it is made fast can wait until section 12; what
+ * it computes is said here.
  */
 
 // "#pragma omp parallel for" (OpenMP) shares a loop out among the cores. Threads
-// cost some microseconds to wake. Below this many multiply-adds one core is
-// faster.
+// cost some microseconds to wake. Below this many multiply-adds one core is faster.
 enum { WORTH_THREADS = 1000000 };
 
 // The sum of a[i] * b[i], for i < n.
@@ -283,17 +265,17 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
 }
 
 // RoPE (Su et al. 2021) tells a query or a key at which position it stands. The
-// numbers of a head are taken in pairs, and each pair is turned like the hand of
-// a clock, by
+// numbers of a head are taken in pairs, and each pair is turned like the hand of a
+// clock, by
 //
 //     position * rope_freq[pair]   radians
 //
 // Pair i is x[2i] and x[2i + 1]; the first pairs are fast hands, the last ones
-// hardly move. A dot product sees only the angle between two hands. So if the
-// query stands at position m and the key at n, all that their product sees of the
-// two is (m - n) * rope_freq: how far back the key lies, and not where. So a
-// passage reads alike anywhere in a text. (Hugging Face pairs i with i + head_dim
-// / 2 instead; export.py puts the rows of wq and wk in our order.)
+// hardly move. A dot product sees only the angle between two hands. So if the query
+// stands at position m and the key at n, all that their product sees of the two is
+// (m - n) * rope_freq: how far back the key lies, and not where. So a passage reads
+// alike anywhere in a text. (Hugging Face pairs i with i + head_dim / 2 instead;
+// export.py puts the rows of wq and wk in our order.)
 static void rope(float *x,             // (head_dim)
                  const float *cos_sin, // (head_dim) the cosine and the sine for each pair
                  int head_dim) {
@@ -302,17 +284,16 @@ static void rope(float *x,             // (head_dim)
         float b = x[i + 1];
         float cosine = cos_sin[i];
         float sine = cos_sin[i + 1];
-        // Written a * cosine - b * sine, gcc 12 would fuse product and
-        // subtraction into one rounding, in spite of -ffp-contract=off.
+        // Written a * cosine - b * sine, gcc 12 would fuse product and subtraction
+        // into one rounding, in spite of -ffp-contract=off.
         float minus_sine = -sine;
         x[i] = a * cosine + b * minus_sine;
         x[i + 1] = a * sine + b * cosine;
     }
 }
 
-// The cosines and sines of a position, for rope. In double precision, because
-// position times frequency may be thousands of radians, of which a float keeps
-// only three digits behind the point.
+// The cosines and sines of a position, for rope. In double precision: an angle of
+// thousands of radians leaves a float only three digits behind the point.
 static void rope_angles(const Model *m, int position, float *cos_sin) {
     for (int i = 0; i < m->config.head_dim / 2; i++) {
         double angle = position * m->rope_freq[i];
@@ -325,8 +306,8 @@ static void rope_angles(const Model *m, int position, float *cos_sin) {
 // positive scale. What comes out is positive and adds up to 1. The largest x is
 // taken off first, which changes nothing in the quotient but keeps exp from
 // overflowing. Returns the logarithm of that sum (as if nothing had been taken
-// off), because -log(probability of i) = log(sum) - scale * x[i], and that is
-// what a loss needs: the mean of -log(probability) over a text (train_step.c).
+// off), because -log(probability of i) = log(sum) - scale * x[i], and that is what
+// a loss needs: the mean of -log(probability) over a text (train_step.c).
 static double softmax(float *x, int n, float scale) {
     float max = x[0];
     for (int i = 1; i < n; i++)
@@ -342,8 +323,8 @@ static double softmax(float *x, int n, float scale) {
 
 // SwiGLU (Shazeer 2020): h = silu(gate) * up, with silu(z) = z / (1 + exp(-z)).
 //
-// silu is nearly 0 for a very negative z and nearly z for a large one. So each
-// gate decides how much of its up gets through.
+// silu is nearly 0 for a very negative z and nearly z for a large one. So each gate
+// decides how much of its up gets through.
 static void swiglu(float *h, const float *gate, const float *up, // (n_rows, hidden_dim) each
                    int n_rows, int hidden_dim) {
     ptrdiff_t size = (ptrdiff_t)n_rows * hidden_dim;
@@ -371,8 +352,8 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *
  * Why turn it, and not simply add something? Adding a vector of a fixed length
  * would be a storm for a short x and nothing for a long one. An angle means the
- * same for every x. And turning leaves the length alone: the glitch changes what
- * a vector says, not how loudly.
+ * same for every x. And turning leaves the length alone: the glitch changes what a
+ * vector says, not how loudly.
  *
  *              r              as long as x
  *             /|
@@ -383,9 +364,9 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *     o = u - (u.x / x.x) x              the part of u that is perpendicular to x
  *     r = x cos a + o sin a |x| / |o|
  *
- * x cos a is the shadow that r throws on x. The other part points along o, which
- * is perpendicular, and has the length |x| sin a; by Pythagoras |r|² = |x|² (cos²
- * a + sin² a) = |x|².
+ * x cos a is the shadow that r throws on x. The other part points along o, which is
+ * perpendicular, and has the length |x| sin a; by Pythagoras |r|² = |x|² (cos² a +
+ * sin² a) = |x|².
  *
  * Put o in and collect what stands before x and before u:
  *
@@ -405,18 +386,18 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *     V  a value while a query head reads it, likewise
  *     A  the output of each head, before wo
  *
- * No random generator runs along. Each glitch is a pure function of (seed,
- * place), where a place is site, layer, head, query position and, for K and V,
- * key position. So a drugged run can be repeated to the last bit and in any
- * order, and whoever needs a glitch again simply draws it again:
+ * No random generator runs along. Each glitch is a pure function of (seed, place),
+ * where a place is site, layer, head, query position and, for K and V, key
+ * position. So a drugged run can be repeated to the last bit and in any order, and
+ * whoever needs a glitch again simply draws it again:
  *
  *     hash = seed;  for v in site, layer, head, query position (, key position):
  *         hash = scramble(hash + (v + 1) * 0x9E3779B97F4A7C15)
  *     U(j) = 24 bits of a hash of (hash, j), / 2^24       u[i] = U(i + 1) - 1/2       a = theta * U(0)
  *
- * The original (EGjoni/DRUGS) draws u from [0, 1), without the 1/2. Then all u
- * lean towards (1, 1, ..., 1), and two of them have a cosine of 3/4: most of
- * "random" is one fixed push. FAMILY_UPSTREAM does that.
+ * The original (EGjoni/DRUGS) draws u from [0, 1), without the 1/2. Then all u lean
+ * towards (1, 1, ..., 1), and two of them have a cosine of 3/4: most of "random" is
+ * one fixed push. FAMILY_UPSTREAM does that.
  */
 enum { SITE_H, SITE_Q, SITE_K, SITE_V, SITE_A, N_SITES };
 static const char SITES[] = "HQKVA"; // the letters, in the order of the enum
@@ -430,8 +411,8 @@ enum { FAMILY_CENTRED, FAMILY_UPSTREAM };
 
 // The first tokens are where attention rests when it finds nothing to look at
 // (softmax must give its 1 to somebody), a sink (Xiao et al. 2023). Models break
-// when it is moved, so positions 0 to 5 are never turned, neither as a query nor
-// as a key that is read. Six is the original's choice.
+// when it is moved, so positions 0 to 5 are never turned, neither as a query nor as
+// a key that is read. Six is the original's choice.
 enum { SINK = 6 };
 
 typedef struct {
@@ -469,8 +450,8 @@ static uint64_t within(uint64_t hash, int v) {
 }
 
 // The j-th draw at a place, uniform in [0, 1) with 24 bits, which is exact in a
-// float. It has no state and needs 32-bit arithmetic only, so the compiler can
-// draw eight at once. The multipliers are from Wellons' hash-prospector.
+// float. It has no state and needs 32-bit arithmetic only, so the compiler can draw
+// eight at once. The multipliers are from Wellons' hash-prospector.
 static inline float uniform(uint64_t hash, uint32_t j) {
     uint32_t x = (uint32_t)hash + j * (uint32_t)(GOLDEN_RATIO >> 32);
     x = (x ^ (x >> 16)) * 0x21F0AAADu;
@@ -480,8 +461,8 @@ static inline float uniform(uint64_t hash, uint32_t j) {
 }
 
 // The rotation of x (n) towards u (n), as derived above. A vector of zeros has no
-// direction, and one that is parallel to u has nowhere to turn: they stay what
-// they are.
+// direction, and one that is parallel to u has nowhere to turn: they stay what they
+// are.
 static Glitch rotation(const float *x, const float *u, int n, float angle) {
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
@@ -530,9 +511,9 @@ static void turn(Place place, float *x, int n, float *u) {
  * Sober means without noise; drugged, with it; dirty, computed with noise or
  * looking back on what was.
  *
- * A matrix is read once for all rows of a call, and reading matrices is what
- * takes the time. Rows meet nowhere but in attention, and there only through the
- * cache of their own sequence.
+ * A matrix is read once for all rows of a call, and reading matrices is what takes
+ * the time. Rows meet nowhere but in attention, and there only through the cache of
+ * their own sequence.
  */
 
 // A text in the making, and all that the model remembers of it.
@@ -578,9 +559,9 @@ typedef struct {
 //
 // With one slot all layers use it one after the other: layer l writes its result
 // over its own x, which nobody needs any more. With n_layers + 1 slots everything
-// that was computed is kept, as going back needs it; the x of the last slot is
-// then what left the layers. So slot number layer % n_slots is the only one, or
-// the layer's own.
+// that was computed is kept, as going back needs it; the x of the last slot is then
+// what left the layers. So slot number layer % n_slots is the only one, or the
+// layer's own.
 typedef struct Run {
     const Model *model;
     int max_rows;     // that there is room for
@@ -606,9 +587,9 @@ typedef struct Run {
     void *owner;      // for the hook
 } Run;
 
-// The floats of scratch memory that a head needs, for as many keys as there can
-// be. The system brings in memory page by page when it is first touched, so short
-// texts need little of it.
+// The floats of scratch memory that a head needs, for as many keys as there can be.
+// The system brings in memory page by page when it is first touched, so short texts
+// need little of it.
 static ptrdiff_t head_scratch(const Config *c) {
     ptrdiff_t most = c->seq_len;
     if (c->sliding_window)
@@ -618,8 +599,8 @@ static ptrdiff_t head_scratch(const Config *c) {
 
 // ---- places of glitches
 
-// The place of a row's glitch at a site. Sober rows and rows in the sink have
-// none: theta is 0.
+// The place of a row's glitch at a site. Sober rows and rows in the sink have none:
+// theta is 0.
 static Place place_of(const Model *m, const Row *row, int site, int layer, int head) {
     const Noise *noise = &row->sequence->noise;
     Place place = {.family = noise->family};
@@ -706,8 +687,8 @@ static int n_untouched_keys(const Head *h, int site) {
 //     weight = softmax(q.key / sqrt(head_dim))       out = the sum of weight * value
 //
 // A sum of head_dim products of either sign grows like the root of head_dim;
-// dividing by that root keeps softmax from choosing a single key. Query and
-// weights stay in the head's scratch memory for whoever goes back.
+// dividing by that root keeps softmax from choosing a single key. Query and weights
+// stay in the head's scratch memory for whoever goes back.
 static void attend(const Head *h, int head_dim,
                    const float *query, // (head_dim) before noise and RoPE
                    float *out) {       // (head_dim) before noise at A
@@ -715,8 +696,8 @@ static void attend(const Head *h, int head_dim,
     turn(h->places[SITE_Q], h->q, head_dim, h->u);
     rope(h->q, h->cos_sin, head_dim);
 
-    // A turned key is key * glitch.x + u * glitch.u, so its product with q is
-    // q.key * glitch.x + q.u * glitch.u, and the key itself is left alone.
+    // A turned key is key * glitch.x + u * glitch.u, so its product with q is q.key
+    // * glitch.x + q.u * glitch.u, and the key itself is left alone.
     dots(h->weight, h->q, h->keys, h->stride, head_dim, h->n_keys);
     for (int t = n_untouched_keys(h, SITE_K); t < h->n_keys; t++) {
         Place place = place_of_key(h, SITE_K, t);
@@ -784,8 +765,8 @@ static void norm(const Run *run, float *y, const float *x, int layer, int which)
 // The shape of a tensor: n_out rows of n_in floats. A norm's gain is one row.
 static void tensor_shape(const Config *c, int which, int *n_out, int *n_in);
 
-// y = x wᵀ for all rows, x (n_rows, n_in), y (n_rows, n_out). The classifier is
-// one of these.
+// y = x wᵀ for all rows, x (n_rows, n_in), y (n_rows, n_out). The classifier is one
+// of these.
 static void linear(const Run *run, float *y, const float *x, int layer, int which) {
     int n_out, n_in;
     tensor_shape(&run->model->config, which, &n_out, &n_in);
@@ -799,8 +780,8 @@ static void linear(const Run *run, float *y, const float *x, int layer, int whic
 static void sequence_reserve(const Model *m, Sequence *s, int capacity);
 
 // Notes a row in its sequence: its token, and whether it makes the cache dirty. A
-// row in the sink is never turned and so leaves no dirt, but it counts as
-// drugged: showers come by that count.
+// row in the sink is never turned and so leaves no dirt, but it counts as drugged:
+// showers come by that count.
 static void enter_row(const Model *m, const Row *row) {
     Sequence *s = row->sequence;
     int needed = row->position + 1;
@@ -905,6 +886,11 @@ static void classify(Run *run, Row *rows) {
     run->n_rows = n_wanted;
     norm(run, run->last_xn, run->last_x, 0, FINAL_NORM);
     linear(run, run->logits, run->last_xn, 0, WCLS);
+    for (ptrdiff_t r = 0; r < n_wanted; r++) {
+        float sum = sum_of(run->logits + r * c->vocab_size, c->vocab_size);
+        if (run->rows[r].sequence->step_size == 0 && !isfinite(sum)) // a step may ruin it
+            die(1, "the logits are not finite; is the model in order?");
+    }
 }
 
 // Computes rows (n_rows). Keys, values and the wanted logits are the result. The
@@ -935,8 +921,8 @@ static int read_block(Run *run, Sequence *s, const int *tokens, int n, int how) 
             .position = start + r,
             .sequence = s,
             .drugged = how & DRUGGED,
-            // n - 1 is the last token of all that is left: only the last block
-            // has it.
+            // n - 1 is the last token of all that is left: only the last block has
+            // it.
             .wants_logits = how & ALL_LOGITS || (how & WANTS_LOGITS && r == n - 1),
         };
     forward(run, run->block, n_rows);
@@ -955,12 +941,6 @@ static float *feed(Run *run, Sequence *s, const int *tokens, int n, int how) {
     return logits;
 }
 
-static const char *program = "drugs"; // what error messages begin with
-
-// Prints one line on stderr and exits: 1 when something failed, 2 when the
-// command line is wrong.
-__attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...);
-
 // realloc for count elements of `size` bytes, which ends the program rather than
 // return without memory. With NULL it starts anew, and then all bytes are zero.
 static void *resize(void *old, ptrdiff_t count, size_t size);
@@ -971,27 +951,28 @@ static Sequence sequence_new(Noise noise) {
 }
 static void sequence_free(const Model *m, Sequence *s);
 
-// Working memory for up to max_rows rows. n_slots: 1, or n_layers + 1 to keep
-// what was computed.
+// Working memory for up to max_rows rows. n_slots: 1, or n_layers + 1 to keep what
+// was computed.
 static void run_init(Run *run, const Model *m, int max_rows, int n_slots);
 static void run_free(Run *run);
 
 /* ================================================================================================
  * 6  The cold shower
  *
- * Noise leaves traces in the cache: H turns what a layer's own keys and values
- * are made of, the other sites show in those of the layers above. And a sober
- * token that looks back on noisy ones is noisy too. So a shower takes all tokens
- * from the first dirty one on and runs them again, sober, as one block:
+ * Noise leaves traces in the cache: H turns what a layer's own keys and
+ * values are made of, the other sites show in those of the layers above.
+ * And a sober token that looks back on noisy ones is noisy too. So a shower
+ * takes all tokens from the first dirty one on and runs them again, sober,
+ * as one block:
  *
  *     position   0   1   2   3   4   5   6   7   8   9
  *                |       sober prompt        | dirty    |
  *                                              ^ first_dirty = 7
  *
- * What stands before first_dirty was computed soberly and looks back on nothing
- * later, and a block has the bits of single tokens. So then the cache is, to the
- * last bit, that of a sober model that has read this same text. What was written
- * stays written; the model now remembers it soberly.
+ * What stands before first_dirty was computed soberly and looks back on
+ * nothing later, and a block has the bits of single tokens. So then the
+ * cache is, to the last bit, that of a sober model that has read this same
+ * text. What was written stays written; the model now remembers it soberly.
  */
 
 // Returns the number of tokens that were run again.
@@ -1008,22 +989,22 @@ static int cold_shower(Run *run, Sequence *s) {
 /* ================================================================================================
  * 7  Doses
  *
- * A dose need not act everywhere. A curve over the depth says by what theta is
- * multiplied there. Depth runs from 0 at the first layer towards 1 behind the
- * last one. The curve goes through points, and there are three ways to go from
- * one to the next. With the points 0=.2, .4=1, .8=.2 a layer at depth .2, half
- * way between the first two, gets
+ * A dose need not act everywhere. A curve over the depth says by what theta
+ * is multiplied there. Depth runs from 0 at the first layer towards 1
+ * behind the last one. The curve goes through points, and there are three
+ * ways to go from one to the next. With the points 0=.2, .4=1, .8=.2 a
+ * layer at depth .2, half way between the first two, gets
  *
  *     interpolate    .6     the line from .2 to 1
  *     ceil           1      the larger of the two
  *     floor          .2     the smaller
  *
- * So @ceil:.3=0,.4=1,.5=0 looks like a triangle and is a rectangle: all layers
- * from .3 to .5 get the full theta, all others none.
+ * So @ceil:.3=0,.4=1,.5=0 looks like a triangle and is a rectangle: all
+ * layers from .3 to .5 get the full theta, all others none.
  */
 
-// Depths are floats, so that .4 - .1, as -d and -w compute it, and the .3 that
-// somebody types are the same number. In double they are not.
+// Depths are floats, so that .4 - .1, as -d and -w compute it, and the .3
+// that somebody types are the same number. In double they are not.
 typedef struct {
     float depth, ratio;
 } Point;
@@ -1035,8 +1016,8 @@ typedef struct {
     Point points[MAX_POINTS]; // sorted by depth
 } Dose;
 
-// The angle, in radians, that a layer at this depth gets. Outside the points the
-// nearest one counts.
+// The angle, in radians, that a layer at this depth gets. Outside the
+// points the nearest one counts.
 static double dose_at(const Dose *dose, float depth) {
     if (!dose->n_points)
         return dose->theta;
@@ -1057,8 +1038,8 @@ static double dose_at(const Dose *dose, float depth) {
     return dose->theta * (left->ratio + way * (right->ratio - left->ratio));
 }
 
-// Fills theta (N_SITES, n_layers) from one dose a site. Layer l is at depth l /
-// n_layers.
+// Fills theta (N_SITES, n_layers) from one dose a site. Layer l is at depth
+// l / n_layers.
 static void dose_layers(float *theta, const Dose *doses, int n_layers) {
     for (int site = 0; site < N_SITES; site++)
         for (int l = 0; l < n_layers; l++) {
@@ -1078,15 +1059,15 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
 //                        was before it was turned. If a matrix reads what was
 //                        turned, `factors` must give the turned one.
 //
-// Doses, showers and the laboratory follow from SITES. The compiler catches a
-// forgotten letter, the tests a forgotten way back.
+// Doses, showers and the laboratory follow from SITES. The compiler catches
+// a forgotten letter, the tests a forgotten way back.
 
 /* ================================================================================================
  * 8  The tokenizer
  *
- * SentencePiece's byte pair encoding. The text becomes a chain of characters.
- * Again and again the two neighbours are merged whose union is the piece with the
- * best score (the leftmost of equals), until no union is a piece. With ab better
+ * Byte pair encoding. The text becomes a chain of symbols. Again and again
+ * the two neighbours are merged whose union is the piece with the best
+ * score (the leftmost of equals), until no union is a piece. With ab better
  * than bc, and abc a piece:
  *
  *     a - b - c - a - b      ab at two places: the left one first
@@ -1094,18 +1075,77 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  *     ab - - - c - ab        then abc, the only union left that is a piece
  *     abc - - - - - ab
  *
- * Looking for the best pair anew each time would take n² steps. A heap hands it
- * out instead; a merge adds at most two pairs to it, so n characters take n log n
- * steps. Pairs that are outdated, because one of the two was merged with somebody
- * else, are recognised when they come out and dropped.
+ * Looking for the best pair anew each time would take n² steps. A heap
+ * hands it out instead; a merge adds at most two pairs to it, so n symbols
+ * take n log n steps. Pairs that are outdated, because one of the two was
+ * merged with somebody else, are recognised when they come out and dropped.
  *
- * A character that is no piece becomes its bytes, or <unk> if the vocabulary has
- * no byte pieces. A space is written as U+2581 inside SentencePiece. Here it is a
- * space, and a U+2581 in the text counts as one.
+ * There are two kinds of vocabularies. SentencePiece (Llama 2, Mistral)
+ * begins with characters and merges over the whole text; a character that
+ * is no piece becomes its bytes, or <unk>. Byte-level ones (Llama 3,
+ * SmolLM) cut the text into words first, by a rule, and merge the bytes of
+ * each word by itself.
+ *
+ * Before all that, the text is cut at pieces that are found whole:
+ * user-defined ones, and control pieces where they are meant.
  */
+enum { PREFIX_SPACE = 1,        // a space is put before the text
+       BYTE_PIECES = 2,         // there is a piece for each of the 256 bytes
+       PREFIX_EACH = 4,         // the space comes before each section, too
+       COLLAPSE_SPACES = 8,     // of several spaces one is left, at the ends none
+       IGNORE_MERGES = 16,      // a word that is a piece is not merged, but taken
+       SEPARATE_UNKNOWN = 32,   // each unknown character is an <unk> of its own
+       PREFIX_UNLESS_SPACE = 64, // the space comes only where there is none yet
+       NEWLINE_SPACE = 128,     // a space is put behind each line feed
+       ALL_FLAGS = 255 };
+enum { CUT_NOWHERE, CUT_GPT2, CUT_LLAMA3 };
+enum { SIGN, LETTER, NUMBER, WHITE }; // classes of characters
 
-// How many bytes a UTF-8 character has that starts with this one. 1 also if no
-// character does: bytes below 0xC2 and above 0xF4 begin none that is longer.
+// What a piece of the vocabulary is. Only NORMAL ones come out of merging.
+// CONTROL and END pieces are meant for the model alone; an END piece ends a
+// text.
+enum { NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END, N_KINDS };
+typedef struct {
+    const char *bytes; // (length), no zero behind them
+    int length;
+    int kind;
+    int left;          // bytes of the left half, if only one pair makes it; 0: any
+    float score;       // merges with a higher score come first
+} Piece;
+
+// A range of characters, for cutting; and one more pair that makes a piece.
+typedef struct {
+    uint32_t first, last, class;
+} Range;
+typedef struct {
+    uint32_t piece, left; // left: bytes of the left half
+    float score;
+} Merge;
+
+// A piece of the file that is text.
+typedef struct {
+    const char *bytes; // (length)
+    int length;
+} Span;
+enum { OPENING, BEFORE_SYSTEM, AFTER_SYSTEM, BEFORE_QUESTION, AFTER_QUESTION, AFTER_ANSWER,
+       N_CHAT_SPANS };
+
+struct Tokenizer {
+    Piece *pieces;         // (vocab_size)
+    int *table;            // (n_slots) a hash table: slot -> id of a piece, -1: empty
+    unsigned n_slots;      // a power of two
+    int byte_id[256];      // the token of each byte, -1: none
+    int unknown_id;        // -1: none
+    int longest_whole;     // bytes of the longest piece that is found whole, 0: none is
+    bool begins_whole[256]; // whether one of these begins with this byte
+    const Range *ranges;   // (n_ranges)
+    const Merge *merges;   // (n_merges)
+    Span chat[N_CHAT_SPANS]; // how a conversation is written, see section 10
+};
+
+// How many bytes a UTF-8 character has that starts with this one. 1 also if
+// no character does: bytes below 0xC2 and above 0xF4 begin none that is
+// longer.
 static int character_length(char first) {
     unsigned char byte = (unsigned char)first;
     if (byte < 0xC2 || byte > 0xF4)
@@ -1120,8 +1160,8 @@ static bool continues_character(char byte) {
     return ((unsigned char)byte & 0xC0) == 0x80;
 }
 
-// The length of the character at text, of which n bytes are left; 1 for a broken
-// one.
+// The length of the character at text, of which n bytes are left; 1 for a
+// broken one.
 static int whole_character(const char *text, int n) {
     int length = character_length(*text);
     if (length > n)
@@ -1132,55 +1172,96 @@ static int whole_character(const char *text, int n) {
     return length;
 }
 
-// FNV-1a, a short hash that is good enough for short strings (Fowler, Noll, Vo).
+// The number of a whole character in Unicode.
+static uint32_t code_point(const char *text, int length) {
+    static const unsigned char masks[] = {0xFF, 0xFF, 0x1F, 0x0F, 0x07}; // of the first byte
+    uint32_t point = (unsigned char)text[0] & masks[length];
+    for (int i = 1; i < length; i++)
+        point = point << 6 | ((unsigned char)text[i] & 0x3F);
+    return point;
+}
+
+// ---- finding pieces
+
+// FNV-1a, a short hash that is good enough for short strings (Fowler, Noll,
+// Vo).
+static unsigned hash_byte(unsigned hash, char byte) {
+    return (hash ^ (unsigned char)byte) * 16777619u;
+}
+enum { FIRST_HASH = 0x011C9DC5 };
+
 static unsigned hash_bytes(const char *bytes, int n) {
-    unsigned hash = 2166136261u;
+    unsigned hash = FIRST_HASH;
     for (int i = 0; i < n; i++)
-        hash = (hash ^ (unsigned char)bytes[i]) * 16777619u;
+        hash = hash_byte(hash, bytes[i]);
     return hash;
 }
 
-// The slot of the table that has the piece with these bytes, or the empty one
-// where it would go.
-static unsigned find_slot(const Tokenizer *tokenizer, const char *bytes, int n) {
+// The slot of the table that has the piece with these bytes, or the empty
+// one where it would go. whole: whether a piece is wanted that is found
+// whole, or one that comes out of merging.
+static int *find_slot(const Tokenizer *tokenizer,
+                      unsigned hash,     // of the bytes
+                      const char *bytes, // (n)
+                      int n, bool whole) {
     unsigned mask = tokenizer->n_slots - 1;
-    unsigned slot = hash_bytes(bytes, n) & mask;
-    // Two pieces may lead to the same slot. Then the later one sits in the next
-    // free slot behind it, and whoever looks for it walks the same way. As half
-    // of the table is empty, ways are short.
+    unsigned slot = hash & mask;
+    // Two pieces may lead to the same slot. Then the later one sits in the
+    // next free slot behind it, and whoever looks for it walks the same
+    // way. As half of the table is empty, ways are short.
     while (tokenizer->table[slot] >= 0) {
         const Piece *piece = &tokenizer->pieces[tokenizer->table[slot]];
-        if (piece->length == n && !memcmp(piece->bytes, bytes, n))
+        bool same = piece->length == n && !memcmp(piece->bytes, bytes, n);
+        if (same && (piece->kind != NORMAL) == whole)
             break;
         slot = (slot + 1) & mask;
     }
-    return slot;
+    return &tokenizer->table[slot];
 }
 
-// The id of the piece with these bytes, -1 if there is none.
+// The id of the normal piece with these bytes, -1 if there is none.
 static int find_piece(const Tokenizer *tokenizer, const char *bytes, int n) {
-    return tokenizer->table[find_slot(tokenizer, bytes, n)];
+    return *find_slot(tokenizer, hash_bytes(bytes, n), bytes, n, false);
 }
 
-// The longest user-defined piece that the n bytes at text begin with; its length,
-// 0 if none.
-static int user_defined_length(const Tokenizer *tokenizer, const char *text, int n) {
-    int length = min(n, tokenizer->longest_user_defined);
-    while (length > 0) {
-        int id = find_piece(tokenizer, text, length);
-        if (id >= 0 && tokenizer->pieces[id].kind == USER_DEFINED)
-            break;
-        length--;
-    }
-    return length;
+// For bsearch: by piece, then by left.
+static int compare_merges(const void *a, const void *b) {
+    const Merge *x = a;
+    const Merge *y = b;
+    if (x->piece != y->piece)
+        return x->piece < y->piece ? -1 : 1;
+    return (x->left > y->left) - (x->left < y->left);
 }
+
+// Whether a left half of `left` bytes may be merged into this piece, and
+// how soon: the score. A piece may be made by any two halves, by one pair,
+// or by several.
+static bool may_merge(const Model *m,
+                      int id,         // of the piece
+                      int left,       // bytes
+                      float *score) { // out
+    const Piece *piece = &m->tokenizer->pieces[id];
+    *score = piece->score;
+    if (!piece->left || piece->left == left)
+        return true;
+    Merge wanted = {(uint32_t)id, (uint32_t)left, 0};
+    const Merge *merge = NULL;
+    if (m->config.n_merges)
+        merge = bsearch(&wanted, m->tokenizer->merges, m->config.n_merges, sizeof wanted,
+                        compare_merges);
+    if (merge)
+        *score = merge->score;
+    return merge;
+}
+
+// ---- merging
 
 typedef struct {
-    int start;    // in the text, bytes
+    int start;    // in the merger's text, bytes
     int length;   // bytes, 0 once it is swallowed by its left neighbour
     int previous; // the neighbours in the chain, -1 at its ends
     int next;
-    bool frozen;  // a user-defined piece: never merged
+    int token;    // of a piece that was found whole, -1: not yet known
 } Symbol;
 
 typedef struct {
@@ -1190,10 +1271,10 @@ typedef struct {
 } Pair;
 
 typedef struct {
-    const Tokenizer *tokenizer;
-    char *text;      // (n)
+    const Model *m;
+    char *text;      // (n) what is merged, word behind word
     int n;           // bytes
-    Symbol *symbols; // (n_symbols)
+    Symbol *symbols; // (n_symbols) those of a word are a chain
     int n_symbols;
     Pair *heap;      // (n_pairs) the best one on top; the children of i are 2 i + 1 and 2 i + 2
     int n_pairs;
@@ -1206,19 +1287,16 @@ static bool better(const Pair *a, const Pair *b) {
     return a->left < b->left;
 }
 
-// Puts the pair of two neighbours into the heap, if their union is a piece.
+// Puts the pair of two neighbours into the heap, if they may be merged.
 static void push_pair(Merger *merger, int left, int right) {
     if (left < 0 || right < 0)
         return;
     const Symbol *a = &merger->symbols[left];
     const Symbol *b = &merger->symbols[right];
-    if (a->frozen || b->frozen)
+    Pair pair = {0, left, right, a->length + b->length};
+    int id = find_piece(merger->m->tokenizer, merger->text + a->start, pair.length);
+    if (id < 0 || !may_merge(merger->m, id, a->length, &pair.score))
         return;
-    int length = a->length + b->length;
-    int id = find_piece(merger->tokenizer, merger->text + a->start, length);
-    if (id < 0)
-        return;
-    Pair pair = {merger->tokenizer->pieces[id].score, left, right, length};
     int i = merger->n_pairs++; // it begins at the end, and rises past every parent it beats
     while (i > 0 && better(&pair, &merger->heap[(i - 1) / 2])) {
         merger->heap[i] = merger->heap[(i - 1) / 2];
@@ -1247,63 +1325,19 @@ static Pair pop_pair(Merger *merger) {
     return best;
 }
 
-// ---- encoding: four steps
-
-// Copies the text as SentencePiece would see it: a space in front if the
-// vocabulary wants one, and each U+2581 (three bytes) as a space.
-static void copy_text(Merger *merger, const char *text, size_t n_text) {
-    if (n_text > INT_MAX / 8)
-        die(1, "a text of %zu bytes is too long", n_text);
-    char *copy = resize(NULL, (ptrdiff_t)n_text + 1, 1);
-    int n = 0;
-    if (merger->tokenizer->prefix_space && n_text)
-        copy[n++] = ' ';
-    for (size_t i = 0; i < n_text;) {
-        if (n_text - i >= 3 && !memcmp(text + i, "\xE2\x96\x81", 3)) {
-            copy[n++] = ' ';
-            i += 3;
-        } else {
-            copy[n++] = text[i++];
-        }
-    }
-    merger->text = copy;
-    merger->n = n;
-}
-
-// Makes the chain: each character is a symbol, and so is each user-defined piece.
-static void make_symbols(Merger *merger) {
-    int n = merger->n;
-    merger->symbols = resize(NULL, n, sizeof *merger->symbols);
-    for (int start = 0; start < n;) {
-        const char *text = merger->text + start;
-        int frozen = user_defined_length(merger->tokenizer, text, n - start);
-        int i = merger->n_symbols++;
-        merger->symbols[i] = (Symbol){
-            .start = start,
-            .length = frozen ? frozen : whole_character(text, n - start),
-            .previous = i - 1,
-            .next = i + 1,
-            .frozen = frozen > 0,
-        };
-        start += merger->symbols[i].length;
-    }
-    if (merger->n_symbols)
-        merger->symbols[merger->n_symbols - 1].next = -1;
-}
-
 // Merges until nothing is left to merge.
 static void merge_symbols(Merger *merger) {
-    // At first there are fewer than n pairs, and each of the fewer than n merges
-    // adds two at most.
-    merger->heap = resize(NULL, 3 * (ptrdiff_t)merger->n, sizeof *merger->heap);
-    for (int i = 0; i + 1 < merger->n_symbols; i++)
-        push_pair(merger, i, i + 1);
+    // At first there are fewer pairs than symbols, and each merge adds two
+    // at most.
+    merger->heap = resize(NULL, 3 * (ptrdiff_t)merger->n_symbols, sizeof *merger->heap);
+    for (int i = 0; i < merger->n_symbols; i++)
+        push_pair(merger, i, merger->symbols[i].next);
     while (merger->n_pairs) {
         Pair pair = pop_pair(merger);
         Symbol *a = &merger->symbols[pair.left];
         Symbol *b = &merger->symbols[pair.right];
-        // Lengths only grow, or become 0. So a pair whose sum is as it was has
-        // two halves that are as they were.
+        // Lengths only grow, or become 0. So a pair whose sum is as it was
+        // has two halves that are as they were.
         if (!a->length || !b->length || a->length + b->length != pair.length)
             continue;
         a->length += b->length; // they stand side by side, so the union is just longer
@@ -1316,25 +1350,313 @@ static void merge_symbols(Merger *merger) {
     }
 }
 
-// Writes the tokens of the chain to out, which has room for n; returns how many
-// there are. A run of unknown characters is one <unk>.
+// ---- cutting into words, for byte-level vocabularies
+
+// The class of the character at text, of which n bytes are left; its length
+// in bytes.
+static int class_of(const Model *m,
+                    const char *text, // (n)
+                    int n,
+                    int *length) {    // out
+    *length = whole_character(text, n);
+    if (*length == 1 && (unsigned char)*text > 127)
+        return SIGN; // no character at all
+    uint32_t point = code_point(text, *length);
+    int low = 0;
+    int high = m->config.n_ranges; // the range it lies in, if any, is in [low, high)
+    while (low < high) {
+        int middle = (low + high) / 2;
+        const Range *range = &m->tokenizer->ranges[middle];
+        if (point < range->first)
+            high = middle;
+        else if (point > range->last)
+            low = middle + 1;
+        else
+            return range->class;
+    }
+    return SIGN;
+}
+
+// A run of characters of one class from text on: its length in bytes, and
+// that of its last character. most: how many characters at most, 0: all.
+typedef struct {
+    int length, last, n;
+} CharacterRun;
+static CharacterRun run_of(const Model *m,
+                           const char *text, // (n)
+                           int n, int class, int most) {
+    CharacterRun run = {0};
+    int length;
+    while (run.length < n && (!most || run.n < most)
+           && class_of(m, text + run.length, n - run.length, &length) == class) {
+        run.length += length;
+        run.last = length;
+        run.n++;
+    }
+    return run;
+}
+
+// 's, 't, 're, 've, 'm, 'll or 'd at text: the length, 0 if it is none of
+// them.
+static int contraction(const char *text, int n, bool any_case) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    if (*text != '\'')
+        return 0;
+    if (any_case && n > 2 && !memcmp(text + 1, "\xC5\xBF", 2))
+        return 3; // an old form of s
+    for (int i = 0; i < 7; i++) {
+        int length = (int)strlen(endings[i]);
+        int (*compare)(const char *, const char *, size_t) = any_case ? strncasecmp : strncmp;
+        if (length < n && !compare(text + 1, endings[i], length))
+            return 1 + length;
+    }
+    return 0;
+}
+
+// Spaces belong together, but the last one belongs to the word behind it,
+// if there is one.
+static int cut_spaces(const Model *m, const char *text, int n) {
+    int unused;
+    CharacterRun spaces = run_of(m, text, n, WHITE, 0);
+    bool at_end = spaces.length == n;
+    if (m->config.cut_rule == CUT_GPT2 && m->config.most_digits && !at_end)
+        at_end = class_of(m, text + spaces.length, n - spaces.length, &unused) == NUMBER;
+    if (at_end || spaces.n == 1)
+        return spaces.length;
+    return spaces.length - spaces.last;
+}
+
+// The length of the first word of text (n bytes) by GPT-2's rule, tried in
+// this order: a contraction; letters; numbers; other signs, each with one
+// space before them if there is one; spaces. With most_digits, a digit is a
+// word of its own.
+static int cut_gpt2(const Model *m, const char *text, int n) {
+    int length = contraction(text, n, false);
+    if (length)
+        return length;
+    int space = *text == ' ' && n > 1;
+    int class = class_of(m, text + space, n - space, &length);
+    if (class == WHITE || (class == NUMBER && space && m->config.most_digits))
+        return cut_spaces(m, text, n);
+    // Letters, numbers or signs: as many as follow, but digits one by one
+    // if so asked.
+    int most = class == NUMBER ? m->config.most_digits : 0;
+    return space + run_of(m, text + space, n - space, class, most).length;
+}
+
+// By Llama 3's rule: a contraction; letters, with one sign or space before
+// them; up to most_digits digits; other signs, with one space before and
+// line feeds behind them; spaces up to the last line feed among them; other
+// spaces.
+static int cut_llama3(const Model *m, const char *text, int n) {
+    int length = contraction(text, n, true);
+    if (length)
+        return length;
+    // letters, with what may stand before them
+    int class = class_of(m, text, n, &length);
+    bool is_line_end = *text == '\n' || *text == '\r';
+    int skipped = class == LETTER || class == NUMBER || is_line_end ? 0 : length;
+    CharacterRun letters = run_of(m, text + skipped, n - skipped, LETTER, 0);
+    if (letters.n)
+        return skipped + letters.length;
+    if (class == NUMBER)
+        return run_of(m, text, n, NUMBER, m->config.most_digits).length;
+    // other signs
+    int space = *text == ' ';
+    int end = space + run_of(m, text + space, n - space, SIGN, 0).length;
+    if (end > space) {
+        while (end < n && (text[end] == '\n' || text[end] == '\r'))
+            end++;
+        return end;
+    }
+    // spaces: back to the last line feed among them
+    end = run_of(m, text, n, WHITE, 0).length;
+    while (end > 0 && text[end - 1] != '\n' && text[end - 1] != '\r')
+        end--;
+    return end ? end : cut_spaces(m, text, n);
+}
+
+// ---- encoding
+
+// Where a section of a text stands: at its start, behind a piece that was
+// found whole, or in the middle of other text.
+enum { AT_START, BEHIND_PIECE, CONTINUED };
+
+// A text that is to become tokens.
+typedef struct {
+    const char *bytes;
+    size_t n;
+    int start;         // AT_START and its kin: where its first section stands
+    bool bos;          // BOS comes first, if the model has one
+    bool controls;     // control pieces that are spelt in it are meant, ...
+    const char *typed; // ... but not (n) where this is not 0; NULL: everywhere
+} Source;
+
+// The longest piece that is found whole at a place of the source, -1 if
+// there is none.
+static int whole_piece(const Model *m, const Source *source, size_t at) {
+    const Tokenizer *tokenizer = m->tokenizer;
+    const char *bytes = source->bytes + at;
+    if (!tokenizer->begins_whole[(unsigned char)*bytes])
+        return -1;
+    int found = -1;
+    unsigned hash = FIRST_HASH;
+    for (int n = 1; n <= tokenizer->longest_whole && at + n <= source->n; n++) {
+        hash = hash_byte(hash, bytes[n - 1]);
+        int id = *find_slot(tokenizer, hash, bytes, n, true);
+        if (id < 0)
+            continue;
+        bool was_typed = source->typed && memchr(source->typed + at, 1, n);
+        bool meant = source->controls && !was_typed;
+        if (meant || tokenizer->pieces[id].kind == USER_DEFINED)
+            found = id;
+    }
+    return found;
+}
+
+// Adds a symbol of the next `length` bytes, which are copied from bytes. It
+// has no neighbours yet.
+static Symbol *add_symbol(Merger *merger,
+                          const char *bytes, // (length)
+                          int length,
+                          int token) {       // -1: not yet known
+    Symbol *symbol = &merger->symbols[merger->n_symbols++];
+    *symbol = (Symbol){merger->n, length, -1, -1, token};
+    memcpy(merger->text + merger->n, bytes, length);
+    merger->n += length;
+    return symbol;
+}
+
+// Adds a word, as a chain of its characters or bytes.
+static void add_word(Merger *merger, const char *bytes, int n) {
+    const Model *m = merger->m;
+    const Tokenizer *tokenizer = m->tokenizer;
+    int token = find_piece(tokenizer, bytes, n);
+    if (m->config.tokenizer_flags & IGNORE_MERGES && token >= 0) {
+        add_symbol(merger, bytes, n, token);
+        return;
+    }
+    int previous = -1; // symbol
+    for (int i = 0, length; i < n; i += length) {
+        length = m->config.cut_rule ? 1 : whole_character(bytes + i, n - i);
+        bool lacking = m->config.cut_rule && tokenizer->unknown_id < 0;
+        if (lacking && find_piece(tokenizer, bytes + i, 1) < 0)
+            continue; // a byte that is no piece is left out
+        Symbol *symbol = add_symbol(merger, bytes + i, length, -1);
+        symbol->previous = previous;
+        if (previous >= 0)
+            merger->symbols[previous].next = merger->n_symbols - 1;
+        previous = merger->n_symbols - 1;
+    }
+}
+
+// Copies a section of the source as the vocabulary wants to see it: spaces
+// added and taken away as the flags say. to has room for 2 n + 1 bytes;
+// returns the length. SentencePiece writes a space as U+2581, so that one
+// counts as a space.
+static int normalise(const Model *m,
+                     const char *bytes, // (n)
+                     int n, int start,
+                     char *to) {        // (2 n + 1) out
+    int flags = m->config.tokenizer_flags;
+    int n_to = 1; // to[0] is kept for the space before it
+    bool after_space = true; // at the start spaces are dropped as after another one
+    for (int i = 0; i < n; i++) {
+        if (!m->config.cut_rule && n - i >= 3 && !memcmp(bytes + i, "\xE2\x96\x81", 3)) {
+            to[n_to++] = ' ';
+            after_space = false;
+            i += 2;
+            continue;
+        }
+        bool space = bytes[i] == ' ';
+        if (!(flags & COLLAPSE_SPACES && space && after_space))
+            to[n_to++] = bytes[i];
+        if (flags & NEWLINE_SPACE && bytes[i] == '\n') {
+            to[n_to++] = ' ';
+            space = true;
+        }
+        after_space = space;
+    }
+    if (flags & COLLAPSE_SPACES && after_space && n_to > 1)
+        n_to--;
+    bool wanted = flags & PREFIX_SPACE && n_to > 1 && start != CONTINUED;
+    if (start == BEHIND_PIECE && !(flags & PREFIX_EACH))
+        wanted = false;
+    if (flags & PREFIX_UNLESS_SPACE && to[1] == ' ')
+        wanted = false;
+    *to = ' ';
+    if (!wanted)
+        memmove(to, to + 1, --n_to);
+    return n_to;
+}
+
+// Adds a section of the source in which no piece is found whole.
+static void add_section(Merger *merger,
+                        const char *bytes, // (n)
+                        int n, int start) {
+    const Model *m = merger->m;
+    char *text = resize(NULL, 2 * (ptrdiff_t)n + 1, 1); // each byte may get a space
+    int n_text = normalise(m, bytes, n, start, text);
+    for (int at = 0, length; at < n_text; at += length) {
+        length = n_text - at; // all of it is one word, unless there is a rule
+        if (m->config.cut_rule == CUT_GPT2)
+            length = cut_gpt2(m, text + at, n_text - at);
+        if (m->config.cut_rule == CUT_LLAMA3)
+            length = cut_llama3(m, text + at, n_text - at);
+        add_word(merger, text + at, length);
+    }
+    free(text);
+}
+
+// Cuts the source at pieces that are found whole, and adds these and what
+// lies between them.
+static void add_source(Merger *merger, const Source *source) {
+    const Model *m = merger->m;
+    int flags = m->config.tokenizer_flags;
+    size_t first = 0; // byte of the section
+    int start = source->start;
+    for (size_t at = 0; at < source->n;) {
+        int id = whole_piece(m, source, at);
+        if (id < 0) {
+            at++;
+            continue;
+        }
+        const Piece *piece = &m->tokenizer->pieces[id];
+        bool always = flags & PREFIX_SPACE && !(flags & (PREFIX_EACH | PREFIX_UNLESS_SPACE));
+        if (!at && always && start == AT_START && piece->kind == USER_DEFINED)
+            add_word(merger, " ", 1); // the text begins with it, and still gets its space
+        add_section(merger, source->bytes + first, at - first, start);
+        add_symbol(merger, piece->bytes, piece->length, id);
+        at += piece->length;
+        first = at;
+        start = BEHIND_PIECE;
+    }
+    add_section(merger, source->bytes + first, source->n - first, start);
+}
+
+// Writes the tokens of the symbols to out; returns how many there are. A
+// run of unknown characters is one <unk>, unless a flag says otherwise.
 static int write_tokens(const Merger *merger, int *out) {
-    const Tokenizer *tokenizer = merger->tokenizer;
+    const Tokenizer *tokenizer = merger->m->tokenizer;
+    int flags = merger->m->config.tokenizer_flags;
     bool was_unknown = false;
     int n_out = 0;
-    // Along the chain: symbols that were swallowed are not on it.
-    for (int i = merger->n_symbols ? 0 : -1; i >= 0; i = merger->symbols[i].next) {
-        int length = merger->symbols[i].length;
-        const char *bytes = merger->text + merger->symbols[i].start;
-        int id = find_piece(tokenizer, bytes, length);
-        bool unknown = id < 0 && !tokenizer->byte_pieces;
+    for (int i = 0; i < merger->n_symbols; i++) {
+        const Symbol *symbol = &merger->symbols[i];
+        const char *bytes = merger->text + symbol->start;
+        if (!symbol->length)
+            continue; // it was swallowed
+        int id = symbol->token;
+        if (id < 0)
+            id = find_piece(tokenizer, bytes, symbol->length);
+        bool unknown = id < 0 && !(flags & BYTE_PIECES);
         if (id >= 0) {
             out[n_out++] = id;
         } else if (unknown) {
-            if (!was_unknown)
+            if (!was_unknown || flags & SEPARATE_UNKNOWN)
                 out[n_out++] = tokenizer->unknown_id;
         } else {
-            for (int b = 0; b < length; b++) // a character that is no piece, byte by byte
+            for (int b = 0; b < symbol->length; b++) // a character that is no piece
                 out[n_out++] = tokenizer->byte_id[(unsigned char)bytes[b]];
         }
         was_unknown = unknown;
@@ -1342,44 +1664,66 @@ static int write_tokens(const Merger *merger, int *out) {
     return n_out;
 }
 
-// Text of n_text bytes to tokens, BOS first if the model has one and it is
-// wanted. The caller frees what comes back; *n_tokens is its length.
-static int *encode(const Model *m, const char *text, size_t n_text, bool bos, int *n_tokens) {
-    Merger merger = {.tokenizer = &m->tokenizer};
-    copy_text(&merger, text, n_text);
-    make_symbols(&merger);
+// The tokens of a text. The caller frees them; *n_tokens is their number.
+static int *encode(const Model *m, Source source, int *n_tokens) {
+    if (source.n > INT_MAX / 16)
+        die(1, "a text of %zu bytes is too long", source.n);
+    // A byte may get a space before or behind it, and there is BOS.
+    const ptrdiff_t most = 3 * (ptrdiff_t)source.n + 2;
+    Merger merger = {.m = m};
+    merger.text = resize(NULL, most, 1);
+    merger.symbols = resize(NULL, most, sizeof *merger.symbols);
+    add_source(&merger, &source);
     merge_symbols(&merger);
-    int *tokens = resize(NULL, (ptrdiff_t)merger.n + 1, sizeof *tokens);
-    *n_tokens = 0;
-    if (bos && m->config.bos >= 0)
-        tokens[(*n_tokens)++] = m->config.bos;
-    *n_tokens += write_tokens(&merger, tokens + *n_tokens);
+    int *tokens = resize(NULL, most, sizeof *tokens);
+    *n_tokens = write_tokens(&merger, tokens);
+    // A prompt that spells BOS itself gets no second one.
+    bool spelt = source.controls && *n_tokens && tokens[0] == m->config.bos;
+    if (source.bos && m->config.bos >= 0 && !spelt) {
+        memmove(tokens + 1, tokens, *n_tokens * sizeof *tokens);
+        tokens[0] = m->config.bos;
+        ++*n_tokens;
+    }
     free(merger.text);
     free(merger.symbols);
     free(merger.heap);
-    return tokens; // at most one for each byte, and BOS
-}
-
-// The tokens of a string, BOS first.
-static int *tokens_of(const Model *m, const char *text, int *n_tokens) {
-    return encode(m, text, strlen(text), true, n_tokens);
+    return tokens;
 }
 
 // ---- decoding
 
-// Tokens on their way to a stream. A character may be spread over several tokens;
-// it is printed when it is whole.
+// Tokens on their way to a stream. A character may be spread over several
+// tokens; it is printed when it is whole.
 typedef struct {
     FILE *to;
+    bool terminal;   // control characters are not let through
     char waiting[4]; // the first bytes of a character that is not complete
     int n_waiting;
     bool at_start;   // the space that encoding put in front is still to be left out
+    char last;       // the byte before
 } Printer;
 
-// Prints what is waiting, as it is.
+// Prints what is waiting. If it is no character, each of its bytes is
+// printed as U+FFFD, as SentencePiece does.
 static void print_rest(Printer *printer) {
-    fwrite(printer->waiting, 1, printer->n_waiting, printer->to);
+    int n = printer->n_waiting;
+    uint32_t point = n ? code_point(printer->waiting, n) : 0;
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // of n bytes
+    bool whole = n && whole_character(printer->waiting, n) == n;
+    bool shortest = point >= least[n] && !(n == 1 && point > 127);
+    bool surrogate = point >= 0xD800 && point <= 0xDFFF;
+    bool valid = whole && shortest && point <= 0x10FFFF && !surrogate;
+    bool control = point < ' ' && point != '\n' && point != '\t';
+    control = control || (point >= 127 && point < 160);
+    // A terminal would obey a control character: move its cursor, change
+    // its title.
     printer->n_waiting = 0;
+    if (valid && control && printer->terminal)
+        fprintf(printer->to, "<%02X>", point);
+    else if (valid)
+        fwrite(printer->waiting, 1, n, printer->to);
+    for (int i = 0; i < n && !valid; i++)
+        fputs("\xEF\xBF\xBD", printer->to);
 }
 
 static void print_byte(Printer *printer, char byte) {
@@ -1388,23 +1732,30 @@ static void print_byte(Printer *printer, char byte) {
     printer->waiting[printer->n_waiting++] = byte;
     if (printer->n_waiting == character_length(printer->waiting[0]))
         print_rest(printer);
+    printer->last = byte;
 }
 
-// Control pieces print nothing, an unknown one prints " ⁇ ", as in SentencePiece.
-static void print_token(Printer *printer, const Tokenizer *tokenizer, int token) {
-    const Piece *piece = &tokenizer->pieces[token];
+// Control pieces print nothing, an unknown one prints " ⁇ ", as in
+// SentencePiece. The spaces that encoding adds are left out again.
+static void print_token(Printer *printer, const Model *m, int token) {
+    const Piece *piece = &m->tokenizer->pieces[token];
+    int flags = m->config.tokenizer_flags;
     const char *bytes = piece->bytes;
     int n = piece->length;
-    if (piece->kind == CONTROL)
+    if (piece->kind == CONTROL || piece->kind == END)
         return;
     if (piece->kind == UNKNOWN) {
         bytes = " \xE2\x81\x87 ";
         n = 5;
     }
-    // What encoding put in front of the text is left out when it comes back.
-    bool skip = printer->at_start && tokenizer->prefix_space && *bytes == ' ';
-    for (int i = skip; i < n; i++)
-        print_byte(printer, bytes[i]);
+    for (int i = 0; i < n; i++) {
+        bool at_start = !i && printer->at_start && flags & PREFIX_SPACE;
+        bool at_line = printer->last == '\n' && flags & NEWLINE_SPACE;
+        if (bytes[i] == ' ' && (at_start || at_line))
+            printer->last = ' '; // and no further one
+        else
+            print_byte(printer, bytes[i]);
+    }
     printer->at_start = false;
     fflush(printer->to); // so that the text appears as it is written
 }
@@ -1412,23 +1763,31 @@ static void print_token(Printer *printer, const Tokenizer *tokenizer, int token)
 /* ================================================================================================
  * 9  Reading the file
  *
- * export.py writes it and mmap reads it: the operating system brings in the pages
- * that are used, when they are used, so a model may be larger than memory.
- * Little-endian, in this order:
+ * export.py writes it and mmap reads it: the operating system brings in the
+ * pages that are used, when they are used, so a model may be larger than
+ * memory. Little-endian, in this order:
  *
- *   the header      256 bytes: "drugs.c" and a zero, then Config down to tokenizer_bytes, then zeros
- *   the tokenizer   a record for each piece: float score, u8 kind, u8 zero, u16 length, the bytes
- *   the weights     fp32 tensors, each at a multiple of 64 bytes, in the order in which the forward
- *                   pass reads them: embedding, layer after layer, final norm, classifier
+ *   the header      256 bytes: "drugs.c" and a zero, then Config down to n_merges,
+ *                   then zeros
+ *   RoPE            head_dim / 2 doubles, radians per position
+ *   the ranges      (n_ranges) struct Range, ascending: classes 1 letter, 2 number,
+ *                   3 space
+ *   the merges      (n_merges) struct Merge, ascending by piece, then by left
+ *   the chat        nothing, or six times a u16 length and the bytes of a Span
+ *   the tokenizer   a record for each piece: float score, u8 kind, u8 zero, u16
+ *                   length, u16 left, the bytes
+ *   the weights     fp32 tensors, each at a multiple of 64 bytes, in the order in
+ *                   which the forward pass reads them: embedding, layer after layer,
+ *                   final norm, classifier
  *
- * A file comes from strangers. Each number in it is checked before it is used,
- * with `if` and not with assert, which a build may leave out. What is wrong comes
- * back as a sentence in m->error, and not as an exit, so that tests can try
- * thousands of broken files.
+ * A file comes from strangers. Each number in it is checked before it is
+ * used, with `if` and not with assert, which a build may leave out. What is
+ * wrong comes back as a sentence in m->error, and not as an exit, so that
+ * tests can try thousands of broken files.
  */
-_Static_assert(offsetof(Config, tokenizer_bytes) == 64, "no gaps between its members");
+_Static_assert(offsetof(Config, q_dim) == 84, "no gaps between its members");
 enum { HEADER_BYTES = 256, MAGIC_BYTES = 8, CONFIG_BYTES = offsetof(Config, q_dim) };
-enum { ALIGNMENT = 64, PIECE_BYTES = 8 }; // PIECE_BYTES: of a record, without the piece itself
+enum { ALIGNMENT = 64, PIECE_BYTES = 10 }; // PIECE_BYTES: of a record, without the piece itself
 
 // Keeps a sentence about what is wrong with the file and returns false, for
 // `return broken(...)`.
@@ -1441,31 +1800,35 @@ static bool broken(Model *m, const char *format, ...) {
     return false;
 }
 
-// Says whether the numbers of the header can be true; n_bytes is the length of
-// the file. The bounds are far above any real model, and far below where a
-// product of two could overflow 64 bits.
+// Says whether the numbers of the header can be true; n_bytes is the length
+// of the file. The bounds are far above any real model, and far below where
+// a product of two could overflow 64 bits.
 static bool check_config(Model *m, size_t n_bytes) {
     const Config *c = &m->config;
     const struct {
         const char *name;
         int64_t value, least, most;
     } fields[] = {
-        {"version", c->version, 1, 1},
+        {"version", c->version, 2, 2}, // this layout
         {"dim", c->dim, 1, 1 << 20},
         {"hidden_dim", c->hidden_dim, 1, 1 << 20},
         {"n_layers", c->n_layers, 1, 1 << 12},
         {"n_heads", c->n_heads, 1, 1 << 12},
-        {"n_kv_heads", c->n_kv_heads, 1, c->n_heads},
-        {"head_dim", c->head_dim, 2, 1 << 12},
-        {"vocab_size", c->vocab_size, 1, 1 << 24},
-        {"seq_len", c->seq_len, 1, 1 << 28},
-        {"shared_classifier", c->shared_classifier, 0, 1},
-        {"sliding_window", c->sliding_window, 0, 1 << 28},
-        {"bos", c->bos, -1, (int64_t)c->vocab_size - 1},
-        {"eos", c->eos, -1, (int64_t)c->vocab_size - 1},
-        {"tokenizer_flags", c->tokenizer_flags, 0, PREFIX_SPACE | BYTE_PIECES},
-        // There is a record for each piece, so a lie about vocab_size asks for no
-        // memory.
+        {"n_kv_heads", c->n_kv_heads, 1, c->n_heads}, // each is read by a query head
+        {"head_dim", c->head_dim, 2, 1 << 12}, // a pair at least
+        {"vocab_size", c->vocab_size, 1, 1 << 24}, // a float holds every rank of it
+        {"seq_len", c->seq_len, 1, 1 << 28}, // a context of that many
+        {"shared_classifier", c->shared_classifier, 0, 1}, // no or yes
+        {"sliding_window", c->sliding_window, 0, 1 << 28}, // 0: none
+        {"bos", c->bos, -1, (int64_t)c->vocab_size - 1}, // -1: none
+        {"tokenizer_flags", c->tokenizer_flags, 0, ALL_FLAGS},
+        {"cut_rule", c->cut_rule, CUT_NOWHERE, CUT_LLAMA3}, // of three
+        {"most_digits", c->most_digits, 0, 255}, // 0: all
+        {"n_ranges", c->n_ranges, 0, 1 << 16}, // Unicode needs some 1,500
+        {"chat_bytes", c->chat_bytes, 0, 1 << 16}, // 0: no form is known
+        {"n_merges", c->n_merges, 0, 1 << 24},
+        // There is a record for each piece, so a lie about vocab_size asks
+        // for no memory.
         {"tokenizer_bytes", c->tokenizer_bytes, PIECE_BYTES * (int64_t)c->vocab_size,
          (int64_t)n_bytes - HEADER_BYTES},
     };
@@ -1474,26 +1837,31 @@ static bool check_config(Model *m, size_t n_bytes) {
             return broken(m, "%s is %lld, must be %lld to %lld", fields[i].name,
                           (long long)fields[i].value, (long long)fields[i].least,
                           (long long)fields[i].most);
-    if (c->n_heads % c->n_kv_heads)
+    if (c->n_heads % c->n_kv_heads) // as many query heads for each
         return broken(m, "n_heads is %d, no multiple of n_kv_heads, which is %d", c->n_heads,
                       c->n_kv_heads);
     if (c->head_dim % 2) // RoPE turns pairs
         return broken(m, "head_dim is %d, must be even", c->head_dim);
-    if (!(c->rope_theta > 0 && c->rope_theta <= FLT_MAX))
-        return broken(m, "rope_theta is %g, must be positive", (double)c->rope_theta);
-    if (!(c->norm_eps >= 0 && c->norm_eps < 1))
+    if (!(c->norm_eps >= 0 && c->norm_eps < 1)) // so that nan is wrong, too
         return broken(m, "norm_eps is %g, must be 0 to 1", (double)c->norm_eps);
     return true;
 }
 
 // Reads the header into m->config. False: see m->error.
-static bool read_header(Model *m, const char *data, size_t n_bytes) {
+static bool read_header(Model *m,
+                        const char *data, // (n_bytes) the file
+                        size_t n_bytes) {
     Config *c = &m->config;
     if (n_bytes < HEADER_BYTES)
         return broken(m, "too short for a header, %zu bytes", n_bytes);
-    if (memcmp(data, "drugs.c", MAGIC_BYTES))
+    if (memcmp(data, "drugs.c", MAGIC_BYTES)) // with the zero behind it
         return broken(m, "not made by export.py: python3 export.py CHECKPOINT -o FILE");
     memcpy(c, data + MAGIC_BYTES, CONFIG_BYTES); // all of Config that lies in the file
+    // Two versions that one meets, each with what to do.
+    if (c->version == 1)
+        return broken(m, "made by an older export.py: export the checkpoint again");
+    if (c->version == 2 << 24)
+        return broken(m, "in little-endian byte order, which this machine does not use");
     if (!check_config(m, n_bytes))
         return false;
     for (int i = MAGIC_BYTES + CONFIG_BYTES; i < HEADER_BYTES; i++)
@@ -1504,19 +1872,63 @@ static bool read_header(Model *m, const char *data, size_t n_bytes) {
     return true;
 }
 
-// Reads the record at p into a piece; end is where the tokenizer ends. False: see
-// m->error.
-static bool read_piece(Model *m, Piece *piece, const char *p, const char *end) {
-    int id = (int)(piece - m->tokenizer.pieces);
-    uint16_t length;
+// Reads the frequencies, ranges and merges, which lie at `data` in this
+// order. Returns what lies behind them, NULL for nonsense: see m->error.
+static const char *read_tables(Model *m, const char *data) {
+    const Config *c = &m->config;
+    Tokenizer *tokenizer = m->tokenizer;
+    // They are read where they lie: doubles first, then records of 12
+    // bytes.
+    m->rope_freq = (const double *)(const void *)data;
+    tokenizer->ranges = (const Range *)(m->rope_freq + c->head_dim / 2);
+    tokenizer->merges = (const Merge *)(tokenizer->ranges + c->n_ranges);
+    for (int i = 0; i < c->head_dim / 2; i++) // in this form nan is no angle either
+        if (!(m->rope_freq[i] > 0 && m->rope_freq[i] <= 1 << 20))
+            return broken(m, "RoPE's frequency %d is no angle", i), NULL;
+    for (int i = 0; i < c->n_ranges; i++) {
+        const Range *range = &tokenizer->ranges[i];
+        // class_of halves the ranges again and again: they must be in order
+        // for that.
+        bool ascends = !i || range->first > range[-1].last;
+        if (!ascends || range->last < range->first || range->last > 0x10FFFF)
+            return broken(m, "range %d of characters does not ascend", i), NULL;
+        if (range->class < LETTER || range->class > WHITE)
+            return broken(m, "range %d of characters has class %u", i, range->class), NULL;
+    }
+    return (const char *)(tokenizer->merges + c->n_merges);
+}
+
+// Reads the strings of a chat, from p to end. False: see m->error.
+static bool read_chat(Model *m, const char *p, const char *end) {
+    for (int i = 0; i < N_CHAT_SPANS && m->config.chat_bytes; i++) {
+        uint16_t length = 0; // of the string
+        if (end - p >= 2)
+            memcpy(&length, p, sizeof length);
+        if (end - p < 2 + length)
+            return broken(m, "the chat ends within its string %d", i);
+        m->tokenizer->chat[i] = (Span){p + 2, length};
+        p += 2 + length;
+    }
+    return p == end || broken(m, "%td bytes are left over behind the chat", end - p);
+}
+
+// Reads the record at p into a piece; end is where the tokenizer ends.
+// False: see m->error.
+static bool read_piece(Model *m,
+                       Piece *piece, // out
+                       const char *p, const char *end) {
+    int id = (int)(piece - m->tokenizer->pieces);
+    uint16_t length, left;
     if (end - p < PIECE_BYTES)
         return broken(m, "the tokenizer ends within piece %d of %d", id, m->config.vocab_size);
-    // Records may have odd lengths, so numbers may stand at odd addresses: memcpy
-    // does not mind.
+    // Records may have odd lengths, so numbers may stand at odd addresses:
+    // memcpy does not mind.
     memcpy(&piece->score, p, sizeof piece->score);
     memcpy(&length, p + 6, sizeof length);
+    memcpy(&left, p + 8, sizeof left);
     piece->kind = (unsigned char)p[4];
     piece->length = length;
+    piece->left = left;
     piece->bytes = p + PIECE_BYTES;
     if (piece->kind >= N_KINDS)
         return broken(m, "piece %d is of kind %d", id, piece->kind);
@@ -1535,44 +1947,78 @@ static bool read_piece(Model *m, Piece *piece, const char *p, const char *end) {
 
 // Makes a piece known to the tokenizer. False: see m->error.
 static bool enter_piece(Model *m, int id) {
-    Tokenizer *tokenizer = &m->tokenizer;
+    Tokenizer *tokenizer = m->tokenizer;
     const Piece *piece = &tokenizer->pieces[id];
-    if (piece->kind == CONTROL)
-        return true; // no text leads to it
-    if (piece->kind == UNKNOWN) {
-        tokenizer->unknown_id = id;
-        return true;
-    }
-    if (piece->kind == BYTE) {
-        int *known = &tokenizer->byte_id[(unsigned char)piece->bytes[0]];
+    int *known = NULL; // where a kind that exists once is noted
+    if (piece->kind == UNKNOWN)
+        known = &tokenizer->unknown_id;
+    if (piece->kind == BYTE)
+        known = &tokenizer->byte_id[(unsigned char)*piece->bytes];
+    if (known) {
         if (*known >= 0)
-            return broken(m, "pieces %d and %d are the same byte", *known, id);
+            return broken(m, "pieces %d and %d are the same byte, or both unknown", *known, id);
         *known = id;
         return true;
     }
-    unsigned slot = find_slot(tokenizer, piece->bytes, piece->length);
-    if (tokenizer->table[slot] < 0) // of two equal pieces the first one counts
-        tokenizer->table[slot] = id;
-    if (piece->kind == USER_DEFINED && piece->length > tokenizer->longest_user_defined)
-        tokenizer->longest_user_defined = piece->length;
+    // All others are found by their bytes.
+    bool whole = piece->kind != NORMAL;
+    unsigned hash = hash_bytes(piece->bytes, piece->length);
+    int *slot = find_slot(tokenizer, hash, piece->bytes, piece->length, whole);
+    if (*slot < 0) // of two equal pieces the first one counts
+        *slot = id;
+    if (whole && piece->length) {
+        tokenizer->begins_whole[(unsigned char)*piece->bytes] = true;
+        if (piece->length > tokenizer->longest_whole)
+            tokenizer->longest_whole = piece->length;
+    }
+    return true;
+}
+
+// Every text must become tokens, whatever bytes it has: so all bytes are
+// pieces, or there is a piece for what is unknown. (Where text is cut, a
+// byte that is no piece is left out.) And each further merge makes a piece
+// that is there.
+static bool check_tokenizer(Model *m) {
+    const Tokenizer *tokenizer = m->tokenizer;
+    const Config *c = &m->config;
+    bool has_all = true;
+    for (int i = 0; i < 256; i++) {
+        char byte = (char)i;
+        int id = tokenizer->byte_id[i];
+        if (c->cut_rule) // merging begins with bytes that are pieces like any other
+            id = find_piece(tokenizer, &byte, 1);
+        has_all = has_all && id >= 0;
+    }
+    bool says_all = c->tokenizer_flags & BYTE_PIECES;
+    if (says_all != has_all && (says_all || !c->cut_rule))
+        return broken(m, "tokenizer_flags and the byte pieces disagree");
+    if (!c->cut_rule && !has_all && tokenizer->unknown_id < 0)
+        return broken(m, "the tokenizer has neither byte pieces nor an unknown piece");
+    for (int i = 0; i < c->n_merges; i++) {
+        const Merge *merge = &tokenizer->merges[i];
+        bool ascends = !i || compare_merges(merge - 1, merge) < 0;
+        if (!ascends || merge->piece >= (uint32_t)c->vocab_size || !isfinite(merge->score))
+            return broken(m, "merge %d does not ascend, or makes no piece", i);
+        const Piece *piece = &tokenizer->pieces[merge->piece];
+        if (piece->kind != NORMAL || !merge->left || merge->left >= (uint32_t)piece->length)
+            return broken(m, "merge %d does not make piece %u", i, merge->piece);
+    }
     return true;
 }
 
 // Reads the pieces, which lie from p to end. False: see m->error.
 static bool read_tokenizer(Model *m, const char *p, const char *end) {
-    Tokenizer *tokenizer = &m->tokenizer;
+    Tokenizer *tokenizer = m->tokenizer;
     int n = m->config.vocab_size;
-    tokenizer->prefix_space = m->config.tokenizer_flags & PREFIX_SPACE;
-    tokenizer->byte_pieces = m->config.tokenizer_flags & BYTE_PIECES;
     tokenizer->unknown_id = -1;
     memset(tokenizer->byte_id, -1, sizeof tokenizer->byte_id);
     tokenizer->n_slots = 2; // at least half of the table stays empty
-    while (tokenizer->n_slots < 2 * (unsigned)n)
+    while (tokenizer->n_slots < 2 * (unsigned)n) // and a power of two makes a mask
         tokenizer->n_slots *= 2;
     tokenizer->table = resize(NULL, tokenizer->n_slots, sizeof *tokenizer->table);
     memset(tokenizer->table, -1, tokenizer->n_slots * sizeof *tokenizer->table);
     tokenizer->pieces = resize(NULL, n, sizeof *tokenizer->pieces);
-    for (int id = 0; id < n; id++) {
+    for (int id = 0; id < n; id++) { // record by record
         Piece *piece = &tokenizer->pieces[id];
         if (!read_piece(m, piece, p, end) || !enter_piece(m, id))
             return false;
@@ -1580,17 +2026,7 @@ static bool read_tokenizer(Model *m, const char *p, const char *end) {
     }
     if (p != end)
         return broken(m, "%td bytes are left over behind the last piece", end - p);
-
-    int n_bytes = 0;
-    for (int i = 0; i < 256; i++)
-        n_bytes += tokenizer->byte_id[i] >= 0;
-    // Every text must become tokens, whatever bytes it has: so all of them are
-    // pieces, or there is a piece for what is unknown.
-    if (tokenizer->byte_pieces != (n_bytes == 256))
-        return broken(m, "tokenizer_flags and the %d byte pieces disagree", n_bytes);
-    if (!tokenizer->byte_pieces && tokenizer->unknown_id < 0)
-        return broken(m, "the tokenizer has neither byte pieces nor an unknown piece");
-    return true;
+    return check_tokenizer(m);
 }
 
 static void tensor_shape(const Config *c, int which, int *n_out, int *n_in) {
@@ -1623,8 +2059,8 @@ static void tensor_shape(const Config *c, int which, int *n_out, int *n_in) {
     }
 }
 
-// Tensor number i in the order of the file: its layer, 0 for those that exist
-// once, and which of them it is. False if there are no more.
+// Tensor number i in the order of the file: its layer, 0 for those that
+// exist once, and which of them it is. False if there are no more.
 static bool tensor_at(const Config *c, int i, int *layer, int *which) {
     int n_in_layers = c->n_layers * N_LAYER_TENSORS;
     *layer = 0;
@@ -1639,18 +2075,21 @@ static bool tensor_at(const Config *c, int i, int *layer, int *which) {
     return i < n_in_layers + 3 - c->shared_classifier;
 }
 
-// Finds every tensor and checks that together they fill the file. False: see
-// m->error.
-static bool find_tensors(Model *m, const char *data, size_t n_bytes) {
+// Finds every tensor, from byte `first` on, and checks that together they
+// fill the file. False: see m->error.
+static bool find_tensors(Model *m,
+                         const char *data, // (n_bytes) the file
+                         size_t first,     // byte
+                         size_t n_bytes) {
     const Config *c = &m->config;
-    uint64_t offset = HEADER_BYTES + (uint64_t)c->tokenizer_bytes;
+    uint64_t offset = first;
     int layer, which, n_out, n_in;
     m->layers = resize(NULL, c->n_layers, sizeof *m->layers); // small: pointers only
     for (int i = 0; tensor_at(c, i, &layer, &which); i++) {
         tensor_shape(c, which, &n_out, &n_in);
         offset = (offset + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        // A file that is too short has tensors beyond its end. C does not define
-        // what a pointer to there is, so it is not even computed.
+        // A file that is too short has tensors beyond its end. C does not
+        // define what a pointer to there is, so it is not even computed.
         if (offset <= n_bytes)
             m->layers[layer].w[which] = (const float *)(const void *)(data + offset);
         offset += (uint64_t)n_out * (uint64_t)n_in * sizeof(float);
@@ -1663,30 +2102,33 @@ static bool find_tensors(Model *m, const char *data, size_t n_bytes) {
     return true;
 }
 
-// The speeds of RoPE's hands: rope_theta^(-2i / head_dim) radians a position for
-// pair i.
-static void read_rope(Model *m) {
-    int n_pairs = m->config.head_dim / 2;
-    m->rope_freq = resize(NULL, n_pairs, sizeof *m->rope_freq);
-    for (int i = 0; i < n_pairs; i++)
-        m->rope_freq[i] = pow(m->config.rope_theta, -(double)i / n_pairs);
-}
-
-// Makes a model of the bytes of a file, which must lie at a multiple of 64 and
-// stay in use. False: see m->error; close it even so.
-static bool model_parse(Model *m, const char *data, size_t n_bytes) {
+// Makes a model of the bytes of a file, which must lie at a multiple of 64
+// and stay in use. False: see m->error; close it even so.
+static bool model_parse(Model *m,
+                        const char *data, // (n_bytes)
+                        size_t n_bytes) {
     *m = (Model){0};
     if (!read_header(m, data, n_bytes))
         return false;
-    const char *pieces = data + HEADER_BYTES;
-    if (!read_tokenizer(m, pieces, pieces + m->config.tokenizer_bytes))
+    const Config *c = &m->config;
+    // In 64 bits nothing of this overflows: check_config has seen to it.
+    size_t n_tables = HEADER_BYTES + c->head_dim / 2 * sizeof(double)
+                    + c->n_ranges * sizeof(Range) + c->n_merges * sizeof(Merge);
+    size_t first = n_tables + c->chat_bytes + (size_t)c->tokenizer_bytes; // of the tensors
+    if (first > n_bytes)
+        return broken(m, "has %zu bytes, too few for its tokenizer", n_bytes);
+    m->tokenizer = resize(NULL, 1, sizeof *m->tokenizer);
+    const char *chat = read_tables(m, data + HEADER_BYTES);
+    if (!chat)
         return false;
-    read_rope(m);
-    return find_tensors(m, data, n_bytes);
+    const char *pieces = chat + c->chat_bytes;
+    return read_chat(m, chat, pieces)
+        && read_tokenizer(m, pieces, pieces + c->tokenizer_bytes)
+        && find_tensors(m, data, first, n_bytes);
 }
 
-// Maps the file at path and parses it. False: m->error says why; close it even
-// so.
+// Maps the file at path and parses it. False: m->error says why; close it
+// even so.
 static bool model_open(Model *m, const char *path) {
     struct stat info;
     *m = (Model){0};
@@ -1703,18 +2145,21 @@ static bool model_open(Model *m, const char *path) {
     close(fd); // the mapping stays
     if (file == MAP_FAILED)
         return broken(m, "cannot be mapped into memory");
-    bool ok = model_parse(m, file, n_bytes);
+    bool ok = model_parse(m, file, n_bytes); // which empties m first
     m->file = file;
     m->file_bytes = n_bytes;
     return ok;
 }
 
-// Gives back what model_parse and model_open took, even if they failed half way.
+// Gives back what model_parse and model_open took, even if they failed half
+// way.
 static void model_close(Model *m) {
-    free(m->tokenizer.pieces);
-    free(m->tokenizer.table);
+    if (m->tokenizer) {
+        free(m->tokenizer->pieces);
+        free(m->tokenizer->table);
+    }
+    free(m->tokenizer);
     free(m->layers);
-    free(m->rope_freq);
     if (m->file)
         munmap(m->file, m->file_bytes);
     *m = (Model){0};
@@ -1723,8 +2168,8 @@ static void model_close(Model *m) {
 /* ================================================================================================
  * 10  Talking
  *
- * Read the prompt, then choose a token, read it, choose the next: that is reply.
- * The rest is printing and conversation.
+ * Read the prompt, then choose a token, read it, choose the next: that is
+ * reply. The rest is printing and conversation.
  */
 
 // The index of the largest of n numbers, the first of equals.
@@ -1736,8 +2181,9 @@ static int argmax(const float *x, int n) {
     return best;
 }
 
-// The usual way, for comparison: chance at the very end. A temperature below 1
-// makes the probable tokens more probable still, one above 1 evens them out.
+// The usual way, for comparison: chance at the very end. A temperature
+// below 1 makes the probable tokens more probable still, one above 1 evens
+// them out.
 typedef struct {
     double temperature; // 0: take the most probable token
     double top_p;       // among the most probable tokens that together have this probability
@@ -1758,14 +2204,17 @@ static int by_probability(const void *a, const void *b) {
     return x->token - y->token;
 }
 
-// Draws from softmax(logits / temperature), among the fewest tokens that together
-// have a probability of top_p. u is uniform in [0, 1): where it falls on the line
-// on which these tokens lie side by side, each as wide as it is probable.
-static int sample(const float *logits, int n, const Dice *dice, double u) {
+// Draws from softmax(logits / temperature), among the fewest tokens that
+// together have a probability of top_p. u is uniform in [0, 1): where it
+// falls on the line on which these tokens lie side by side, each as wide as
+// it is probable.
+static int sample(const float *logits, // (n)
+                  int n, const Dice *dice,
+                  double u) {          // [0, 1)
     Candidate *candidates = resize(NULL, n, sizeof *candidates);
     float max = logits[argmax(logits, n)];
     double total = 0;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) { // relative to the largest, so that exp cannot overflow
         float p = (float)exp((logits[i] - max) / dice->temperature);
         candidates[i] = (Candidate){p, i};
         total += p;
@@ -1781,13 +2230,15 @@ static int sample(const float *logits, int n, const Dice *dice, double u) {
     int i = 0;
     while (i < n_kept - 1 && candidates[i].p <= left)
         left -= candidates[i++].p;
-    int token = candidates[i].token;
+    int token = candidates[i].token; // u fell on this one
     free(candidates);
     return token;
 }
 
 // The token that comes at a position, after these logits (n).
-static int choose(const float *logits, int n, const Dice *dice, uint64_t seed, int position) {
+static int choose(const float *logits, // (n)
+                  int n, const Dice *dice,
+                  uint64_t seed, int position) {
     if (!(dice->temperature > 0))
         return argmax(logits, n);
     uint64_t hash = within(within(seed, SITE_SAMPLE), position);
@@ -1808,6 +2259,7 @@ typedef struct {
     int n_new;           // tokens to write, 0: until the text ends or the context is full
     int shower_every;    // drugged tokens, 0: never
     bool drugged_prompt;
+    bool controls;       // control pieces that are spelt in the prompt are meant
     bool chat;
     Dice dice;
     NoiseOptions noise;
@@ -1834,22 +2286,22 @@ static double now(void) {
 }
 
 // Why a text ends with this token, NULL if it does not.
-static const char *ending(const Config *c, int token) {
-    if (token == c->eos)
+static const char *ending(const Model *m, int token) {
+    if (m->tokenizer->pieces[token].kind == END)
         return "the end of the text (EOS)";
-    return token == c->bos ? "the start of another text (BOS)" : NULL;
+    return token == m->config.bos ? "the start of another text (BOS)" : NULL;
 }
 
-// Reads tokens (n) and answers with up to n_new tokens, printed as they come. The
-// prompt is read sober unless it is asked otherwise; its last token then predicts
-// soberly, so the first new token is a sober one, too.
+// Reads tokens (n) and answers with up to n_new tokens, printed as they
+// come. The prompt is read sober unless it is asked otherwise; its last
+// token then predicts soberly, so the first new token is a sober one, too.
 static void reply(Talk *talk, const int *tokens, int n) {
     const Options *options = talk->options;
     const Config *c = &talk->run.model->config;
     Sequence *s = &talk->sequence;
     int room = c->seq_len - s->length - n; // in the context, behind the prompt
-    // The last token that is written need not be read, so there is room for one
-    // more.
+    // The last token that is written need not be read, so there is room for
+    // one more.
     int most = options->n_new && options->n_new <= room ? options->n_new : room + 1;
     sequence_reserve(talk->run.model, s, s->length + n + most - 1);
 
@@ -1858,24 +2310,24 @@ static void reply(Talk *talk, const int *tokens, int n) {
     const float *logits = feed(&talk->run, s, tokens, n, how); // of what comes after the prompt
     double prompt_done = now();
     talk->n_prompt += n;
-    talk->stopped_at = NULL;
+    talk->stopped_at = NULL; // a new answer
     for (int i = 1; !talk->stopped_at; i++) {
-        // The loop of every language model: choose a token, let the model read
-        // it, choose again.
+        // The loop of every language model: choose a token, let the model
+        // read it, choose again.
         int token = choose(logits, c->vocab_size, &options->dice, s->noise.seed, s->length);
-        talk->stopped_at = ending(c, token);
+        talk->stopped_at = ending(talk->run.model, token);
         if (talk->stopped_at)
             break;
-        print_token(&talk->printer, &talk->run.model->tokenizer, token);
-        talk->n_new++;
+        print_token(&talk->printer, talk->run.model, token);
+        talk->n_new++; // the token is written, but not read yet
         if (i == most)
             talk->stopped_at = i == options->n_new ? "-n" : "the end of the context";
-        // A text that is done forgets its last token. A chat goes on, and reads
-        // it if it can.
+        // A text that is done forgets its last token. A chat goes on, and
+        // reads it if it can.
         if (talk->stopped_at && (!options->chat || s->length == c->seq_len))
             break;
-        // A shower runs what was read so far, and comes before the next token is
-        // read.
+        // A shower runs what was read so far, and comes before the next
+        // token is read.
         if (options->shower_every && s->n_drugged >= options->shower_every)
             talk->n_showers += cold_shower(&talk->run, s) > 0;
         logits = feed(&talk->run, s, &token, 1, DRUGGED | WANTS_LOGITS);
@@ -1889,65 +2341,132 @@ static void reply(Talk *talk, const int *tokens, int n) {
 // Prints the prompt and what follows it.
 static void generate(Talk *talk) {
     const Model *m = talk->run.model;
+    const char *prompt = talk->options->prompt;
+    Source source = {
+        .bytes = prompt,
+        .n = strlen(prompt),
+        .bos = true,
+        .controls = talk->options->controls,
+    };
     int n;
-    int *tokens = tokens_of(m, talk->options->prompt, &n);
-    if (!n)
+    int *tokens = encode(m, source, &n);
+    if (!n) // nothing to predict from
         die(1, "this model has no BOS token, so it needs a prompt: -i");
     if (n > m->config.seq_len)
         die(1, "-i has %d tokens, the model's context only %d", n, m->config.seq_len);
-    // The prompt is printed from its tokens: so one sees what the model has read.
+    // The prompt is printed from its tokens: so one sees what the model has
+    // read.
     for (int i = 0; i < n; i++)
-        print_token(&talk->printer, &m->tokenizer, tokens[i]);
+        print_token(&talk->printer, m, tokens[i]);
     reply(talk, tokens, n);
     puts("");
     free(tokens);
 }
 
-// One round of a conversation in the form of Llama 2 and Mistral:
-//
-//     BOS [INST] question [/INST] answer EOS   BOS [INST] ...
-//
-// with the system prompt inside the first question. What was said before is in
-// the cache. Returns false when the context is full.
-static bool chat_round(Talk *talk, const char *question, size_t n_question) {
-    const Model *m = talk->run.model;
-    const Config *c = &m->config;
-    Sequence *s = &talk->sequence;
-    bool first = !s->length;
-    char *text = NULL;
-    size_t n_text = 0;
-    FILE *to = open_memstream(&text, &n_text); // a stream that writes into memory
-    if (!to)
-        die(1, "out of memory");
-    fputs("[INST] ", to);
-    if (first && talk->options->system)
-        fprintf(to, "<<SYS>>\n%s\n<</SYS>>\n\n", talk->options->system);
-    fwrite(question, 1, n_question, to); // which may hold zeros
-    fputs(" [/INST]", to);
-    fclose(to);
+// A conversation in the making: its bytes, and for each of them whether a
+// person typed it. What is typed never becomes a control piece.
+typedef struct {
+    FILE *bytes;
+    FILE *typed;
+} Writer;
 
-    int n;
-    int *tokens = encode(m, text, n_text, true, &n);
-    free(text);
-    int n_eos = !first && c->eos >= 0; // the last answer is closed first
-    int room = c->seq_len - s->length - n_eos;
+// Adds a span to a conversation.
+static void write_span(Writer writer, Span span, bool typed) {
+    fwrite(span.bytes, 1, span.length, writer.bytes);
+    for (int i = 0; i < span.length; i++)
+        fputc(typed, writer.typed);
+}
+
+// What the model is to read in a round. Every family writes conversations
+// in a form of its own; export.py found it out, and the file has it in six
+// strings:
+//
+//     first round:    OPENING                              question AFTER_QUESTION
+//     with a system
+//     prompt:         BEFORE_SYSTEM system AFTER_SYSTEM    question AFTER_QUESTION
+//     later:          BEFORE_QUESTION                      question AFTER_QUESTION
+//
+// BOS comes before the first round, and AFTER_ANSWER before each later one:
+// it has the end piece of the answer, because the program stops at that and
+// does not feed it. For Llama 2, OPENING is "[INST] " and AFTER_QUESTION "
+// [/INST]".
+static void write_round(Writer writer, const Talk *talk, Span question) {
+    const Span *chat = talk->run.model->tokenizer->chat;
+    const char *system = talk->options->system;
+    // What the template spells is meant as control pieces, what was typed
+    // is not.
+    if (talk->sequence.length) {
+        write_span(writer, chat[BEFORE_QUESTION], false);
+    } else if (system) {
+        write_span(writer, chat[BEFORE_SYSTEM], false);
+        write_span(writer, (Span){system, (int)strlen(system)}, true);
+        write_span(writer, chat[AFTER_SYSTEM], false);
+    } else {
+        write_span(writer, chat[OPENING], false);
+    }
+    write_span(writer, question, true);
+    write_span(writer, chat[AFTER_QUESTION], false);
+}
+
+// A stream that writes into memory. *bytes and *n are set when it is
+// closed.
+static FILE *open_memory(char **bytes, size_t *n) {
+    FILE *stream = open_memstream(bytes, n);
+    if (!stream)
+        die(1, "out of memory");
+    return stream;
+}
+
+// One round of a conversation. What was said before is in the cache.
+// Returns false when the context is full.
+static bool chat_round(Talk *talk, Span question) {
+    const Model *m = talk->run.model;
+    Sequence *s = &talk->sequence;
+    char *bytes, *typed;
+    size_t n_bytes, n_typed;
+    Writer writer = {open_memory(&bytes, &n_bytes), open_memory(&typed, &n_typed)};
+    write_round(writer, talk, question);
+    fclose(writer.bytes); // now bytes and typed are there
+    fclose(writer.typed);
+    Source round = {
+        .bytes = bytes,
+        .n = n_bytes,
+        .start = s->length ? BEHIND_PIECE : AT_START,
+        .bos = !s->length,
+        .controls = true,
+        .typed = typed,
+    };
+    Span after = m->tokenizer->chat[AFTER_ANSWER];
+    Source closing = {after.bytes, after.length, CONTINUED, .controls = true};
+    if (!s->length)
+        closing.n = 0; // there is no answer yet that it could close
+    int n, n_closing;
+    int *tokens = encode(m, round, &n);
+    int *closing_tokens = encode(m, closing, &n_closing);
+    free(bytes);
+    free(typed);
+
+    int room = m->config.seq_len - s->length - n_closing;
     if (room < 1) {
         fprintf(stderr, "%s: the context is full, the conversation ends here\n", program);
     } else if (n > room) {
         fprintf(stderr, "%s: that is %d tokens, the context has room for %d\n", program, n, room);
     } else {
-        feed(&talk->run, s, &c->eos, n_eos, 0);
+        feed(&talk->run, s, closing_tokens, n_closing, 0);
         talk->printer.at_start = true;
         reply(talk, tokens, n);
         puts("");
     }
+    free(closing_tokens);
     free(tokens);
     return room >= 1;
 }
 
-// A conversation with whoever types on standard input. The cold shower is taken
-// before each question, unless -c is 0.
+// A conversation with whoever types on standard input. The cold shower is
+// taken before each question, unless -c is 0.
 static void chat(Talk *talk) {
+    if (!talk->run.model->config.chat_bytes)
+        die(1, "this model has no form of a chat that is known; give it a prompt with -i");
     char *line = NULL;
     size_t line_size = 0;
     for (bool goes_on = true; goes_on;) {
@@ -1963,7 +2482,7 @@ static void chat(Talk *talk) {
         while (n > 0 && (line[n - 1] == '\n' || line[n - 1] == '\r'))
             n--; // the end of the line is not part of what was said
         if (n)
-            goes_on = chat_round(talk, line, n);
+            goes_on = chat_round(talk, (Span){line, (int)n});
     }
     fputs("\n", stderr);
     free(line);
@@ -1971,23 +2490,25 @@ static void chat(Talk *talk) {
 
 // Generates or chats, and says on stderr how fast.
 static void converse(const Model *m, const Options *options, Noise noise) {
-    enum { BLOCK = 64 }; // rows of a prompt that are computed at once
+    enum { BLOCK = 64 }; // rows of a prompt that are computed at once: enough to use
+                         // each weight often, and little memory
     Talk talk = {
         .options = options,
         .sequence = sequence_new(noise),
-        .printer = {.to = stdout, .at_start = true},
+        .printer = {.to = stdout, .at_start = true, .terminal = isatty(STDOUT_FILENO)},
     };
     run_init(&talk.run, m, BLOCK, 1);
     if (options->chat)
         chat(&talk);
     else
         generate(&talk);
-    fflush(stdout);
+    fflush(stdout); // first the text, then the figures
+    const char *stopped_at = talk.stopped_at ? talk.stopped_at : "Ctrl-D";
     fprintf(stderr,
             "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
             talk.n_prompt, talk.n_prompt / fmax(talk.prompt_seconds, 1e-9),
             talk.n_new, talk.n_new / fmax(talk.new_seconds, 1e-9),
-            talk.stopped_at ? talk.stopped_at : "Ctrl-D",
+            stopped_at,
             (unsigned long long)noise.seed,
             talk.n_showers, talk.n_showers == 1 ? "" : "s");
     run_free(&talk.run);
@@ -1997,15 +2518,19 @@ static void converse(const Model *m, const Options *options, Noise noise) {
 /* ================================================================================================
  * 11  The command line
  *
- * The model comes first, then options. getopt of the C library takes the line
- * apart; what is said about noise is read by the same functions in all programs.
- * A value that makes no sense ends the program with status 2, before anything is
- * computed: better than a run with another dose than one thinks.
+ * The model comes first, then options. getopt of the C library takes the
+ * line apart; what is said about noise is read by the same functions in all
+ * programs. A value that makes no sense ends the program with status 2,
+ * before anything is computed: better than a run with another dose than one
+ * thinks.
  */
 
-// Reads a number within [least, most] for an option. Exits with 2 on anything
-// else.
-static double number(int option, const char *what, const char *text, double least, double most) {
+// Reads a number within [least, most] for an option. Exits with 2 on
+// anything else.
+static double number(int option,
+                     const char *what, // the value is, for the complaint
+                     const char *text, // the value
+                     double least, double most) {
     char *end;
     double x = strtod(text, &end);
     if (end == text || *end || !isfinite(x)) // nothing read, something left, or nan and inf
@@ -2024,6 +2549,39 @@ static int64_t whole_number(int option, const char *what, const char *text, doub
     return (int64_t)number(option, what, text, least, most);
 }
 
+// The whole of a stream that an option named, as a string. The caller frees
+// it, or keeps it until the program ends.
+static char *read_stream(int option, const char *name, FILE *stream) {
+    char *text = NULL;
+    size_t n = 0, room;
+    FILE *to = open_memory(&text, &room);
+    char block[4096];
+    while (stream && (n = fread(block, 1, sizeof block, stream)) > 0)
+        fwrite(block, 1, n, to);
+    if (!stream || ferror(stream)) // it could not be opened, or a disk failed
+        die(1, "-%c: %s cannot be read: %s", option, name, strerror(errno));
+    if (fclose(to))
+        die(1, "out of memory");
+    if (strlen(text) != room) // UTF-16, most likely
+        die(1, "-%c: %s has a zero byte in it; save it as UTF-8 text", option, name);
+    if (!strncmp(text, "\xEF\xBB\xBF", 3)) // the mark that some editors put in front
+        memmove(text, text + 3, room - 2);
+    return text;
+}
+
+// What an option says: the text itself, @FILE for the text of a file, - for
+// standard input.
+static const char *text_of_option(int option, const char *value) {
+    if (!strcmp(value, "-")) // the usual sign for it
+        return read_stream(option, "standard input", stdin);
+    if (*value != '@')
+        return value;
+    FILE *file = fopen(value + 1, "rb");
+    const char *text = read_stream(option, value + 1, file);
+    fclose(file);
+    return text;
+}
+
 // For qsort: from the first layer towards the last.
 static int by_depth(const void *a, const void *b) {
     float x = ((const Point *)a)->depth;
@@ -2031,8 +2589,8 @@ static int by_depth(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// Reads "mode:depth=ratio,depth=ratio,..." into the dose. False if that is not
-// what it is.
+// Reads "mode:depth=ratio,depth=ratio,..." into the dose. False if that is
+// not what it is.
 static bool parse_shape(Dose *dose, const char *text) {
     static const char *const modes[N_MODES] = {
         [MODE_CEIL] = "ceil:",
@@ -2076,8 +2634,8 @@ static void parse_dose(Dose *dose, int option, const char *text) {
             option, MAX_POINTS, text);
 }
 
-// The options about noise, for getopt: a colon stands behind each that takes a
-// value.
+// The options about noise, for getopt: a colon stands behind each that
+// takes a value.
 #define NOISE_OPTIONS "H:Q:K:V:A:d:w:r:s:"
 _Static_assert(sizeof NOISE_OPTIONS == 2 * (N_SITES + 4) + 1, "each site has an option");
 static const NoiseOptions NO_NOISE_OPTIONS = {.seed = 420, .depth = -1, .spread = -1};
@@ -2108,9 +2666,9 @@ static bool take_noise_option(NoiseOptions *options, int letter, const char *val
     return false;
 }
 
-// -d and -w: the layers within `spread` of `depth` get theta, all others nothing.
-// It is the shape of the original's examples. A dose with a shape of its own
-// keeps it. One without the other takes the original's .4 or .1.
+// -d and -w: the layers within `spread` of `depth` get theta, all others
+// nothing. It is the shape of the original's examples. A dose with a shape
+// of its own keeps it. One without the other takes the original's .4 or .1.
 static void give_shape(NoiseOptions *options) {
     if (options->depth < 0 && options->spread < 0)
         return;
@@ -2128,8 +2686,8 @@ static void give_shape(NoiseOptions *options) {
     }
 }
 
-// The noise of a model that is dosed like this. The caller frees theta, which is
-// NULL if no layer gets anything.
+// The noise of a model that is dosed like this. The caller frees theta,
+// which is NULL if no layer gets anything.
 static Noise noise_of(const NoiseOptions *options, const Model *m) {
     int n = N_SITES * m->config.n_layers;
     float *theta = resize(NULL, n, sizeof *theta);
@@ -2151,9 +2709,12 @@ static void show_help(const char *usage, bool asked) {
     exit(asked ? 0 : 2);
 }
 
-// The next option of the command line, read with getopt; its value is in optarg.
-// -1 behind the last one. -h shows the help; what is no option, or lacks its
-// value, ends the program.
+// So that nothing which is opened later becomes a standard stream.
+static void open_standard_streams(void);
+
+// The next option of the command line, read with getopt; its value is in
+// optarg. -1 behind the last one. -h shows the help; what is no option, or
+// lacks its value, ends the program.
 static int next_option(int argc, char **argv, const char *letters, const char *usage) {
     int letter = getopt(argc, argv, letters); // ':': no value. '?': no such option, see optopt
     if (letter == 'h')
@@ -2170,7 +2731,8 @@ static int next_option(int argc, char **argv, const char *letters, const char *u
 #ifndef DRUGS_LIBRARY
 static const char USAGE[] =
     "usage: drugs <model.bin> [options]\n"
-    "  -i <text>    prompt\n"
+    "  -i <text>    prompt; @file: the text of a file, -: standard input\n"
+    "  -x           control pieces such as <s> that the prompt spells are meant\n"
     "  -n <tokens>  how many to write, 0: until the text ends or the context is full (256)\n"
     "  -m <mode>    generate (default) or chat\n"
     "  -y <text>    system prompt, for chat\n"
@@ -2189,6 +2751,7 @@ static const char USAGE[] =
     "  -h           this help\n";
 
 static Options parse_options(int argc, char **argv) {
+    // What is not said is as the help text has it.
     Options options = {
         .prompt = "",
         .n_new = 256,
@@ -2198,15 +2761,18 @@ static Options parse_options(int argc, char **argv) {
     };
     int letter;
     optind = 2; // behind the model
-    while ((letter = next_option(argc, argv, ":hui:n:m:y:c:t:p:" NOISE_OPTIONS, USAGE)) >= 0) {
+    while ((letter = next_option(argc, argv, ":huxi:n:m:y:c:t:p:" NOISE_OPTIONS, USAGE)) >= 0) {
         if (take_noise_option(&options.noise, letter, optarg))
             continue;
         switch (letter) {
         case 'u': // unprotected
             options.drugged_prompt = true;
             break;
+        case 'x': // exact pieces
+            options.controls = true;
+            break;
         case 'i': // input
-            options.prompt = optarg;
+            options.prompt = text_of_option('i', optarg);
             break;
         case 'n': // number
             options.n_new = whole_number('n', "a number of tokens", optarg, 0, 1 << 28);
@@ -2217,7 +2783,7 @@ static Options parse_options(int argc, char **argv) {
                 die(2, "-m takes generate or chat, got '%s'", optarg);
             break;
         case 'y': // system
-            options.system = optarg;
+            options.system = text_of_option('y', optarg);
             break;
         case 'c': // cold shower
             options.shower_every = whole_number('c', "a number of tokens", optarg, 0, 1 << 28);
@@ -2230,11 +2796,12 @@ static Options parse_options(int argc, char **argv) {
             break;
         }
     }
-    give_shape(&options.noise);
+    give_shape(&options.noise); // once -d and -w are both known
     return options;
 }
 
 int main(int argc, char **argv) {
+    open_standard_streams();
     if (argc < 2 || !strcmp(argv[1], "-h"))
         show_help(USAGE, argc > 1);
     if (argv[1][0] == '-') // an option where the model should be
@@ -2248,7 +2815,7 @@ int main(int argc, char **argv) {
     // A text that did not reach its file is no success.
     if (ferror(stdout) || fflush(stdout))
         die(1, "standard output cannot be written; disk full?");
-    free((float *)noise.theta);
+    free((float *)noise.theta); // which noise_of made
     model_close(&model);
     return 0;
 }
@@ -2257,9 +2824,9 @@ int main(int argc, char **argv) {
 /* ================================================================================================
  * 12  Inside the maths
  *
- * A core multiplies far faster than memory delivers numbers. So the art of a fast
- * product is to use each number often once it is in a register. matmul works on
- * tiles of 4 rows of x and 4 rows of w:
+ * A core multiplies far faster than memory delivers numbers. So the art of
+ * a fast product is to use each number often once it is in a register.
+ * matmul works on tiles of 4 rows of x and 4 rows of w:
  *
  *                     w[o]   w[o+1]  w[o+2]  w[o+3]        each row of w is an output
  *                   +-------+-------+-------+-------+
@@ -2269,29 +2836,31 @@ int main(int argc, char **argv) {
  *            x[r+3] |  sum  |  sum  |  sum  |  sum  |
  *                   +-------+-------+-------+-------+
  *
- * With 8 numbers of each row in registers, 8 loads serve 16 multiplications and
- * additions, where a single dot product needs 2 loads for one. For one row of x
- * there is nothing to use again, and the speed is that of the memory.
+ * With 8 numbers of each row in registers, 8 loads serve 16 multiplications
+ * and additions, where a single dot product needs 2 loads for one. For one
+ * row of x there is nothing to use again, and the speed is that of the
+ * memory.
  *
- * Why the results are the same everywhere. Floating-point addition depends on its
- * order, so the order is fixed: number i of a dot product always goes to partial
- * sum i mod 8, and in the end the 8 are added as 4 + 4, 2 + 2, 1 + 1. That holds
- * in every shape of tile, so a row that comes alone has the bits it would have in
- * a block, and on every machine, because `vec` is 8 floats even where the
- * registers are shorter. And a product is always rounded before it is added. Some
- * machines can do both with one rounding, and compilers use that here and not
- * there, unless they are told not to: -ffp-contract=off, as the Makefile does.
+ * Why the results are the same everywhere. Floating-point addition depends
+ * on its order, so the order is fixed: number i of a dot product always
+ * goes to partial sum i mod 8, and in the end the 8 are added as 4 + 4, 2 +
+ * 2, 1 + 1. That holds in every shape of tile, so a row that comes alone
+ * has the bits it would have in a block, and on every machine, because
+ * `vec` is 8 floats even where the registers are shorter. And a product is
+ * always rounded before it is added. Some machines can do both with one
+ * rounding, and compilers use that here and not there, unless they are told
+ * not to: -ffp-contract=off, as the Makefile does.
  */
 enum { LANES = 8, TILE = 4 };
 
-// Eight floats that + - * / treat one by one: an extension of gcc and clang,
-// which make of it whatever the machine has. aligned: it may lie anywhere;
-// may_alias: also where floats lie.
+// Eight floats that + - * / treat one by one: an extension of gcc and
+// clang, which make of it whatever the machine has. aligned: it may lie
+// anywhere; may_alias: also where floats lie.
 typedef float vec
     __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-// The first n floats at p, at most 8. The others are zero and add nothing to a
-// sum of products.
+// The first n floats at p, at most 8. The others are zero and add nothing
+// to a sum of products.
 static inline vec load(const float *p, ptrdiff_t n) {
     if (n >= LANES)
         return *(const vec *)p;
@@ -2318,9 +2887,9 @@ static inline float sum_lanes(vec v) {
     return v[0];
 }
 
-// A tile: out[r][o] = x[r] . w[o] for 4 rows of x and 4 rows of w. All loops over
-// r and o run 4 times, so the compiler writes them out and keeps as many sums as
-// it can in registers.
+// A tile: out[r][o] = x[r] . w[o] for 4 rows of x and 4 rows of w. All
+// loops over r and o run 4 times, so the compiler writes them out and keeps
+// as many sums as it can in registers.
 static void tile(float *out,     // (TILE, TILE), rows n_out apart
                  const float *x, // (TILE, n_in)
                  const float *w, // (TILE, n_in)
@@ -2357,9 +2926,9 @@ static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride,
         out[o] = dot(x, w + o * w_stride, n);
 }
 
-// The rows of w are shared out among the threads in fours. Each four is fetched
-// from memory once: while it is used for all rows of x it stays in the
-// processor's cache.
+// The rows of w are shared out among the threads in fours. Each four is
+// fetched from memory once: while it is used for all rows of x it stays in
+// the processor's cache.
 static void matmul(float *out, const float *x, const float *w, ptrdiff_t n_rows, ptrdiff_t n_in,
                    ptrdiff_t n_out) {
 #pragma omp parallel for schedule(static) if (n_rows * n_in * n_out > WORTH_THREADS)
@@ -2392,23 +2961,23 @@ static float sum_of(const float *x, int n) {
 //     x = n ln 2 + r,   n a whole number,   |r| <= ln 2 / 2 = .35
 //     exp(x) = 2^n exp(r)
 //
-// For so small an r the series 1 + r + r²/2 + ... + r⁷/5040 is enough: the next
-// term would be below 1e-8. And 2^n is multiplied in by adding n to the exponent,
-// which stands from bit 23 on in a float.
+// For so small an r the series 1 + r + r²/2 + ... + r⁷/5040 is enough: the
+// next term would be below 1e-8. And 2^n is multiplied in by adding n to
+// the exponent, which stands from bit 23 on in a float.
 //
-// x / ln 2 is rounded to a whole n by adding 1.5 * 2^23: a float as large as that
-// has no digits behind the point, so the sum is rounded, and its lowest bits hold
-// n. (1.5, so that a negative n stays in the same range.)
+// x / ln 2 is rounded to a whole n by adding 1.5 * 2^23: a float as large
+// as that has no digits behind the point, so the sum is rounded, and its
+// lowest bits hold n. (1.5, so that a negative n stays in the same range.)
 //
-// Its two ?: become selections and not branches, so the compiler can compute
-// several at once.
+// Its two ?: become selections and not branches, so the compiler can
+// compute several at once.
 static inline float exp_of(float x) {
     float shift = 0x1.8p23f;
     float limited = x > 88.0f ? 88.0f : x; // beyond, a float would overflow
     float shifted = limited * 1.44269504f + shift; // 1.44... = 1 / ln 2
     float n = shifted - shift;
-    // ln 2 = .693359375 - .00021219444. n times the first part is exact, so r has
-    // all its digits.
+    // ln 2 = .693359375 - .00021219444. n times the first part is exact, so
+    // r has all its digits.
     float r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;
     float e = 1.0f / 5040 * r + 1.0f / 720; // Horner's rule, from 1/7! to 1/0!
     e = e * r + 1.0f / 120;
@@ -2433,13 +3002,13 @@ static void exp_all(float *x, int n) {
 /* ================================================================================================
  * 13  Memory and messages
  *
- * What was declared above and needs no thought: how memory is taken and given
- * back, and how a program ends that cannot go on.
+ * What was declared above and needs no thought: how memory is taken and
+ * given back, and how a program ends that cannot go on.
  */
 
 static void die(int status, const char *format, ...) {
     char line[1024];
-    va_list args;
+    va_list args; // what the caller wants to have printed
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
@@ -2449,6 +3018,16 @@ static void die(int status, const char *format, ...) {
     fflush(stdout); // what was said so far comes before the complaint
     fprintf(stderr, "%s: %s\n", program, line);
     exit(status);
+}
+
+// A program may be started with standard streams closed. Then the next file
+// that it opens would become one of them, and messages would end up in it.
+static void open_standard_streams(void) {
+    int file = open("/dev/null", O_RDWR);
+    while (file >= 0 && file <= STDERR_FILENO)
+        file = open("/dev/null", O_RDWR);
+    if (file >= 0)
+        close(file);
 }
 
 static void *resize(void *old, ptrdiff_t count, size_t size) {
@@ -2490,10 +3069,11 @@ static void sequence_free(const Model *m, Sequence *s) {
     *s = (Sequence){0};
 }
 
-// A buffer with a row of `width` floats for each row of a run, which notes it for
-// run_free.
+// A buffer with a row of `width` floats for each row of a run, which notes
+// it for run_free.
 static float *new_buffer(Run *run, ptrdiff_t width) {
     float *buffer = resize(NULL, run->max_rows * width, sizeof(float));
+    // The list grows by one.
     run->buffers = resize(run->buffers, run->n_buffers + 1, sizeof *run->buffers);
     run->buffers[run->n_buffers++] = buffer;
     return buffer;
@@ -2501,9 +3081,10 @@ static float *new_buffer(Run *run, ptrdiff_t width) {
 
 static void run_init(Run *run, const Model *m, int max_rows, int n_slots) {
     const Config *c = &m->config;
+    // All other members begin as 0 and NULL.
     *run = (Run){.model = m, .max_rows = max_rows, .n_slots = n_slots};
     run->slots = resize(NULL, n_slots, sizeof *run->slots);
-    for (int i = 0; i < n_slots; i++) {
+    for (int i = 0; i < n_slots; i++) { // in the order of the drawing
         Slot *s = &run->slots[i];
         s->x = new_buffer(run, c->dim);
         s->xn = new_buffer(run, c->dim);

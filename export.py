@@ -7,8 +7,10 @@
 The second form goes back: it turns a flat file into a new Hugging Face folder, for other tools.
 In the first, INPUT is one of these; which one is found by looking:
 
-    a Hugging Face folder       config.json + model.safetensors, whole or in shards
-    a Meta folder               params.json + consolidated.00.pth, consolidated.01.pth, ...
+    a Hugging Face folder       config.json + model.safetensors or pytorch_model.bin,
+                                whole or in shards
+    a folder of Meta's          params.json + consolidated.00.pth, consolidated.01.pth, ...
+    a folder of Mistral's       params.json + consolidated.safetensors
     a llama2.c checkpoint       ckpt.pt
     a llama2.c export, v0       stories15M.bin
 
@@ -16,22 +18,34 @@ The tokenizer is looked for beside the weights (tokenizer.model, then tokenizer.
 tokenizer.bin) unless --tokenizer names one.  Weights may be fp32, fp16 or bf16; the flat file is
 always fp32, so that the C program can use it where it lies, in the mapped file.
 
-The flat file, all little-endian:
+The flat file, all little-endian.  It says everything that using the model as its makers meant
+needs, so that the C program need not know one family from another:
 
     byte 0     char[8] magic "drugs.c\\0"
-         8     u32 version = 1
-        12     u32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, seq_len
-        44     u32 shared_classifier: 1 = the embedding is also the classifier
-        48     u32 sliding_window: how many positions attention looks back, 0 = all of them
-        52     f32 rope_theta, norm_eps
-        60     i32 bos_id, eos_id: -1 = none
-        68     u32 tokenizer_flags: bit 0 = a space goes before the text, bit 1 = all 256 bytes
-               have a piece
-        72     u64 tokenizer_bytes: the length of the tokenizer
-        80     zeros
-       256     the tokenizer: vocab_size times {f32 score, u8 kind, u8 zero, u16 length, bytes};
-               a space is a space.  kind 0 normal, 1 control (never made from text, prints
-               nothing), 2 unknown, 3 one raw byte, 4 user-defined (found whole, before merging)
+         8     i32 version = 2
+        12     i32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, seq_len
+        44     i32 shared_classifier: 1 = the embedding is also the classifier
+        48     i32 sliding_window: how many positions attention looks back, 0 = all of them
+        52     i32 bos: the piece that begins a text, -1 = none
+        56     i32 tokenizer_flags, see section 5
+        60     i32 cut_rule: how text is cut before pieces are merged.  0 = not at all, and merging
+               starts from characters; 1 = as GPT-2 does, 2 = as Llama 3 does, from single bytes
+        64     i32 most_digits: rule 1: 1 = every digit stands alone; rule 2: the longest number
+        68     i32 n_ranges, chat_bytes: the sizes of two of the tables below
+        76     f32 norm_eps
+        80     i64 tokenizer_bytes: the size of the pieces
+        88     i32 n_more_merges: the size of another table
+        92     zeros
+       256     head_dim / 2 times f64: by how many radians RoPE turns a pair at each position
+       ...     n_ranges times {u32 first, u32 last, u32 class}: which characters are letters (1),
+               numbers (2) and spaces (3), for the cut rules
+       ...     n_more_merges times {u32 piece, u32 left, f32 score}: further ways to make a piece
+       ...     chat_bytes: nothing, or the six strings of a chat, see section 6
+       ...     vocab_size times the piece {f32 score, u8 kind, u8 zero, u16 length, u16 left,
+               bytes}.  kind 0 normal, 1 control (never made from text, prints nothing), 2 unknown,
+               3 one raw byte, 4 user-defined (found whole, before merging), 5 end of a text.
+               left: two neighbours become this piece only if the first has so many bytes; 0 =
+               however long it is, 65535 = never
        ...     the tensors, fp32, each from a multiple of 64 bytes on, in the order of use:
 
     tok_emb   (vocab_size, dim)
@@ -56,8 +70,10 @@ Nothing in a checkpoint is ever executed.
 import argparse
 import collections
 import contextlib
+import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -65,10 +81,12 @@ import pickle
 import pickletools
 import re
 import shutil
+import stat
 import struct
 import sys
+import unicodedata
 import zipfile
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
 
 # ------------------------------------------------------------------------------------------------
 # 1. Refusing
@@ -118,21 +136,37 @@ def reading(path):
 @contextlib.contextmanager
 def reading_json(path):
     with reading(path):
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
+        with open(path, "rb") as stream:
+            data = stream.read()
+        refuse_pointer(data)
+        content = json.loads(data.decode("utf-8"))
         demand(isinstance(content, dict), "is damaged: a JSON object was expected")
         yield content
 
 
+def refuse_pointer(start):
+    """A clone without Git LFS has a note of 130 bytes in the place of every large file."""
+    demand(not start.startswith(b"version https://git-lfs"), "is not the file itself but a Git LFS "
+           "pointer to it; fetch the file with: git lfs pull")
+
+
 def warn(path, what):
-    print(f"export.py: {path}: warning: {what}", file=sys.stderr)
+    # Python has no sys.stderr if the caller closed it, and print() would take sys.stdout instead.
+    if sys.stderr:
+        print(f"export.py: {path}: warning: {what}", file=sys.stderr)
+
+
+def some(names, most=3):
+    """A few of many, for a message of one line."""
+    names = list(names)
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. What a model is
 #
 # A Config, a mapping from (kind, layer) to tensors that can be read row by row, and a Tokenizer.
-# Four readers find the first two, for one writer; a reader and a writer more lead back.
+# Several readers find the first two, for one writer; a reader and a writer more lead back.
 
 Kind = collections.namedtuple("Kind", "shape hf meta")
 
@@ -155,15 +189,30 @@ KINDS = {
 LAYER_KINDS = [kind for kind in KINDS if "#" in KINDS[kind].hf]
 # Tables that are computed from the config; some checkpoints hold them all the same.
 IGNORED = ("rotary_emb.inv_freq", "rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin")
+# What torch.compile() and training on several GPUs leave in front of every name.
+PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")
 
 
 def name_of(kind, layer, family):
     return getattr(KINDS[kind], family).replace("#", str(layer)) + ".weight"
 
 
+def without_prefix(found):
+    return {PREFIX.sub("", name): tensor for name, tensor in found.items()}
+
+
+# The least and the most that drugs.c accepts: what is written here must load there.
+BOUNDS = {
+    "dim": (1, 1 << 20), "hidden_dim": (1, 1 << 20), "n_layers": (1, 1 << 12),
+    "n_heads": (1, 1 << 12), "n_kv_heads": (1, 1 << 12), "head_dim": (2, 1 << 12),
+    "vocab_size": (1, 1 << 24), "seq_len": (1, 1 << 28), "sliding_window": (0, 1 << 28)}
+MOST_RADIANS = float(1 << 20)
+MOST_RANGES = MOST_CHAT_BYTES = 1 << 16
+
+
 @dataclass
 class Config:
-    """The numbers of the header, in its order; None is what the checkpoint does not say."""
+    """The numbers of a model; None is what the checkpoint does not say."""
     dim: int
     hidden_dim: int
     n_layers: int
@@ -174,36 +223,37 @@ class Config:
     seq_len: int
     shared_classifier: bool
     sliding_window: int = None
-    rope_theta: float = None
     norm_eps: float = 1e-5
-    bos_id: int = None              # None: the tokenizer will know
-    eos_id: int = None
+    rope_theta: float = None
+    rope_scaling: dict = None       # as Hugging Face writes it
+    frequencies: tuple = None       # what RoPE needs of the two above, see section 3
 
     def __post_init__(self):
         """Fills the gaps.  Nothing is computed from a stranger's number before it is sane."""
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-        self.rope_theta = 10000.0 if self.rope_theta is None else self.rope_theta
         self.sliding_window = self.sliding_window or 0
-        self.check_whole(0, "sliding_window")
-        self.check_whole(1, "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size",
-                         "seq_len")
+        self.check_bounds("dim", "n_heads")
         if self.head_dim is None:
             demand(self.dim % self.n_heads == 0, f"{self.n_heads} heads do not cut dim {self.dim}")
             self.head_dim = self.dim // self.n_heads
-        self.check_whole(1, "head_dim")
+        self.check_bounds(*BOUNDS)
         demand(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: it must be even, for RoPE")
         demand(self.n_heads % self.n_kv_heads == 0,
                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key heads evenly")
-        for name in "rope_theta", "norm_eps":
-            value = getattr(self, name)
-            # The bounds are those of a normal fp32, which is what the header has room for.
-            demand(type(value) in (int, float) and 1.2e-38 < value < 3.4e38,
-                   f"{name} is {value!r}: it must be a positive number")
+        number = type(self.norm_eps) in (int, float) and 0 <= self.norm_eps < 1
+        # What is almost 1 may be 1 as an fp32.
+        demand(number and struct.unpack("<f", struct.pack("<f", self.norm_eps))[0] < 1,
+               f"norm_eps is {self.norm_eps!r}: it must be from 0 to less than 1")
+        if self.frequencies is None:
+            self.frequencies = rope_frequencies(self.rope_theta, self.rope_scaling, self.head_dim)
+        demand(all(0 < radians <= MOST_RADIANS for radians in self.frequencies),
+               "RoPE would turn by no angle, or by more than 2^20 radians, at each position")
 
-    def check_whole(self, least, *names):
+    def check_bounds(self, *names):
         for name in names:
-            demand(whole(getattr(self, name), least, 2 ** 31), f"{name} is "
-                   f"{getattr(self, name)!r}: it must be a whole number from {least} to 2^31 - 1")
+            value, (least, most) = getattr(self, name), BOUNDS[name]
+            demand(whole(value, least, most + 1),
+                   f"{name} is {value!r}: it must be a whole number from {least} to {most}")
 
     def shape(self, kind):
         sizes = dict(vars(self), queries=self.n_heads * self.head_dim,
@@ -220,7 +270,124 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Tensors: a name for some bytes of a file, until somebody asks for rows
+# 3. How far RoPE turns
+#
+# RoPE turns pair i of a head by frequencies[i] radians at each position, theta^(-i / n_pairs).
+# Models that were stretched to longer texts after training turn some pairs more slowly.  The flat
+# file holds the outcome, so only this section knows how it came about.
+
+PLAIN_THETA = 10000.0
+
+
+def rope_frequencies(theta, scaling, head_dim):
+    theta = PLAIN_THETA if theta is None else theta
+    demand(type(theta) in (int, float) and 0 < theta < math.inf,
+           f"rope_theta is {theta!r}: it must be a positive number")
+    n_pairs = head_dim // 2
+    plain = [float(theta) ** (-pair / n_pairs) for pair in range(n_pairs)]
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    demand(kind in SCALINGS, f"rope_scaling is of type {kind}; only {', '.join(SCALINGS)} can be "
+           "exported")
+    names = SCALINGS[kind]
+    for name in names:
+        number = scaling.get(name)
+        demand(type(number) in (int, float) and 0 < number < math.inf,
+               f"rope_scaling: {name} is {number!r}: it must be a positive number")
+    scale = {"default": list, "linear": scale_linear, "llama3": scale_llama3}[kind]
+    return tuple(scale(plain, *(float(scaling[name]) for name in names)))
+
+
+# The kinds of scaling, and the numbers that each of them has.
+SCALINGS = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings")}
+
+
+def scale_linear(plain, factor):
+    """All pairs turn more slowly, as if positions lay closer to each other."""
+    return [radians / factor for radians in plain]
+
+
+def scale_llama3(plain, factor, low, high, trained_length):
+    """Llama 3.1: pairs that turn often within the trained length know what is near: they stay.
+
+    Those that turn less than `low` times in it are slowed down, and between `low` and `high`
+    turns one passes smoothly into the other.
+    """
+    demand(low < high, f"rope_scaling: low_freq_factor {low} is not below high_freq_factor {high}")
+    scaled = []
+    for radians in plain:
+        turns = trained_length * radians / (2 * math.pi)
+        if turns > high:
+            scaled.append(radians)
+        elif turns < low:
+            scaled.append(radians / factor)
+        else:
+            share = (turns - low) / (high - low)
+            scaled.append((1 - share) * radians / factor + share * radians)
+    return scaled
+
+
+def explain_frequencies(frequencies):
+    """(theta, scaling) from which exactly these frequencies come: the way back."""
+    head_dim = 2 * len(frequencies)
+    for scaling in possible_scalings(frequencies):
+        for theta in possible_thetas(frequencies, scaling):
+            with contextlib.suppress(Refused, OverflowError):
+                if rope_frequencies(theta, scaling, head_dim) == frequencies:
+                    return theta, scaling
+    raise Refused("RoPE's frequencies are neither plain nor those of a scaling that can be named")
+
+
+def possible_scalings(frequencies):
+    """The first frequency is 1 before scaling, and only a linear scaling changes it."""
+    yield None
+    for factor in near(1 / frequencies[0]):
+        yield {"rope_type": "linear", "factor": factor}
+    # Of Llama 3's four numbers the file shows only the outcome: so the usual ones are tried.
+    lengths = [2 ** power for power in range(8, 21)]
+    for low, high, length in itertools.product((1.0, 2.0, 0.5), (4.0, 2.0, 8.0, 16.0), lengths):
+        for factor in usual_factors(frequencies):
+            yield dict(zip(("rope_type",) + SCALINGS["llama3"],
+                           ("llama3", factor, low, high, length)))
+
+
+def usual_factors(frequencies):
+    """The last pair is the slowest.  Where an unscaled one would be, the first ones tell."""
+    n_pairs = len(frequencies)
+    if n_pairs > 2 and 0 < frequencies[1] < frequencies[0] == 1:
+        unscaled = frequencies[1] ** (n_pairs - 1)
+        yield float(f"{unscaled / frequencies[-1]:.4g}")
+
+
+def possible_thetas(frequencies, scaling):
+    n_pairs = len(frequencies)
+    if n_pairs == 1:
+        return [PLAIN_THETA]            # a single pair turns by 1 radian, whatever theta is
+    # The slowest unscaled pair shows theta best; with llama3 only the first ones are unscaled.
+    kind = scaling["rope_type"] if scaling else "default"
+    pair = 1 if kind == "llama3" else n_pairs - 1
+    radians = frequencies[pair] * (scaling["factor"] if kind == "linear" else 1)
+    try:
+        return near(radians ** (-n_pairs / pair))
+    except OverflowError:
+        return []
+
+
+def near(number):
+    """Numbers close to this one, those with the fewest digits first."""
+    if not 0 < number < math.inf:
+        return []
+    short = [float(f"{number:.{digits}g}") for digits in range(1, 18)]
+    pattern, = struct.unpack("<q", struct.pack("<d", number))
+    close = [struct.unpack("<d", struct.pack("<q", pattern + step))[0] for step in range(-8, 9)]
+    return [value for value in dict.fromkeys(short + close) if 0 < value < math.inf]
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Tensors: a name for some bytes of a file, until somebody asks for rows
 #
 # A tensor has a shape, rows(first, last) that reads those rows as fp32, and a problem: None, or
 # why it cannot be used.  The problem is told only when the tensor turns out to be needed, because
@@ -249,6 +416,7 @@ class File:
     def __init__(self, path):
         self.path, self.stream = path, open(path, "rb")
         self.size = os.fstat(self.stream.fileno()).st_size
+        refuse_pointer(self.stream.read(64))
 
     def read(self, offset, length):
         # The size comes first, so that a file cannot make us reserve memory it does not fill.
@@ -343,15 +511,63 @@ def gather(config, found, family):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Tokenizers
+# 5. Tokenizers
 #
-# The C program knows one algorithm, that of SentencePiece's BPE: start from single characters,
-# and as long as two neighbours together are a piece, join the two whose piece scores best.
+# A text becomes pieces by merging: start from single characters (or bytes), and as long as two
+# neighbours together are a piece, join the two whose piece scores best.  There are two schools.
+# SentencePiece joins any two neighbours whose union is a piece.  Hugging Face's tokenizer.json
+# lists the pairs that may be joined: then a piece remembers where its best pair parts (`left`),
+# and a table, more_merges, holds the others.
 
 SPACE = "\u2581"                    # how SentencePiece writes one
-NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED = range(5)
-# The pieces are a dict: token id -> (score, kind, UTF-8 text).
-Tokenizer = collections.namedtuple("Tokenizer", "pieces dummy_prefix bos_id eos_id")
+NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END = range(6)
+NEVER = 65535                       # the `left` of a piece that no merge makes
+
+# The flags: what is done to a text before it is cut into pieces.
+PREFIX_SPACE = 1            # a space is put before it,
+BYTE_PIECES = 2             # (all 256 bytes have a piece)
+PREFIX_EACH = 4             # ... and also behind each control or user-defined piece,
+COLLAPSE_SPACES = 8         # runs of spaces become one, those at both ends none
+IGNORE_MERGES = 16          # a part that is a piece is taken whole, whatever the merges say
+SEPARATE_UNKNOWN = 32       # each unknown character is one, not each run of them
+PREFIX_UNLESS_SPACE = 64    # the space before the text only where there is none yet
+NEWLINE_SPACE = 128         # a space is put behind every newline, and not printed there
+ALL_FLAGS = 255
+
+UNCUT, GPT2_RULE, LLAMA3_RULE = range(3)
+
+Piece = collections.namedtuple("Piece", "score kind text left")
+Piece.__new__.__defaults__ = (0,)
+
+
+@dataclass
+class Tokenizer:
+    pieces: dict                    # token id -> Piece
+    flags: int = 0
+    cut_rule: int = UNCUT
+    most_digits: int = 0
+    more_merges: list = field(default_factory=list)     # of (token id, left, score)
+    begins: int = -1                # the piece that begins every text, or -1
+    bos: int = -1                   # the same, or the one that would
+    eos: int = -1                   # the piece that ends a text, as far as the tokenizer knows
+    ranges: tuple = None            # of (first, last, class); None: unicode_ranges()
+    chat: tuple = ()                # six strings
+    by_sentencepiece: bool = False  # it was read from tokenizer.model
+    added: set = field(default_factory=set)             # ids of tokens that came after training
+
+    def id_of(self, text):
+        """A piece that is never made from text, by its name: -1 if there is none."""
+        return next((token for token, piece in self.pieces.items()
+                     if piece.text == text and may_be_control(piece)), -1)
+
+    def text_of(self, token):
+        return self.pieces[token].text.decode("utf-8", "replace") if token in self.pieces else None
+
+
+def may_be_control(piece):
+    """Whether no text has this piece; it may have been forgotten to mark it as control."""
+    made = piece.kind == BYTE or piece.kind == NORMAL and piece.left != NEVER
+    return bool(piece.text) and not made
 
 
 def find_tokenizer(folder, named, rows):
@@ -360,43 +576,115 @@ def find_tokenizer(folder, named, rows):
     If the folder has tokenizer.model *and* tokenizer.json, both are right and neither is all.
     tokenizer.model is what the model was trained with: it has true scores and settings, of which
     tokenizer.json is a translation.  But tokens added later, as for chats, are only found in the
-    latter (or, in older folders, in added_tokens.json).  So take the pieces from the one and the
+    latter (or, in older folders, in smaller files).  So take the pieces from the one and the
     added tokens from the other.
     """
     if named:
         return read_tokenizer(named, rows)
-    paths = [os.path.join(folder, "tokenizer." + kind) for kind in ("model", "json", "bin")]
-    present = [path for path in paths if os.path.exists(path)]
-    demand(present, "comes without tokenizer.model, .json or .bin; name one with --tokenizer FILE")
-    added, older = [], os.path.join(folder, "added_tokens.json")
-    if present[:2] == paths[:2]:
-        with reading_json(paths[1]) as content:
-            added = content.get("added_tokens", [])
-    elif present[0] == paths[0] and os.path.exists(older):
-        with reading_json(older) as content:
-            added = [{"content": text, "id": token} for text, token in content.items()]
-    return read_tokenizer(present[0], rows, added)
+    versions = sorted(glob.glob(os.path.join(glob.escape(folder), "tokenizer.model.v*")))
+    model, older, translated = (os.path.join(folder, "tokenizer." + kind)
+                                for kind in ("model", "bin", "json"))
+    model = versions[-1] if versions and not os.path.exists(model) else model
+    if not os.path.exists(model):
+        for path in translated, older:
+            if os.path.exists(path):
+                return read_tokenizer(path, rows)
+        raise Refused("comes without tokenizer.model, tokenizer.json or tokenizer.bin; name one "
+                      "with --tokenizer FILE")
+    if not os.path.exists(translated):
+        return read_tokenizer(model, rows, added_beside(folder))
+    with reading_json(translated) as content:
+        if is_tiktoken(model) or is_stale(model, content):
+            return read_tokenizer(translated, rows)
+        tokenizer = read_tokenizer(model, rows, content.get("added_tokens") or [])
+        template = begin_of_template(translated, content)
+        tokenizer.begins = template if template >= 0 else tokenizer.begins
+        return tokenizer
+
+
+def added_beside(folder):
+    """Added tokens of a folder that has no tokenizer.json."""
+    added = {}
+    for name in "tokenizer_config.json", "added_tokens.json":
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            with reading_json(path) as content:
+                if name == "added_tokens.json":
+                    added.update((token, {"id": token, "content": text})
+                                 for text, token in content.items() if token not in added)
+                else:
+                    found = (content.get("added_tokens_decoder") or {}).items()
+                    added.update((int(token), dict(entry, id=int(token)))
+                                 for token, entry in found)
+    return list(added.values())
+
+
+def is_tiktoken(path):
+    """Meta's Llama 3 calls a list of base64 words tokenizer.model, too."""
+    with open(path, "rb") as stream:
+        return bool(re.match(rb"[A-Za-z0-9+/]+=* \d+\n", stream.read(400)))
+
+
+def is_stale(model, content):
+    """Whether tokenizer.json has pieces that the tokenizer.model beside it does not have so."""
+    if content["model"].get("type", "BPE") != "BPE" or "vocab" not in content["model"]:
+        return False
+    with reading(model):
+        known = read_sentencepiece(model, quiet=True).pieces
+    added = {entry["id"] for entry in content.get("added_tokens") or []}
+    strange = 0
+    for name, token in content["model"]["vocab"].items():
+        piece = known.get(token)
+        other = piece and piece.kind == NORMAL and piece.text != name.replace(SPACE, " ").encode()
+        strange += token not in added and (piece is None or bool(other))
+    if strange:
+        warn(model, f"lacks {strange} pieces that tokenizer.json beside it has; "
+             "tokenizer.json was taken instead")
+    return strange > 0
 
 
 def read_tokenizer(path, rows, added=()):
     readers = {".json": read_tokenizer_json, ".bin": read_tokenizer_bin}
     with reading(path):
         tokenizer = readers.get(os.path.splitext(path)[1], read_sentencepiece)(path)
-        add_tokens(tokenizer.pieces, added)
-        check_pieces(tokenizer.pieces, rows)
+        add_tokens(path, tokenizer, added)
+        drop_unreachable(path, tokenizer, rows)
+        if sum(piece.kind == BYTE for piece in tokenizer.pieces.values()) == 256:
+            tokenizer.flags |= BYTE_PIECES
+        check_tokenizer(tokenizer, rows)
+        doubt_tokenizer(path, tokenizer, rows)
     return tokenizer
 
 
-def check_pieces(pieces, rows):
-    for token, (score, kind, text) in pieces.items():
+def check_tokenizer(tokenizer, rows):
+    """What drugs.c demands of a tokenizer."""
+    seen = {}
+    for token, (score, kind, text, left) in tokenizer.pieces.items():
         demand(whole(token, 0, rows), f"piece {text!r} has id {token!r}, but the model knows "
                f"only {rows}: the tokenizer belongs to another model")
         demand(math.isfinite(score), f"is damaged: piece {token} has the score {score}")
         demand(len(text) < 2 ** 16, f"piece {token} is {len(text)} bytes long, more than 65535")
-        demand(kind <= USER_DEFINED and (kind != BYTE or len(text) == 1),
+        demand(kind <= END and (kind != BYTE or len(text) == 1) and (text or kind == CONTROL),
                f"is damaged: piece {token}, {text!r}, is of kind {kind}")
-    unknown = [token for token, piece in pieces.items() if piece[1] == UNKNOWN]
-    demand(len(unknown) < 2, f"pieces {unknown} are all unknown pieces: there can be only one")
+        if kind in (BYTE, UNKNOWN):
+            name = "unknown" if kind == UNKNOWN else text
+            demand(name not in seen, f"pieces {seen.get(name)} and {token} are both {name!r}: "
+                   "there can be only one")
+            seen[name] = token
+    demand(tokenizer.cut_rule or tokenizer.flags & BYTE_PIECES or "unknown" in seen,
+           "has no pieces for all bytes and none for what is unknown")
+
+
+def doubt_tokenizer(path, tokenizer, rows):
+    """What is possible, but more likely a mistake."""
+    n_known = sum(bool(piece.text) for piece in tokenizer.pieces.values())
+    if 10 * (rows - n_known) > rows:
+        warn(path, f"knows only {n_known} of the {rows} ids of the model; the others print nothing."
+             "  Is it the tokenizer of this model?")
+    texts = [piece.text for piece in tokenizer.pieces.values() if piece.kind == NORMAL]
+    n_doubled = len(texts) - len(set(texts))
+    if n_doubled >= 100:
+        warn(path, f"has {n_doubled} pieces that spell the same as others; is it of a known kind?")
 
 
 def byte_piece(name):
@@ -405,12 +693,35 @@ def byte_piece(name):
     return match and bytes([int(match.group(1), 16)])
 
 
-def add_tokens(pieces, added):
+def add_tokens(path, tokenizer, added):
     """Tokens added after training: special ones are control, the others are found in the text."""
+    odd = []
     for entry in added:
-        if pieces.get(entry["id"], (0, NORMAL, b""))[1] != UNKNOWN:
-            kind = CONTROL if entry.get("special") else USER_DEFINED
-            pieces[entry["id"]] = 0, kind, entry["content"].encode()
+        token, text = entry["id"], entry["content"]
+        demand(type(token) is int, f"is damaged: added token {text!r} has the id {token!r}")
+        old = tokenizer.pieces.get(token, Piece(0, NORMAL, b""))
+        kind = CONTROL if entry.get("special") else USER_DEFINED
+        if old.kind != UNKNOWN and (old.kind, old.text) != (kind, text.encode()):
+            name = text if tokenizer.cut_rule else text.replace(SPACE, " ")
+            tokenizer.pieces[token] = Piece(0, kind, name.encode())
+        tokenizer.added.add(token)
+        spaces = entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")
+        moved = entry.get("normalized") and tokenizer.flags & PREFIX_SPACE
+        if spaces or moved and kind == USER_DEFINED:
+            odd.append(text)
+    if odd:
+        warn(path, f"wants spaces or words around added tokens ({some(odd)}) to be heeded; "
+             "drugs.c takes these tokens wherever they stand, and leaves what is around them")
+
+
+def drop_unreachable(path, tokenizer, rows):
+    """No text of the model ever has a token that its embedding has no row for."""
+    behind = sorted(token for token in tokenizer.added if token >= rows)
+    if behind:
+        warn(path, f"added tokens have ids behind the model's last, {rows - 1}: "
+             f"{some(tokenizer.text_of(token) for token in behind)}; they were dropped")
+    for token in behind:
+        del tokenizer.pieces[token]
 
 
 # SentencePiece's tokenizer.model is a protocol buffer: a sequence of fields, each a number that
@@ -424,6 +735,7 @@ def proto_number(data, at):
     while data[at] > 127:
         value |= (data[at] & 127) << shift
         at, shift = at + 1, shift + 7
+        demand(shift < 64, "is damaged: a number of more than 64 bits")
     value |= data[at] << shift
     # A negative number is written as its 64-bit two's complement.
     return (value - 2 ** 64 if value >> 63 else value), at + 1
@@ -434,6 +746,7 @@ def proto_fields(data):
     at = 0
     while at < len(data):
         key, at = proto_number(data, at)
+        demand(key > 7, "is damaged: a field without a number")
         if key & 7 == 0:
             value, at = proto_number(data, at)
         else:
@@ -443,29 +756,59 @@ def proto_fields(data):
         yield key >> 3, value
 
 
-def read_sentencepiece(path):
-    kinds = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 5: CONTROL, 6: BYTE}
-    pieces, settings, file = {}, {2: {}, 3: {}}, File(path)
-    for field, value in proto_fields(file.read(0, file.size)):
-        if field == 1:
+# The kinds of SentencePiece.  A piece that is marked as unused is kept as a nameless id.
+UNUSED = 5
+SP_KINDS = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 6: BYTE, UNUSED: CONTROL}
+
+
+def read_sentencepiece(path, quiet=False):
+    demand(not is_tiktoken(path), "is a tiktoken list of Llama 3, which does not say how text is "
+           "cut; put tokenizer.json of the same model beside it")
+    pieces, settings, file, seen = {}, {2: {}, 3: {}}, File(path), set()
+    for number, value in proto_fields(file.read(0, file.size)):
+        if number == 1:
             piece = dict(proto_fields(value))
-            score, text, kind = piece.get(2, bytes(4)), piece[1], kinds[piece.get(3, 1)]
-            text = byte_piece(text.decode()) if kind == BYTE else text
-            demand(text is not None, f"is damaged: byte piece {len(pieces)} names no byte")
-            pieces[len(pieces)] = struct.unpack("<f", score)[0], kind, text
-        elif field in settings:
-            settings[field] = dict(proto_fields(value))
-    trainer, normaliser = settings[2], settings[3]
+            name = piece[1].decode()
+            demand(name and name not in seen, f"is damaged: piece {len(pieces)} is "
+                   + (f"{name!r}, as another one" if name else "empty"))
+            seen.add(name)
+            pieces[len(pieces)] = sentencepiece_piece(piece, name, len(pieces))
+        elif number in settings:
+            settings[number].update(proto_fields(value))
     demand(pieces, "is damaged, or no SentencePiece model: it has no pieces")
+    return sentencepiece_settings(path, pieces, settings[2], settings[3], quiet)
+
+
+def sentencepiece_piece(piece, name, token):
+    score, = struct.unpack("<f", piece.get(2, bytes(4)))
+    number = piece.get(3, 1)
+    kind = SP_KINDS[number]
+    if kind == BYTE:
+        text = byte_piece(name)
+        demand(text is not None, f"is damaged: byte piece {token} names no byte")
+    else:
+        text = b"" if number == UNUSED else name.replace(SPACE, " ").encode()
+    return Piece(score, kind, text)
+
+
+def sentencepiece_settings(path, pieces, trainer, normaliser, quiet):
     demand(trainer.get(3, 1) == 2, f"is not a BPE tokenizer (SentencePiece model_type "
            f"{trainer.get(3, 1)}); only BPE can be exported")
-    # These change text before it is cut into pieces.  Ordinary text hardly ever meets either:
-    # worth a word, not a refusal.
-    changes = ["replaces some characters"] if normaliser.get(2) else []
-    changes += ["removes extra spaces"] if normaliser.get(4, 1) else []
-    if changes:
-        warn(path, f"its normaliser {' and '.join(changes)}; drugs.c takes text as it is")
-    return Tokenizer(pieces, bool(normaliser.get(3, 1)), trainer.get(41, 1), trainer.get(42, 2))
+    demand(not trainer.get(24, 0), "puts spaces behind words (treat_whitespace_as_suffix), which "
+           "drugs.c does not know")
+    demand(normaliser.get(5, 1), "keeps spaces as they are (escape_whitespaces is off), which "
+           "drugs.c does not know")
+    if normaliser.get(2) and not quiet:
+        warn(path, "its normaliser replaces some characters (wide and joined letters, and perhaps "
+             "line feeds by spaces); drugs.c takes text as it is")
+    flags = PREFIX_SPACE if normaliser.get(3, 1) else 0
+    flags |= COLLAPSE_SPACES if normaliser.get(4, 1) else 0
+    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
+    # Hugging Face cuts a text at control pieces before SentencePiece sees it, section by section.
+    # (At user-defined pieces it is SentencePiece itself that cuts, and puts no further space.)
+    if all(piece.kind != USER_DEFINED for piece in pieces.values()):
+        flags |= (flags & PREFIX_SPACE) * PREFIX_EACH
+    return Tokenizer(pieces, flags, begins=bos, bos=bos, eos=eos, by_sentencepiece=True)
 
 
 def read_tokenizer_bin(path):
@@ -480,60 +823,166 @@ def read_tokenizer_bin(path):
         text, at = file.read(at + 8, length), at + 8 + length
         if len(pieces) < 3:
             # Line feeds stand around <s> and </s> so that they look well when printed.
-            piece = score, CONTROL if pieces else UNKNOWN, text.strip(b"\n")
+            piece = Piece(score, CONTROL if pieces else UNKNOWN, text.strip(b"\n"))
         else:
             byte = byte_piece(text.decode("utf-8", "replace"))
-            piece = score, BYTE if byte else NORMAL, byte or text
+            piece = Piece(score, BYTE if byte else NORMAL, byte or text)
         pieces[len(pieces)] = piece
-    return Tokenizer(pieces, True, 1, 2)
+    # Until August 2023, byte pieces were written as the characters 0 to 255 instead.
+    if all(token + 3 in pieces and pieces[token + 3].text == chr(token).encode()
+           for token in range(256)):
+        for token in range(256):
+            pieces[token + 3] = Piece(pieces[token + 3].score, BYTE, bytes([token]))
+    return Tokenizer(pieces, PREFIX_SPACE | PREFIX_EACH, begins=1, bos=1, eos=2)
+
+
+# tokenizer.json is a pipeline of many possible steps.  Each of those below is done exactly, or
+# refused, or warned about; what is not mentioned is refused.
+
+GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|#|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+ENDS_REGEX = r"\A +| +\z"
+# How # is spelt: how many digits at most are cut as one number, 0 = any.
+DIGITS = {r"\p{N}": 1, r"\p{N}{1,2}": 2, r"\p{N}{1,3}": 3, r"\p{N}+": 0}
+REGEXES = {LLAMA3_REGEX.replace("#", digits): (LLAMA3_RULE, DIGITS[digits]) for digits in DIGITS}
+REGEXES[GPT2_REGEX] = GPT2_RULE, 0
 
 
 def read_tokenizer_json(path):
-    """Hugging Face's tokenizer.json, if it describes what SentencePiece would do."""
     with reading_json(path) as content:
         model = content["model"]
         demand(model.get("type", "BPE") == "BPE",
                f"is a {model.get('type')} tokenizer; only BPE can be exported")
-        refuse_settings(model, "dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                        "ignore_merges")
-        dummy_prefix = check_steps(path, content)
-
-        # Hugging Face orders merges by rank, SentencePiece by the score of the result.  Of
-        # several merges with the same result the first one counts.
-        scores = {}
-        for rank, merge in enumerate(model["merges"]):
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            scores.setdefault(left + right, -rank)
-        pieces = {}
-        for text, token in model["vocab"].items():
-            # What no merge makes is a single character, found without a score.
-            pieces[token] = scores.get(text, -1e9), NORMAL, text.encode()
-            if text == model.get("unk_token"):
-                pieces[token] = 0, UNKNOWN, text.encode()
-            elif model.get("byte_fallback") and byte_piece(text):
-                pieces[token] = 0, BYTE, byte_piece(text)
-        add_tokens(pieces, content.get("added_tokens", []))
-        ids = {text: token for token, (_, _, text) in pieces.items()}
-        return Tokenizer(pieces, dummy_prefix, ids.get(b"<s>", -1), ids.get(b"</s>", -1))
+        refuse_settings(model, "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        plan = Plan(path, content)
+        tokenizer = Tokenizer({}, plan.flags, plan.cut_rule, plan.most_digits)
+        read_vocabulary(path, model, plan, tokenizer)
+        add_tokens(path, tokenizer, content.get("added_tokens") or [])
+        read_merges(path, model, plan, tokenizer)
+        tokenizer.begins = begin_of_template(path, content)
+        tokenizer.bos = tokenizer.begins
+        if tokenizer.begins < 0:
+            tokenizer.bos = tokenizer.id_of(b"<s>")
+        tokenizer.eos = tokenizer.id_of(b"</s>")
+        return tokenizer
 
 
-def check_steps(path, content):
-    """What happens before and after BPE; returns whether a space is put before the text."""
-    dummy_prefix = False
-    for part in "normalizer", "pre_tokenizer", "decoder":
-        for step in steps(content.get(part)):
-            kind = step["type"]
-            if part == "normalizer" and kind == "Prepend" and step["prepend"] == SPACE:
-                dummy_prefix = True
-            elif part == "pre_tokenizer" and kind == "Metaspace":
-                # Two generations of one setting; true unless it says otherwise.
-                dummy_prefix = (step.get("prepend_scheme", "always") != "never"
-                                and step.get("add_prefix_space", True))
-            elif part == "pre_tokenizer" or kind == "ByteLevel":
-                raise Refused(f"cuts text with a {kind} {part}, which drugs.c does not know")
-            elif part == "normalizer" and kind != "Replace":
-                warn(path, f"its normaliser {kind} rewrites text; drugs.c takes text as it is")
-    return dummy_prefix
+class Plan:
+    """What a tokenizer.json does to a text before merging: flags, cut_rule, most_digits."""
+
+    def __init__(self, path, content):
+        self.flags, self.cut_rule, self.most_digits = 0, UNCUT, 0
+        self.doubts = []            # warnings, for when nothing is refused
+        self.spaces = False         # whether a space is written as U+2581
+        self.split = False          # whether Metaspace cuts before every space
+        self.stripped = self.prepended = False
+        for part, take in (("normalizer", self.normalizer), ("pre_tokenizer", self.pre_tokenizer),
+                           ("decoder", self.decoder)):
+            for step in steps(content.get(part)):
+                # Most of these are one word; what follows says which of its settings are known.
+                demand(take(step["type"], step), f"has a {part} {self.spell(step)}, "
+                       "which drugs.c does not know")
+        demand(self.spaces or not self.prepended,
+               "has a normalizer that puts U+2581 before a text, but none that makes it of spaces")
+        demand(not self.stripped or self.flags & COLLAPSE_SPACES,
+               "has a normalizer that strips spaces, but none that joins them, which drugs.c "
+               "does not know")
+        demand(self.cut_rule or not self.most_digits,
+               "has a pre_tokenizer Digits without ByteLevel, which drugs.c does not know")
+        model = content["model"]
+        self.flags |= IGNORE_MERGES if model.get("ignore_merges") else 0
+        self.flags |= 0 if model.get("fuse_unk") or self.cut_rule else SEPARATE_UNKNOWN
+        demand(self.cut_rule or not model.get("ignore_merges"),
+               "sets ignore_merges for text that is not cut, which drugs.c does not know")
+        for doubt in self.doubts:
+            warn(path, doubt)
+
+    def spell(self, step):
+        text = json.dumps({key: step[key] for key in step if key != "type"}, ensure_ascii=False)
+        return step["type"] + ("" if text == "{}" else " " + text[:100])
+
+    def normalizer(self, kind, step):
+        if kind in ("NFC", "NFKC", "Nmt", "Precompiled"):
+            self.doubts.append(f"its normalizer {kind} replaces some characters (accents written "
+                               "apart, wide letters and the like); drugs.c takes text as it is")
+            return True
+        if kind == "Prepend":
+            self.flags |= PREFIX_SPACE | PREFIX_EACH
+            self.prepended = True
+            return step["prepend"] == SPACE
+        if kind == "Strip" and self.untouched():
+            self.doubts.append("its normalizer Strip also takes line feeds from both ends of a "
+                               "text; drugs.c takes only spaces")
+            self.stripped = step["strip_left"] and step["strip_right"]
+            return self.stripped
+        return kind == "Replace" and self.replacement(step["pattern"], step["content"])
+
+    def untouched(self):
+        """Whether spaces are still spaces, as they were typed."""
+        return not (self.spaces or self.prepended)
+
+    def replacement(self, pattern, content):
+        if pattern == {"String": " "} and content == SPACE:
+            self.spaces = True
+            return True
+        if not self.untouched():
+            return False
+        if pattern == {"Regex": ENDS_REGEX} and content == "":
+            self.stripped = True
+            return True
+        if pattern == {"Regex": " {2,}"} and content == " " and self.stripped:
+            self.flags |= COLLAPSE_SPACES
+            return True
+        if pattern == {"String": "\n"} and content == "\n " and not self.stripped:
+            self.flags |= NEWLINE_SPACE
+            self.doubts.append("its normalizer puts a space behind every newline; so will drugs.c, "
+                               "which does not print it")
+            return True
+        return False
+
+    def pre_tokenizer(self, kind, step):
+        if kind == "Metaspace" and not self.cut_rule and not self.spaces:
+            # Two generations of one setting; "always" unless it says otherwise.
+            scheme = step.get("prepend_scheme", "always")
+            if scheme != "never" and step.get("add_prefix_space", True):
+                if self.prepended:
+                    return False        # two steps that put a space
+                self.flags |= PREFIX_SPACE | PREFIX_UNLESS_SPACE
+                self.flags |= PREFIX_EACH if scheme == "always" else 0
+            self.spaces, self.split = True, step.get("split", True)
+            known = scheme in ("always", "first", "never")
+            return known and step.get("replacement", SPACE) == SPACE
+        if kind == "Digits" and not self.cut_rule:
+            self.most_digits = 1
+            return step.get("individual_digits", False)
+        if kind == "Split" and not (self.cut_rule or self.most_digits):
+            regex = step["pattern"].get("Regex")
+            self.cut_rule, self.most_digits = REGEXES.get(regex, (UNCUT, 0))
+            return regex in REGEXES and step["behavior"] == "Isolated" and not step.get("invert")
+        if kind != "ByteLevel" or self.spaces:
+            return False
+        if step.get("add_prefix_space", True):
+            self.flags |= PREFIX_SPACE | PREFIX_EACH | PREFIX_UNLESS_SPACE
+            # It would be put before each part, digit by digit.
+            if self.cut_rule or self.most_digits:
+                return False
+        # With a regex before it, this one has none of its own.
+        known = bool(step.get("use_regex", True)) == (self.cut_rule == UNCUT)
+        self.cut_rule = self.cut_rule or GPT2_RULE
+        return known
+
+    def decoder(self, kind, step):
+        """The way back to text is implied by the pieces; but is it this one?"""
+        if kind == "Replace":
+            undone = step["pattern"].get("String"), step["content"]
+            return undone == (SPACE, " ") or (self.flags & NEWLINE_SPACE
+                                              and undone == ("\n ", "\n"))
+        if kind == "ByteLevel":
+            return self.cut_rule != UNCUT
+        if kind == "Strip":
+            return step.get("content") == " "
+        return kind in ("ByteFallback", "Fuse", "Metaspace")
 
 
 def steps(node):
@@ -546,8 +995,415 @@ def steps(node):
             yield from steps(pipeline)
 
 
+def begin_of_template(path, content):
+    """The token that the last step of tokenizer.json puts before a text, or -1."""
+    begin = -1
+    for step in steps(content.get("post_processor")):
+        if step["type"] == "ByteLevel":
+            continue                    # it is about offsets only
+        demand(step["type"] == "TemplateProcessing",
+               f"has a post_processor {step['type']}, which drugs.c does not know")
+        parts = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
+        text = parts.index(None)        # the one that is no special token
+        demand(text < 2, f"puts {text} tokens before every text: drugs.c knows one at most")
+        if text:
+            begin, = step["special_tokens"][parts[0]]["ids"]
+        if parts[text + 1:]:
+            warn(path, f"appends {some(parts[text + 1:])} to every text; drugs.c does not")
+    return begin
+
+
+def byte_alphabet():
+    """How GPT-2 writes a byte as a character that can be seen: {character: byte}."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    alphabet = {chr(byte): byte for byte in shown}
+    alphabet.update((chr(256 + place), byte) for place, byte in enumerate(hidden))
+    return alphabet
+
+
+def bytes_of(name, plan, alphabet):
+    """What the piece of this name stands for."""
+    if plan.cut_rule and alphabet.keys() >= set(name):
+        return bytes(alphabet[character] for character in name)
+    return (name.replace(SPACE, " ") if plan.spaces else name).encode()
+
+
+def read_vocabulary(path, model, plan, tokenizer):
+    """The pieces, all of them as if no merge made them."""
+    pieces, alphabet = tokenizer.pieces, byte_alphabet()
+    for name, token in model["vocab"].items():
+        demand(token not in pieces, f"pieces {name!r} and {tokenizer.text_of(token)!r} "
+               f"have one id, {token!r}")
+        text = bytes_of(name, plan, alphabet)
+        single = len(text if plan.cut_rule else text.decode()) == 1
+        pieces[token] = Piece(0, NORMAL, text, 0 if single else NEVER)
+        if name == model.get("unk_token"):
+            pieces[token] = Piece(0, UNKNOWN, text)
+        elif model.get("byte_fallback") and not plan.cut_rule and byte_piece(name):
+            pieces[token] = Piece(0, BYTE, byte_piece(name))
+    demand(plan.spaces or plan.cut_rule or all(SPACE not in name for name in model["vocab"]),
+           "has pieces with U+2581, but no normalizer or pre_tokenizer that makes it of spaces")
+    if plan.cut_rule:
+        single_bytes = {piece.text for piece in pieces.values() if len(piece.text) == 1}
+        tokenizer.flags |= BYTE_PIECES if len(single_bytes) == 256 else 0
+        # These bytes never occur in UTF-8: no text needs a piece for them.
+        absent = {bytes([byte]) for byte in (0xc0, 0xc1, *range(0xf5, 0x100))}
+        missing = 256 - len(single_bytes | absent)
+        if missing:
+            warn(path, f"has no pieces for {missing} bytes; like Hugging Face, drugs.c leaves "
+                 "them out of a text")
+
+
+def read_merges(path, model, plan, tokenizer):
+    """Gives every piece the place where its best merge parts, and lists the other merges."""
+    ids, pieces, ranked, strangers = model["vocab"], tokenizer.pieces, {}, 0
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        for name in left, right, left + right:
+            demand(name in ids, f"merges {left!r} and {right!r}, but {name!r} is no piece")
+        normal = all(pieces[ids[name]].kind == NORMAL for name in (left, right, left + right))
+        strangers += not normal
+        # Metaspace cuts before every space, so that nothing is ever joined across it.
+        crosses = plan.split and SPACE in (left + right)[1:]
+        if normal and not crosses:
+            # Of a pair that stands there twice, the later one counts.
+            ranked[ids[left + right], len(pieces[ids[left]].text)] = rank
+    if strangers:
+        warn(path, f"has {strangers} merges of control pieces and the like, which are never made "
+             "from text; they were dropped")
+    # Ranks are counted anew, so that what was dropped leaves no gaps.
+    for score, (token, left) in enumerate(sorted(ranked, key=ranked.get)):
+        if pieces[token].left in (0, NEVER):
+            pieces[token] = Piece(float(-score), NORMAL, pieces[token].text, left)
+        else:
+            tokenizer.more_merges.append((token, left, float(-score)))
+    tokenizer.more_merges.sort()
+
+
+# Which characters are letters, numbers and spaces: the general categories L* and N* and the
+# property White_Space of Unicode, which str.isspace() is not.
+
+LETTER, NUMBER, WHITE = 1, 2, 3
+WHITE_SPACE = {*range(9, 14), 0x20, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029,
+               0x202f, 0x205f, 0x3000}
+
+
+def class_of(code):
+    category = unicodedata.category(chr(code))[0]
+    return WHITE if code in WHITE_SPACE else {"L": LETTER, "N": NUMBER}.get(category, 0)
+
+
+@functools.lru_cache(maxsize=None)
+def unicode_ranges():
+    """The runs of characters of one class: (first, last, class)."""
+    ranges, at = [], 0
+    for kind, run in itertools.groupby(map(class_of, range(sys.maxunicode + 1))):
+        length = sum(1 for _ in run)
+        if kind:
+            ranges.append((at, at + length - 1, kind))
+        at += length
+    return tuple(ranges)
+
+
 # ------------------------------------------------------------------------------------------------
-# 5. Reader: a Hugging Face folder
+# 6. What stands beside: how a text begins, what ends it, and how a chat is written
+#
+# config.json, generation_config.json, tokenizer_config.json and special_tokens_map.json all have
+# their say, and often contradict each other.  The rule: what begins a text is the tokenizer's
+# business, and everything that anybody names as an end is one.
+
+BESIDE = "tokenizer_config", "generation_config", "special_tokens_map", "chat_template"
+
+
+def read_beside(folder):
+    """{name: content} of these files, {} for those that are not there."""
+    found = dict.fromkeys(BESIDE, {})
+    for name in BESIDE:
+        path = os.path.join(folder, name + ".json")
+        if os.path.exists(path):
+            with reading_json(path) as found[name]:
+                pass
+    path = os.path.join(folder, "chat_template.jinja")
+    if os.path.exists(path):
+        with reading(path), open(path, encoding="utf-8", newline="") as stream:
+            found["chat_template"] = {"chat_template": stream.read()}
+    return found
+
+
+def special_token(beside, name):
+    """The text of the bos_token or the eos_token, as bytes; None if nobody names it."""
+    for file in "tokenizer_config", "special_tokens_map":
+        token = beside[file].get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            return token.encode()
+    return None
+
+
+def settle(path, config, tokenizer, says, beside, family):
+    """Makes one out of all opinions.  `says` is config.json, `family` is llama or mistral."""
+    settle_prefix(tokenizer, beside)
+    settle_begin(path, config, tokenizer, says, beside)
+    eos = special_token(beside, "eos_token")
+    if eos and tokenizer.id_of(eos) >= 0:
+        tokenizer.eos = tokenizer.id_of(eos)
+    tokenizer.chat, chat_ends = settle_chat(path, tokenizer, beside, family)
+    settle_ends(path, config, tokenizer, says, beside, chat_ends)
+
+
+def settle_prefix(tokenizer, beside):
+    """Hugging Face's newer reading of tokenizer.model: no space behind control pieces."""
+    if tokenizer.by_sentencepiece and beside["tokenizer_config"].get("legacy") is False:
+        tokenizer.flags &= ~PREFIX_EACH
+
+
+def settle_begin(path, config, tokenizer, says, beside):
+    """Puts the piece that begins every text into tokenizer.begins, or -1."""
+    settings = beside["tokenizer_config"]
+    name = special_token(beside, "bos_token")
+    if name and tokenizer.id_of(name) >= 0:
+        tokenizer.bos = tokenizer.id_of(name)
+    adds = tokenizer.begins >= 0
+    # Only some of Hugging Face's classes look at this setting.
+    by_setting = "Llama" in settings.get("tokenizer_class", "Llama")
+    if by_setting and type(settings.get("add_bos_token")) is bool:
+        adds = settings["add_bos_token"]
+    if by_setting and settings.get("add_eos_token") is True:
+        warn(path, "its tokenizer appends the end to every text (add_eos_token); drugs.c does not")
+    tokenizer.begins = tokenizer.bos if adds else -1
+    if adds and tokenizer.begins < 0:
+        warn(path, "its tokenizer wants a piece before every text (add_bos_token), but says not "
+             "which; none is put")
+    demand(whole(tokenizer.begins, -1, config.vocab_size),
+           f"bos is {tokenizer.begins}, but there are {config.vocab_size} tokens")
+    begin = tokenizer.pieces.get(tokenizer.begins, Piece(0, CONTROL, b""))
+    if begin.kind == NORMAL:
+        tokenizer.pieces[tokenizer.begins] = Piece(begin.score, CONTROL, begin.text)
+    said = says.get("bos_token_id")
+    if tokenizer.begins >= 0 and type(said) is int and said not in (-1, tokenizer.begins):
+        warn(path, f"config.json says that token {said} begins a text (bos_token_id), the tokenizer"
+             f" says {tokenizer.begins}; the tokenizer was believed")
+
+
+def settle_ends(path, config, tokenizer, says, beside, chat_ends):
+    """Marks the pieces that end a text."""
+    named = {}                      # token -> who says so
+    for file, settings in (("config.json", says),
+                           ("generation_config.json", beside["generation_config"])):
+        tokens = settings.get("eos_token_id")
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            if token not in (None, -1):
+                demand(whole(token, 0, config.vocab_size), f"eos_token_id is {token!r} in {file}, "
+                       f"but there are {config.vocab_size} tokens")
+                named[token] = file
+    own = {tokenizer.eos, *map(tokenizer.id_of, chat_ends)} - {-1}
+    for token in sorted(own | set(named)):
+        piece = tokenizer.pieces.get(token, Piece(0, CONTROL, b""))
+        fits = may_be_control(piece) and piece.kind != UNKNOWN
+        # What begins a text ends one only where nothing else does.
+        if token == tokenizer.begins and len(own | set(named)) > 1:
+            fits = False
+        if fits:
+            tokenizer.pieces[token] = Piece(piece.score, END, piece.text)
+        elif token in named:
+            warn(path, f"{named[token]} says that token {token} ends a text (eos_token_id), but "
+                 f"the tokenizer knows it as {tokenizer.text_of(token)!r}; it was not believed")
+
+
+# A chat is six strings.  Control pieces are spelt in them by their names; the piece that begins
+# a text is not, as the program puts it once in front of everything.
+#
+#     opening          before the first question, if there is no system prompt
+#     before_system    before the system prompt, and
+#     after_system     between it and the first question
+#     before_question  before every later question
+#     after_question   between a question and its answer
+#     after_answer     behind an answer
+#
+# A chat template is a program in a language of its own.  It is not run, but recognised: by the
+# control pieces that it spells, which must be all of those of a known form and no others.
+
+
+def settle_chat(path, tokenizer, beside, family):
+    """(the six strings or (), the names of pieces that end an answer)."""
+    settings = beside["tokenizer_config"]
+    template = beside["chat_template"].get("chat_template", settings.get("chat_template"))
+    if isinstance(template, list):      # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    bos = special_token(beside, "bos_token") or tokenizer.pieces.get(
+        tokenizer.bos, Piece(0, CONTROL, b"")).text
+    names = bos.decode("utf-8", "replace"), tokenizer.text_of(tokenizer.eos) or ""
+    if not template:
+        # Whoever says that there is none, means it.  Others are from before there were any.
+        silent = "chat_template" not in settings
+        if silent and names[1] == "</s>" and tokenizer.cut_rule == UNCUT:
+            return default_chat(tokenizer, names, family), ()
+        return (), ()
+    # A line feed may stand in a literal of the template as itself or as \n.
+    found = chat_of(template.replace("\\n", "\n"), template, tokenizer, names)
+    if not found:
+        warn(path, "its chat template is of no form that drugs.c knows; chats are not possible")
+        return (), ()
+    chat, ends = found
+    demand(len(pack_chat(chat)) <= MOST_CHAT_BYTES, "its chat template is longer than 65536 bytes")
+    return chat, ends
+
+
+def default_chat(tokenizer, names, family):
+    """The forms of the time when it went without saying: Llama 2's, and Mistral's."""
+    if family == "llama":
+        return llama2_chat(*names)
+    # As Mistral's own program has it: a text behind a control piece begins with one space.
+    each = tokenizer.flags & PREFIX_EACH
+    if tokenizer.id_of(b"[INST]") >= 0:
+        return mistral_chat(names[1], "[INST]" if each else "[INST] ", "[/INST]", "")
+    chat = mistral_chat(names[1], "[INST] ", " [/INST]", "")
+    return chat if each else chat[:3] + (" [INST] ",) + chat[4:]
+
+
+def chat_of(text, template, tokenizer, names):
+    """(six strings, names of the ends) if the form is known, else None."""
+    chat = own_chat(template)
+    if chat:
+        return chat, ()
+    chat, ends = known_form(text, names)
+    if not chat:
+        return None
+    opening, before_system = chat[:2]
+    if tokenizer.begins < 0 and names[0] and re.search(r"\bbos_token\b", text):
+        # Here it is not the tokenizer that puts the begin, but the template.
+        opening, before_system = names[0] + opening, names[0] + before_system
+    elif tokenizer.flags & PREFIX_SPACE:
+        # One space before the opening comes from the program.
+        opening, before_system = re.sub("^ ", "", opening), re.sub("^ ", "", before_system)
+    return (opening, before_system) + chat[2:], ends
+
+
+def known_form(text, names):
+    """(six strings, names of the ends), or (None, ()) if the form is not known."""
+    spelt = set(re.findall(r"<\|[^|<>]{1,40}\|>|</?think>|\[/?SYSTEM_PROMPT\]|\[/?THINK\]", text))
+    has_default = DEFAULT_SYSTEM.search(text)
+    for form, needed, optional in FORMS:
+        needed, optional = ({f"<|{name}|>" for name in names.split()}
+                            for names in (needed, optional))
+        if needed <= spelt <= needed | optional:
+            return form(text, names[1]) if form == chatml_chat or not has_default else (None, ())
+    if spelt or has_default or "[INST]" not in text:
+        return None, ()
+    return inst_chat(text, names), ()
+
+
+# Some templates keep their default system prompt in a variable.
+DEFAULT_SYSTEM = re.compile(r"""\bset +system_message *= *(['"])([^'"{}]+)\1""")
+
+
+def llama3_chat(text, _):
+    def head(role):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+    # Since 3.1 there is always a system prompt, which tells the date; if nobody does, this one.
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    dates = dates if "Cutting Knowledge Date" in text else ""
+    opening = head("system") + dates + "<|eot_id|>" if dates else ""
+    return (opening + head("user"), head("system") + dates, "<|eot_id|>" + head("user"),
+            head("user"), "<|eot_id|>" + head("assistant"), "<|eot_id|>"), (
+                b"<|eot_id|>", b"<|eom_id|>")
+
+
+def chatml_chat(text, _):
+    def head(role):
+        return f"<|im_start|>{role}\n"
+    # A default system prompt is a literal without quotes or braces within it.
+    default = re.search(r"<\|im_start\|>system\n[^'\"{}]+?<\|im_end\|>\n", text)
+    default = default.group() if default else ""
+    if not default and DEFAULT_SYSTEM.search(text):
+        default = head("system") + DEFAULT_SYSTEM.search(text).group(2) + "<|im_end|>\n"
+    return (default + head("user"), head("system"), "<|im_end|>\n" + head("user"), head("user"),
+            "<|im_end|>\n" + head("assistant"), "<|im_end|>\n"), (b"<|im_end|>",)
+
+
+def zephyr_chat(text, eos):
+    if "eos_token" not in text and eos not in text:
+        return None, ()
+    return ("<|user|>\n", "<|system|>\n", eos + "\n<|user|>\n", "<|user|>\n",
+            eos + "\n<|assistant|>\n", eos + "\n"), ()
+
+
+def llama2_chat(bos, eos):
+    # Each question begins anew; the spaces around an answer are part of the form.
+    return ("[INST] ", "[INST] <<SYS>>\n", "\n<</SYS>>\n\n", bos + "[INST] ", " [/INST]", " " + eos)
+
+
+def mistral_chat(eos, before, after, gap):
+    """Mistral's: as Llama 2's, but it begins only once, and the system prompt has no marks."""
+    return before, before, "\n\n", gap + before, after, eos
+
+
+def inst_chat(text, names):
+    if "<<SYS>>" in text:
+        return llama2_chat(*names)
+    before = re.search(r"""(['"])( ?\[INST\] ?)\1""", text)
+    after = re.search(r"""(['"])( ?\[/INST\] ?)\1""", text)
+    if not (before and after):
+        return None
+    gap = " " if re.search(r"""eos_token *\+ *(['"]) \1""", text) else ""
+    if re.search(r"""bos_token *\+ *['"] ?\[INST\]""", text):
+        gap += names[0]
+    return mistral_chat(names[1], before.group(2), after.group(2), gap)
+
+
+# Which control pieces the template of a form must spell, and which it may.
+FORMS = (
+    (llama3_chat, "start_header_id end_header_id eot_id",
+     "begin_of_text end_of_text eom_id python_tag"),
+    (chatml_chat, "im_start im_end", "endoftext"),
+    (zephyr_chat, "user assistant", "system"))
+
+# The template of a folder that export.py wrote: any six strings, in one and the same program.
+# (Jinja takes literals apart as Python does, with \\n for a line feed.)
+OWN_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' -%}
+  {{- BOS#2 + messages[0]['content'] + #3 -}}
+  {%- set turns = messages[1:] -%}
+{%- else -%}
+  {{- BOS#1 -}}
+  {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+  {%- if message['role'] == 'user' -%}
+    {%- if not loop.first -%}{{- #4 -}}{%- endif -%}
+    {{- message['content'] + #5 -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- message['content'] + #6 -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def own_template(chat, begins):
+    literals = [string.encode("unicode_escape").decode().replace("'", "\\x27") for string in chat]
+    text = OWN_TEMPLATE.replace("BOS", "bos_token + " if begins else "")
+    return re.sub("#([1-6])", lambda place: f"'{literals[int(place.group(1)) - 1]}'", text)
+
+
+def own_chat(template):
+    """The six strings of a template that own_template() made; None for any other."""
+    pattern = re.escape(OWN_TEMPLATE).replace("BOS", r"(?:bos_token \+ )?")
+    for place in range(1, 7):
+        pattern = pattern.replace(re.escape(f"#{place}"), f"'(?P<string{place}>[^']*)'")
+    match = re.match(pattern + r"\Z", template)
+    return match and tuple(match.group(f"string{place}").encode("ascii").decode("unicode_escape")
+                           for place in range(1, 7))
+
+
+def pack_chat(chat):
+    strings = [string.encode() for string in chat]
+    demand(all(len(string) < 2 ** 16 for string in strings), "a string of its chat is too long")
+    return b"".join(struct.pack("<H", len(string)) + string for string in strings)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Reader: a Hugging Face folder
 
 # What config.json calls the fields of a Config.
 SETTINGS = dict(
@@ -555,56 +1411,73 @@ SETTINGS = dict(
     n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
     vocab_size="vocab_size", seq_len="max_position_embeddings",
     shared_classifier="tie_word_embeddings", sliding_window="sliding_window",
-    rope_theta="rope_theta", norm_eps="rms_norm_eps", bos_id="bos_token_id", eos_id="eos_token_id")
+    norm_eps="rms_norm_eps", rope_theta="rope_theta", rope_scaling="rope_scaling")
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "llama": "llama",
+                 "MistralForCausalLM": "mistral", "mistral": "mistral"}
 
 
 def read_hf(folder):
     with reading_json(os.path.join(folder, "config.json")) as settings:
-        config = hf_config(settings)
-    found = hf_tensors(folder)
+        config, family = hf_config(settings)
+    found = without_prefix(hf_tensors(folder))
     if config.shared_classifier:
         # One matrix under two names: the file may hold either of them, or both.
         embedding, classifier = name_of("tok_emb", 0, "hf"), name_of("wcls", 0, "hf")
         if classifier in found:
             found.setdefault(embedding, found.pop(classifier))
-    return config, reorder(gather(config, found, "hf"), config.head_dim, 2)
+    tensors = reorder(gather(config, found, "hf"), config.head_dim, 2)
+    return config, tensors, settings, family
 
 
 def hf_config(s):
     architecture = (s.get("architectures") or [s.get("model_type")])[0]
-    demand(architecture in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"),
+    demand(architecture in ARCHITECTURES,
            f"the architecture is {architecture}; only those of Llama and Mistral can be exported")
+    family = ARCHITECTURES[architecture]
     refuse_settings(s, "attention_bias", "mlp_bias", "quantization_config")
-    act, theta = s.get("hidden_act", "silu"), s.get("rope_theta")
+    act = s.get("hidden_act", "silu")
     demand(act == "silu", f"hidden_act is {act}; only silu can be exported")
+    # Null means no window; to say nothing at all means 4096, for Hugging Face as well.
+    window = s.get("sliding_window", 4096) if family == "mistral" else 0
+    s = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **s}
+    fields = {ours: s.get(theirs) for ours, theirs in SETTINGS.items()}
+    fields.update(zip(("rope_theta", "rope_scaling"), hf_rope(s)))
+    return Config(**{**fields, "sliding_window": window,
+                     "shared_classifier": bool(fields["shared_classifier"])}), family
+
+
+def hf_rope(s):
+    """(theta, scaling), from either of the places where they are kept."""
+    theta, scaling = s.get("rope_theta"), None
     for key in "rope_scaling", "rope_parameters":       # the older name and the newer
         rope = s.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        demand(kind == "default", f"{key} is of type {kind}; only unscaled RoPE can be exported")
         demand({**s, **rope}.get("partial_rotary_factor", 1) == 1,
                "partial_rotary_factor is set; only a RoPE over whole heads can be exported")
         theta = rope.get("rope_theta", theta)
-    # Null means no window; to say nothing at all means 4096, for Hugging Face as well.
-    window = s.get("sliding_window", 4096) if architecture.lower().startswith("mistral") else 0
-    s = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **s}
-    fields = {ours: s.get(theirs) for ours, theirs in SETTINGS.items()}
-    if isinstance(fields["eos_id"], list):
-        fields["eos_id"] = fields["eos_id"][0]
-    return Config(**{**fields, "rope_theta": theta, "sliding_window": window,
-                     "shared_classifier": bool(fields["shared_classifier"])})
+        scaling = rope or scaling
+    return theta, scaling
 
 
 def hf_tensors(folder):
-    single = os.path.join(folder, "model.safetensors")
-    index = single + ".index.json"
-    if os.path.exists(single) or not os.path.exists(index):
-        return safetensors(single)
+    """{name: tensor}, from one file or, if there is an index, from all that it names."""
+    for name, reader in ("model.safetensors", safetensors), ("pytorch_model.bin", torch_tensors):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return reader(path)
+        if os.path.exists(path + ".index.json"):
+            return sharded_tensors(folder, path + ".index.json", reader)
+    raise Refused("model.safetensors is missing, and pytorch_model.bin, too: fetch one of them")
+
+
+def sharded_tensors(folder, index, reader):
     shards = {}
     with reading_json(index) as content:
         for name, shard in sorted(content["weight_map"].items()):
             demand(os.path.basename(shard) == shard, f"shard {shard} is not in this folder")
             if shard not in shards:
-                shards[shard] = safetensors(os.path.join(folder, shard))
+                path = os.path.join(folder, shard)
+                demand(os.path.exists(path), f"shard {shard} is missing; fetch it, too")
+                shards[shard] = reader(path)
             demand(name in shards[shard], f"tensor {name} is missing from {shard}")
     return {name: tensor for found in shards.values() for name, tensor in found.items()}
 
@@ -612,10 +1485,10 @@ def hf_tensors(folder):
 def safetensors(path):
     """A .safetensors file: a length (u64), that many bytes of JSON, then the data."""
     with reading(path):
-        demand(os.path.exists(path), "is missing; weights must be in safetensors format")
         file, found, end = File(path), {}, 0
         start = struct.unpack("<Q", file.read(0, 8))[0] + 8
-        header = json.loads(file.read(8, start - 8).decode())
+        demand(start <= 10 ** 8, f"is damaged: its header would have {start} bytes")
+        header = json.loads(file.read(8, start - 8).decode(), object_pairs_hook=without_doubles)
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -624,28 +1497,71 @@ def safetensors(path):
             demand(first <= last <= file.size - start,
                    f"tensor {name} lies outside the file, which is truncated; fetch it again")
             demand(first >= end, f"tensor {name} and the one before it overlap")
+            demand(first == end, f"is damaged: nothing is said of the bytes before tensor {name}")
             demand(dtype not in DTYPES or math.prod(shape) * DTYPES[dtype][0] == last - first,
                    f"tensor {name}: {shape} of {dtype} does not fill its {last - first} bytes")
             found[name], end = Stored(file, start + first, dtype, tuple(shape)), last
+        demand(start + end == file.size, f"is damaged: {file.size - start - end} bytes are left "
+               "over behind the last tensor")
     return found
 
 
+def without_doubles(pairs):
+    """An object of JSON in which no name may stand twice."""
+    names = dict(pairs)
+    demand(len(names) == len(pairs), "is damaged: a name stands twice in its header")
+    return names
+
+
 # ------------------------------------------------------------------------------------------------
-# 6. Readers: Meta's folder and llama2.c's checkpoint, which PyTorch wrote
+# 8. Readers: what PyTorch wrote, and the folders of Meta and Mistral
 #
-# Such a file is a zip.  NAME/data.pkl is a pickle, the tree of Python objects that was saved;
-# NAME/data/0, NAME/data/1, ... are the bytes of the tensors.  A pickle is a program: it may name
-# any function of any module and have it called.  This one may name what rebuilds tensors, and
-# nothing else.
+# A file of PyTorch's is a zip.  NAME/data.pkl is a pickle, the tree of Python objects that was
+# saved; NAME/data/0, NAME/data/1, ... are the bytes of the tensors.  A pickle is a program: it may
+# name any function of any module and have it called.  Here those that rebuild tensors have
+# stand-ins; in the place of all others an Inert comes, which does nothing whatever is asked of it.
+# That is no harm to a training run's notes, which nobody needs; where something is needed and
+# only an Inert was found, the file is refused.
+
+
+OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9\x20"
+OLD_TORCH_ADVICE = "is in PyTorch's old format; save it with 1.6 or later"
+
+
+class Inert:
+    """Stands in for what the pickle of a stranger wants to have made, or run."""
+
+    def __new__(cls, *_, **__):
+        return super().__new__(cls)
+
+    def __init__(self, *_, **__):
+        pass
+
+    def nothing(self, *_, **__):
+        return self
+
+    __call__ = __setstate__ = __setitem__ = append = extend = add = nothing
+
+
+def refuse_inert(*things):
+    for thing in things:
+        kind = thing if isinstance(thing, type) else type(thing)
+        demand(not issubclass(kind, Inert),
+               f"refuses to run {kind.__module__}.{kind.__name__} found in the pickle")
 
 
 class TorchFile(pickle.Unpickler):
     """load() returns what torch.save() was given, with Stored for tensors."""
 
     DTYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
+    # Plain data: not worth a word.
+    NOTES = re.compile(r"(numpy|torch|argparse|collections|pathlib|datetime|types|builtins"
+                       r"|__builtin__|__main__|_codecs|omegaconf|transformers)(\.|\Z)")
+    DEEDS = re.compile(r"eval|exec|getattr|compile|__import__|open|load|.*wrapper|breakpoint")
 
     def __init__(self, path):
-        self.file = File(path)
+        self.file, self.strangers = File(path), {}
+        demand(self.file.read(0, min(10, self.file.size)) != OLD_TORCH, OLD_TORCH_ADVICE)
         self.zip = zipfile.ZipFile(self.file.stream)
         pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl")]
         demand(len(pickles) == 1, "is a zip, but not one that torch.save() wrote")
@@ -675,11 +1591,14 @@ class TorchFile(pickle.Unpickler):
         if module == "torch" and re.match(r"[A-Z][A-Za-z0-9]*Storage\Z", name):
             # A mere string.  An optimizer's state may be of any type: it is not needed.
             return self.DTYPES.get(name, name)
-        harmless = {("collections", "OrderedDict"): collections.OrderedDict,
-                    ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
-                    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor}
-        demand((module, name) in harmless, f"refuses to run {module}.{name} found in the pickle")
-        return harmless[module, name]
+        known = {("collections", "OrderedDict"): collections.OrderedDict,
+                 ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
+                 ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor}
+        if (module, name) in known:
+            return known[module, name]
+        if not self.NOTES.match(module) or self.DEEDS.match(name):
+            self.strangers[f"{module}.{name}"] = True
+        return type(name, (Inert,), {"__module__": module})
 
     def persistent_load(self, reference):
         """The pickle's name for the bytes of a tensor."""
@@ -699,26 +1618,49 @@ class TorchFile(pickle.Unpickler):
             problem = "is not contiguous: save it as .contiguous() first"
         elif (offset + math.prod(shape)) * size > length:
             problem = "is longer than its record in the file, which must be damaged"
-        return Stored(self.file, start + offset * size, dtype, shape, problem)
+        return Stored(self.file, start + offset * size, dtype, tuple(shape), problem)
 
 
 def read_torch(path):
     with reading(path):
-        return TorchFile(path).load()
+        file = TorchFile(path)
+        content = file.load()
+        refuse_inert(content)
+        if file.strangers:
+            warn(path, f"asks to run {some(file.strangers)}; nothing was run")
+        return content
+
+
+def torch_tensors(path):
+    """A file that holds nothing but tensors, by their names."""
+    content = read_torch(path)
+    with reading(path):
+        demand(isinstance(content, dict), "holds no dictionary of tensors")
+        refuse_inert(*content.values())
+        demand(all(isinstance(tensor, Stored) for tensor in content.values()),
+               "is damaged: it holds something else than tensors")
+    return dict(content)
 
 
 def read_meta(folder):
+    with reading_json(os.path.join(folder, "params.json")) as params:
+        pass
+    single = os.path.join(folder, "consolidated.safetensors")
+    if os.path.exists(single):
+        with reading(single):
+            config, tensors = meta_model({"max_seq_len": 32768, **params},
+                                         without_prefix(safetensors(single)))
+        return config, tensors, {}, "mistral"
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "consolidated.*.pth")))
-    demand(paths, "has params.json, but no consolidated.00.pth")
-    shards = [read_torch(path) for path in paths]
+    demand(paths, "has params.json, but neither consolidated.00.pth nor consolidated.safetensors")
+    shards = [without_prefix(torch_tensors(path)) for path in paths]
     found = {}
     for name in sorted(set().union(*shards)):
         parts = [shard[name] for shard in shards if name in shard]
         demand(len(parts) == len(shards) or name.endswith(IGNORED),
                f"tensor {name} is missing from some of the consolidated.*.pth")
         found[name] = join_shards(name, parts)
-    with reading_json(os.path.join(folder, "params.json")) as params:
-        return meta_model(params, found)
+    return (*meta_model(params, found), {}, "llama")
 
 
 def join_shards(name, parts):
@@ -743,23 +1685,27 @@ def join_shards(name, parts):
 def read_checkpoint(path):
     """llama2.c's training checkpoint: Meta's names, in a dict among other things."""
     content = read_torch(path)
-    demand({"model", "model_args"} <= set(content),
+    demand(isinstance(content, dict) and {"model", "model_args"} <= set(content),
            "is not a llama2.c checkpoint: it lacks model or model_args")
-    # torch.compile() leaves a prefix on every name.
-    found = {re.sub(r"^_orig_mod\.", "", name): tensor for name, tensor in content["model"].items()}
-    return meta_model(content["model_args"], found)
+    model, params = content["model"], content["model_args"]
+    refuse_inert(model, params)
+    refuse_inert(*model.values())
+    return (*meta_model(params, without_prefix(model)), {}, "llama")
 
 
 def meta_model(params, found):
     """Of some settings Meta says nothing; tensors and other settings give them away."""
-    refuse_settings(params, "use_scaled_rope", "moe", "quantization_args")
+    demand(not params.get("use_scaled_rope"), "use_scaled_rope is set, but not said by how much; "
+           "export the Hugging Face folder of the same model")
+    refuse_settings(params, "moe", "quantization_args", "quantization")
     embedding, classifier, w1 = (name_of(kind, 0, "meta") for kind in ("tok_emb", "wcls", "w1"))
     for name in embedding, w1:
         demand(name in found, f"tensor {name} is missing")
     # Tied weights are saved once and referred to twice.
     shared = found[embedding] == found.get(classifier)
-    if shared:
-        del found[classifier]
+    if shared or params.get("tied_embeddings"):
+        found.pop(classifier, None)
+        shared = True
     pieces, seq_len = params.get("vocab_size", -1), params.get("max_seq_len")
     if not seq_len and params.get("rope_theta") == 1e6:
         seq_len = 16384                                                 # Code Llama
@@ -776,7 +1722,7 @@ def meta_model(params, found):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Reader: llama2.c's export, version 0
+# 9. Reader: llama2.c's export, version 0
 #
 # Seven int32, then fp32 tensors without names: one kind after the other, each for all layers.
 
@@ -790,24 +1736,28 @@ def read_v0(path):
     # The sign of vocab_size is a flag: negative if the classifier has a matrix of its own.
     config = Config(dim, hidden_dim, n_layers, n_heads, n_kv_heads, None, abs(vocab_size), seq_len,
                     shared_classifier=vocab_size > 0)
-    # RoPE is a table of cosines and sines; drugs.c computes them.
+    # RoPE is a table of cosines and sines; the flat file has frequencies.
     keys = ((kind, layer) for kind in (V0_ORDER[:-1] if config.shared_classifier else V0_ORDER)
             for layer in range(n_layers if kind in LAYER_KINDS else 1))
-    return config, place(file, 28, (
+    tensors = place(file, 28, (
         (key, (seq_len, config.head_dim) if key[0] == "RoPE" else config.shape(key[0]))
         for key in keys))
+    return config, tensors, {}, "llama"
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Which reader
+# 10. Which reader
 
-MAGIC, VERSION = b"drugs.c\0", 1
+MAGIC, VERSION = b"drugs.c\0", 2
 STRANGERS = {
     MAGIC: "is a flat file already; --to hf DIR turns it back into a Hugging Face folder",
     b"GGUF": "is a GGUF file; export the checkpoint that it was made from",
     b"24ka": "is a llama2.c export of version 1 or 2; export it with version 0, or its checkpoint",
-    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9": "is in PyTorch's old format; save it with 1.6 or later",
+    OLD_TORCH: OLD_TORCH_ADVICE,
 }
+# Files that people name instead of the folder that they are in.
+INNER = re.compile(r".*\.(safetensors|json|model|model\.v\d+)\Z"
+                   r"|(pytorch_model|consolidated|tokenizer)\b.*\Z")
 
 
 def reader_of(path):
@@ -817,70 +1767,76 @@ def reader_of(path):
                 return reader
         raise Refused("holds neither config.json (Hugging Face) nor params.json (Meta)")
     with open(path, "rb") as stream:
-        start = stream.read(16)
+        start = stream.read(64)
+    refuse_pointer(start)
     for magic, why in STRANGERS.items():
         demand(not start.startswith(magic), why)
-    demand(not path.endswith(".safetensors"), "has no config; name the folder that it is in")
+    demand(not INNER.match(os.path.basename(path)),
+           "is a part of a checkpoint; name the folder that it is in")
     is_torch = start.startswith(b"PK") or path.endswith((".pt", ".pth"))
     return read_checkpoint if is_torch else read_v0
 
 
 def read_model(path, named_tokenizer):
-    config, tensors = reader_of(path)(path)
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    config, tensors, says, family = reader_of(path)(path)
+    is_folder = os.path.isdir(path)
+    folder = path if is_folder else os.path.dirname(path)
     tokenizer = find_tokenizer(folder, named_tokenizer, config.vocab_size)
-    for name in "bos_id", "eos_id":
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(tokenizer, name))
-    check_ends(config)
+    # What lies beside a single file may belong to anything.
+    beside = read_beside(folder) if is_folder else dict.fromkeys(BESIDE, {})
+    settle(path, config, tokenizer, says, beside, family)
     return config, tensors, tokenizer
 
 
-def check_ends(config):
-    for name in "bos_id", "eos_id":
-        demand(whole(getattr(config, name), -1, config.vocab_size),
-               f"{name} is {getattr(config, name)!r}, but there are {config.vocab_size} tokens")
-
-
 # ------------------------------------------------------------------------------------------------
-# 9. The writer of the flat file
+# 11. The writer of the flat file
 
-HEADER, HEADER_BYTES, ALIGNMENT = "<8s11I2f2iIQ", 256, 64
-CHUNK_BYTES = 1 << 16               # of fp32, at a time: what stays in the caches is fastest
+# magic, version, eight sizes, shared_classifier and sliding_window, bos, flags, rule, digits,
+# n_ranges, chat_bytes, norm_eps, tokenizer_bytes, n_more_merges
+HEADER, HEADER_BYTES, ALIGNMENT = "<8s17ifqi", 256, 64
+SIZES = ("dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size seq_len shared_classifier "
+         "sliding_window").split()
+RANGE, MORE_MERGE, PIECE = struct.Struct("<III"), struct.Struct("<IIf"), struct.Struct("<fBBHH")
+CHUNK_BYTES = 1 << 18               # of fp32, at a time: what stays in the caches is fastest
 
 
-def write_flat(c, tensors, tokenizer, output):
-    begin = front(c, tokenizer)
+def write_flat(config, tensors, tokenizer, output):
+    begin = front(config, tokenizer)
     with replacing(output) as temporary, open(temporary, "wb") as stream:
         stream.write(begin)
-        return write_tensors(stream, c, tensors, ALIGNMENT)
+        return write_tensors(stream, config, tensors, ALIGNMENT)
 
 
 def front(c, tokenizer):
-    """The header and the tokenizer, all that comes before the tensors."""
-    section, byte_values = [], set()
+    """All that comes before the tensors."""
+    if tokenizer.ranges is None:
+        tokenizer.ranges = unicode_ranges() if tokenizer.cut_rule else ()
+    chat = pack_chat(tokenizer.chat)
+    section = bytearray()
     for token in range(c.vocab_size):
         # An embedding is often padded to a round number of rows; the rest gets empty pieces.
-        score, kind, text = tokenizer.pieces.get(token, (0, CONTROL, b""))
-        if kind == BYTE:
-            byte_values.add(text)
-        else:
-            text = text.replace(SPACE.encode(), b" ")
-        section.append(struct.pack("<fBBH", score, kind if text else CONTROL, 0, len(text)) + text)
-    section, flags = b"".join(section), tokenizer.dummy_prefix | (len(byte_values) == 256) << 1
-    header = struct.pack(HEADER, MAGIC, VERSION, *astuple(c), flags, len(section))
-    return header.ljust(HEADER_BYTES, b"\0") + section
+        score, kind, text, left = tokenizer.pieces.get(token, Piece(0, CONTROL, b""))
+        section += PIECE.pack(score, kind, 0, len(text), left) + text
+    header = struct.pack(
+        HEADER, MAGIC, VERSION, *(getattr(c, name) for name in SIZES), tokenizer.begins,
+        tokenizer.flags, tokenizer.cut_rule, tokenizer.most_digits, len(tokenizer.ranges),
+        len(chat), c.norm_eps, len(section), len(tokenizer.more_merges))
+    tables = (struct.pack(f"<{len(c.frequencies)}d", *c.frequencies),
+              *(RANGE.pack(*entry) for entry in tokenizer.ranges),
+              *(MORE_MERGE.pack(*entry) for entry in tokenizer.more_merges))
+    return b"".join((header.ljust(HEADER_BYTES, b"\0"), *tables, chat, section))
 
 
 def write_tensors(stream, c, tensors, alignment=1):
     done, total = 0, sum(4 * math.prod(c.shape(kind)) for kind, _ in c.layout())
+    show = sys.stderr and sys.stderr.isatty()
     for kind, layer in c.layout():
         rows, *columns = c.shape(kind)
         step = max(1, CHUNK_BYTES // (4 * math.prod(columns)))
         stream.write(bytes(-stream.tell() % alignment))
         for first in range(0, rows, step):
             done += stream.write(tensors[kind, layer].rows(first, min(first + step, rows)))
-            if sys.stderr.isatty():
+            if show:
                 print(f"\r{done / 1e6:.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr)
     return stream.tell()
 
@@ -888,7 +1844,8 @@ def write_tensors(stream, c, tensors, alignment=1):
 @contextlib.contextmanager
 def replacing(output, folder=False):
     """The name of a file, or a folder, that takes the place of `output` once it is complete."""
-    temporary = os.path.abspath(output) + ".tmp"
+    output = os.path.realpath(output)   # a link stays one, and what it points to is replaced
+    temporary = output + ".tmp"
     if folder:
         os.mkdir(temporary)             # if it exists already, it is not ours to remove
     try:
@@ -901,28 +1858,66 @@ def replacing(output, folder=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. The way back: from a flat file to a Hugging Face folder
+# 12. The way back: from a flat file to a Hugging Face folder
 
 
 def read_flat(path):
     demand(not os.path.isdir(path), "is a folder; --to needs a flat file")
-    file, pieces, at = File(path), {}, HEADER_BYTES
-    demand(file.stream.read(len(MAGIC)) == MAGIC, "is no flat file, which --to needs")
-    _, version, *numbers, flags, _ = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
-    demand(version == VERSION, f"is a flat file of version {version}; only {VERSION} is known")
-    config = Config(*numbers)
-    demand(config.shared_classifier < 2, "is damaged: shared_classifier is neither 0 nor 1")
-    check_ends(config)
+    file = File(path)
+    demand(file.read(0, min(8, file.size)) == MAGIC, "is no flat file, which --to needs")
+    numbers = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
+    demand(numbers[1] == VERSION, f"is a flat file of version {numbers[1]}; this export.py knows "
+           f"version {VERSION}: export the checkpoint again")
+    sizes, (begins, flags, cut_rule, most_digits, n_ranges, n_chat_bytes, norm_eps, _,
+            n_more_merges) = numbers[2:12], numbers[12:]
+    demand(sizes[8] in (0, 1), "is damaged: shared_classifier is neither 0 nor 1")
+    demand(0 <= flags <= ALL_FLAGS and UNCUT <= cut_rule <= LLAMA3_RULE and 0 <= most_digits < 256
+           and 0 <= n_ranges <= MOST_RANGES and 0 <= n_chat_bytes <= MOST_CHAT_BYTES
+           and n_more_merges >= 0, "is damaged: its header says impossible things of its tokenizer")
+    # The frequencies are needed, but not before head_dim is known to be sane.
+    sane = Config(*sizes, norm_eps=norm_eps)
+    parts = Parts(file, HEADER_BYTES)
+    config = Config(*sizes, norm_eps=norm_eps, frequencies=tuple(
+        radians for radians, in parts.records(struct.Struct("<d"), sane.head_dim // 2)))
+    demand(-1 <= begins < config.vocab_size,
+           f"bos is {begins}, but there are {config.vocab_size} tokens")
+    tokenizer = Tokenizer({}, flags, cut_rule, most_digits, begins=begins)
+    tokenizer.ranges = tuple(parts.records(RANGE, n_ranges))
+    tokenizer.more_merges = list(parts.records(MORE_MERGE, n_more_merges))
+    tokenizer.chat = unpack_chat(parts.take(n_chat_bytes))
     for token in range(config.vocab_size):
-        score, kind, _, length = struct.unpack("<fBBH", file.read(at, 8))
-        pieces[token] = score, kind, file.read(at + 8, length)
-        at += 8 + length
-    check_pieces(pieces, config.vocab_size)
-    tokenizer = Tokenizer(pieces, flags & 1, config.bos_id, config.eos_id)
-    demand(front(config, tokenizer) == file.read(0, at),
+        score, kind, _, length, left = PIECE.unpack(parts.take(PIECE.size))
+        tokenizer.pieces[token] = Piece(score, kind, parts.take(length), left)
+    check_tokenizer(tokenizer, config.vocab_size)
+    demand(front(config, tokenizer) == file.read(0, parts.at),
            "is damaged: its header or its tokenizer is not as export.py writes them")
     layout = ((key, config.shape(key[0])) for key in config.layout())
-    return config, place(file, at, layout, ALIGNMENT), tokenizer
+    return config, place(file, parts.at, layout, ALIGNMENT), tokenizer
+
+
+class Parts:
+    """Reads a file piece by piece, from one place to the next."""
+
+    def __init__(self, file, at):
+        self.file, self.at = file, at
+
+    def take(self, length):
+        data = self.file.read(self.at, length)
+        self.at += length
+        return data
+
+    def records(self, record, count):
+        return record.iter_unpack(self.take(record.size * count))
+
+
+def unpack_chat(data):
+    strings, at = [], 0
+    while at < len(data):
+        length, = struct.unpack_from("<H", data, at)
+        strings.append(data[at + 2:at + 2 + length].decode())
+        at += 2 + length
+    demand(len(strings) in (0, 6) and at == len(data), "is damaged: its chat is not six strings")
+    return tuple(strings)
 
 
 def write_hf(c, tensors, tokenizer, folder):
@@ -933,13 +1928,17 @@ def write_hf(c, tensors, tokenizer, folder):
                                               "data_offsets": [first, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)     # the data shall begin at a multiple of 8 bytes
-    content = hf_tokenizer(tokenizer, folder)
-    files = {"config.json": hf_settings(c, content), "tokenizer.json": content,
-             "tokenizer_config.json": hf_tokenizer_settings(c, content)}
+    files = {"config.json": hf_settings(c, tokenizer),
+             "generation_config.json": {"_from_model_config": True, **hf_ends(tokenizer)},
+             "tokenizer.json": hf_tokenizer(tokenizer, folder),
+             "tokenizer_config.json": hf_tokenizer_settings(tokenizer)}
     with replacing(folder, folder=True) as temporary:
         for name in files:
             with open(os.path.join(temporary, name), "w") as stream:
                 json.dump(files[name], stream, indent=2)
+        if is_sentencepiece(tokenizer):
+            with open(os.path.join(temporary, "tokenizer.model"), "wb") as stream:
+                stream.write(hf_sentencepiece(tokenizer))
         with open(os.path.join(temporary, "model.safetensors"), "wb") as stream:
             stream.write(struct.pack("<Q", len(text)) + text)
             return write_tensors(stream, c, reorder(tensors, c.head_dim, c.head_dim // 2))
@@ -948,17 +1947,25 @@ def write_hf(c, tensors, tokenizer, folder):
 def hf_settings(c, tokenizer):
     """config.json; hf_config() is the way back."""
     family = "mistral" if c.sliding_window else "llama"
-    fields = dict(vars(c), shared_classifier=bool(c.shared_classifier),
-                  sliding_window=c.sliding_window or None)
-    for field in "rope_theta", "norm_eps":
-        fields[field] = shortest(fields[field])
-    for field, name in ("bos_id", "<s>"), ("eos_id", "</s>"):
-        # Where nothing is said, readers think of these names: then -1 has to say that it is none.
-        if fields[field] == -1 and name not in tokenizer["model"]["vocab"]:
-            fields[field] = None
+    theta, scaling = explain_frequencies(c.frequencies)
+    fields = {field: getattr(c, field) for field in SETTINGS}
+    fields.update(shared_classifier=bool(c.shared_classifier), norm_eps=shortest(c.norm_eps),
+                  sliding_window=c.sliding_window or None, rope_theta=theta, rope_scaling=scaling)
     return {"architectures": [family.capitalize() + "ForCausalLM"], "model_type": family,
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
-            "torch_dtype": "float32", **{SETTINGS[field]: fields[field] for field in fields}}
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "torch_dtype": "float32", **{SETTINGS[field]: fields[field] for field in fields},
+            **hf_ends(tokenizer)}
+
+
+def hf_ends(tokenizer):
+    ends = ends_of(tokenizer)
+    begins = tokenizer.begins if tokenizer.begins >= 0 else None
+    return {"bos_token_id": begins,
+            "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
+
+
+def ends_of(tokenizer):
+    return [token for token, piece in tokenizer.pieces.items() if piece.kind == END]
 
 
 def shortest(number):
@@ -968,49 +1975,193 @@ def shortest(number):
                 if struct.pack("<f", float(text)) == struct.pack("<f", number))
 
 
+def is_sentencepiece(tokenizer):
+    """Whether pieces are joined as SentencePiece does; then tokenizer.model says it best."""
+    simple = PREFIX_SPACE | PREFIX_EACH | BYTE_PIECES | COLLAPSE_SPACES
+    lefts = {piece.left for piece in tokenizer.pieces.values()}
+    return not (tokenizer.cut_rule or tokenizer.flags & ~simple or lefts - {0})
+
+
+def hf_sentencepiece(tokenizer):
+    """tokenizer.model; read_sentencepiece() is the way back."""
+    numbers = {kind: number for number, kind in SP_KINDS.items() if number != UNUSED}
+    numbers[END] = numbers[CONTROL]
+    flags, data = tokenizer.flags, bytearray()
+    last = max(token for token, piece in tokenizer.pieces.items()
+               if piece.kind != CONTROL and piece.kind != USER_DEFINED)
+    for token in range(last + 1):
+        score, kind, text, _ = tokenizer.pieces[token]
+        number, name = numbers[kind], text
+        if kind == BYTE:
+            name = b"<0x%02X>" % text[0]
+        # User-defined pieces that Hugging Face looks for, before SentencePiece, are in
+        # tokenizer.json; here, as for nameless ones, something must keep their place.
+        if not text or kind == USER_DEFINED and flags & PREFIX_EACH:
+            number, name = UNUSED, b"<unused %d>" % token
+        name = name.replace(b" ", SPACE.encode())
+        data += proto(1, proto(1, name) + proto(2, score) + proto(3, number))
+    ends = ends_of(tokenizer)
+    data += proto(2, proto(3, 2) + proto(41, tokenizer.begins) + proto(42, (ends + [-1])[0]))
+    return data + proto(3, proto(1, b"identity") + proto(3, flags & PREFIX_SPACE)
+                        + proto(4, int(bool(flags & COLLAPSE_SPACES))))
+
+
+def proto(number, value):
+    """One field of a protocol buffer."""
+    if isinstance(value, float):
+        return proto_varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return proto_varint(number << 3) + proto_varint(value)
+    return proto_varint(number << 3 | 2) + proto_varint(len(value)) + value
+
+
+def proto_varint(value):
+    value, groups = value % 2 ** 64, []
+    while value > 127:
+        groups.append(value & 127 | 128)
+        value >>= 7
+    return bytes(groups + [value])
+
+
 def hf_tokenizer(tokenizer, folder):
     """tokenizer.json; read_tokenizer_json() is the way back."""
-    vocab, scores, added, unknown = {}, {}, [], None
-    n_bytes = sum(kind == BYTE for _, kind, _ in tokenizer.pieces.values())
+    names, added, vocab, unknown = hf_names(tokenizer), [], {}, None
+    n_bytes = sum(piece.kind == BYTE for piece in tokenizer.pieces.values())
     demand(n_bytes in (0, 256), f"has {n_bytes} byte pieces: tokenizer.json needs all 256, or none")
-    for token, (score, kind, text) in tokenizer.pieces.items():
-        name = f"<0x{text[0]:02X}>" if kind == BYTE else text.decode()
-        if not name:
-            continue                    # padding
-        if kind == NORMAL:
-            name = name.replace(" ", SPACE)
-            scores[name] = score
-        elif kind != BYTE:
-            # These are looked for before the normaliser has turned spaces into anything.
-            added.append(dict(id=token, content=name, single_word=False, lstrip=False, rstrip=False,
-                              normalized=False, special=kind != USER_DEFINED))
-            unknown = name if kind == UNKNOWN else unknown
+    for token, name in names.items():
+        kind = tokenizer.pieces[token].kind
         demand(name not in vocab, f"pieces {vocab.get(name)} and {token} would both be {name!r}, "
                "which tokenizer.json cannot express")
         vocab[name] = token
-    steps = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    undo = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if tokenizer.dummy_prefix:
-        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
-        undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    post = None
-    for bos in [name for name in vocab if vocab[name] == tokenizer.bos_id]:
-        first, second = ([{"SpecialToken": {"id": bos, "type_id": n}},
-                          {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
-        post = {"type": "TemplateProcessing", "single": first, "pair": first + second,
-                "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}}
+        unknown = name if kind == UNKNOWN else unknown
+        if kind not in (NORMAL, BYTE):
+            # These are looked for before the normaliser has turned spaces into anything.
+            added.append(dict(id=token, content=name, single_word=False, lstrip=False, rstrip=False,
+                              normalized=False, special=kind != USER_DEFINED))
+    normalizer, pre_tokenizer, decoder = hf_steps(tokenizer, folder)
+    separate = bool(tokenizer.flags & SEPARATE_UNKNOWN)
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
-        "post_processor": post, "decoder": {"type": "Sequence", "decoders": undo},
+        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "post_processor": hf_template(tokenizer, names), "decoder": decoder,
         "model": {"type": "BPE", "dropout": None, "unk_token": unknown,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-                  "byte_fallback": n_bytes > 0, "ignore_merges": False, "vocab": vocab,
-                  "merges": merges_of(scores, folder)}}
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": not (separate or tokenizer.cut_rule), "byte_fallback": n_bytes > 0,
+                  "ignore_merges": bool(tokenizer.flags & IGNORE_MERGES), "vocab": vocab,
+                  "merges": hf_merges(tokenizer, names, folder)}}
 
 
-def merges_of(scores, folder):
+def hf_names(tokenizer):
+    """{token: its name in tokenizer.json}, without those that have none."""
+    spaced = uses_spaces(tokenizer)
+    alphabet = {byte: character for character, byte in byte_alphabet().items()}
+    names = {}
+    for token, (_, kind, text, _) in tokenizer.pieces.items():
+        if kind == BYTE:
+            names[token] = f"<0x{text[0]:02X}>"
+        elif kind == NORMAL and tokenizer.cut_rule:
+            names[token] = "".join(alphabet[byte] for byte in text)
+        elif text:
+            names[token] = text.decode()
+            if kind == NORMAL and spaced:
+                demand(SPACE not in names[token], f"is damaged: piece {token}, {text!r}, has a "
+                       "U+2581 where a space is expected")
+                names[token] = names[token].replace(" ", SPACE)
+    return names
+
+
+def uses_spaces(tokenizer):
+    """Whether a space may be a part of a piece, for which tokenizer.json writes U+2581."""
+    texts = (piece.text for piece in tokenizer.pieces.values() if piece.kind == NORMAL)
+    return not tokenizer.cut_rule and (
+        bool(tokenizer.flags & PREFIX_SPACE) or any(b" " in text for text in texts))
+
+
+def step(kind, **settings):
+    return {"type": kind, **settings}
+
+
+def sequence(name, inner):
+    return step("Sequence", **{name: inner}) if inner else None
+
+
+def hf_steps(tokenizer, folder):
+    """(normalizer, pre_tokenizer, decoder); class Plan is the way back."""
+    flags, before, cut, undo = tokenizer.flags, [], [], []
+    if flags & NEWLINE_SPACE:
+        before.append(step("Replace", pattern={"String": "\n"}, content="\n "))
+        undo.append(step("Replace", pattern={"String": "\n "}, content="\n"))
+    if flags & COLLAPSE_SPACES:
+        before += [step("Replace", pattern={"Regex": ENDS_REGEX}, content=""),
+                   step("Replace", pattern={"Regex": " {2,}"}, content=" ")]
+    if tokenizer.cut_rule:
+        return sequence("normalizers", before), hf_cut(tokenizer), step(
+            "ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    fuse = [step("ByteFallback"), step("Fuse")]
+    if not uses_spaces(tokenizer):
+        return sequence("normalizers", before), None, sequence("decoders", fuse + undo)
+    prefix, each = flags & PREFIX_SPACE, flags & PREFIX_EACH
+    if prefix and (flags & PREFIX_UNLESS_SPACE or not each):
+        if not flags & PREFIX_UNLESS_SPACE:
+            warn(folder, "other tools will put no space before a text that begins with one; "
+                 "drugs.c does")
+        cut = step("Metaspace", replacement=SPACE, prepend_scheme="always" if each else "first",
+                   split=False)
+    else:
+        before += [step("Prepend", prepend=SPACE)] if prefix else []
+        before.append(step("Replace", pattern={"String": " "}, content=SPACE))
+    undo = [step("Replace", pattern={"String": SPACE}, content=" "), *fuse, *undo]
+    if prefix:
+        undo.append(step("Strip", content=" ", start=1, stop=0))
+    return sequence("normalizers", before), cut or None, sequence("decoders", undo)
+
+
+def hf_cut(tokenizer):
+    """The pre_tokenizer of a cut_rule."""
+    prefixed = bool(tokenizer.flags & PREFIX_SPACE)
+    level = step("ByteLevel", add_prefix_space=prefixed, trim_offsets=True, use_regex=True)
+    if tokenizer.cut_rule == GPT2_RULE:
+        digits = [step("Digits", individual_digits=True)] if tokenizer.most_digits else []
+        return sequence("pretokenizers", digits + [level])
+    spelt = [regex for regex, plan in REGEXES.items() if plan == (LLAMA3_RULE,
+                                                                   tokenizer.most_digits)]
+    demand(spelt, f"cuts numbers after {tokenizer.most_digits} digits, for which no tokenizer.json "
+           "is known")
+    split = step("Split", pattern={"Regex": spelt[0]}, behavior="Isolated", invert=False)
+    return sequence("pretokenizers", [split, {**level, "use_regex": False}])
+
+
+def hf_template(tokenizer, names):
+    """The post_processor, which puts the begin before a text."""
+    bos = names.get(tokenizer.begins)
+    if bos is None:
+        return None
+    first, second = ([{"SpecialToken": {"id": bos, "type_id": n}},
+                      {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
+    return step("TemplateProcessing", single=first, pair=first + second, special_tokens={
+        bos: {"id": bos, "ids": [tokenizer.begins], "tokens": [bos]}})
+
+
+def hf_merges(tokenizer, names, folder):
+    """The pairs that may be joined, the best first."""
+    pieces = tokenizer.pieces
+    if is_sentencepiece(tokenizer):
+        return all_merges({names[token]: piece.score for token, piece in pieces.items()
+                           if piece.kind == NORMAL}, folder)
+    merges = [(piece.score, token, piece.left) for token, piece in pieces.items()
+              if piece.kind == NORMAL and piece.left not in (0, NEVER)]
+    merges += [(score, token, left) for token, left, score in tokenizer.more_merges]
+    pairs = []
+    for _, token, left in sorted(merges, key=lambda merge: -merge[0]):
+        text = pieces[token].text
+        demand(left < len(text), f"is damaged: piece {token} cannot part behind byte {left}")
+        # As many characters as the left part has: of one byte each, if the vocabulary is of bytes.
+        cut = left if tokenizer.cut_rule else len(text[:left].decode())
+        pairs.append(f"{names[token][:cut]} {names[token][cut:]}")
+    return pairs
+
+
+def all_merges(scores, folder):
     """All ways to join two pieces into one, the best first; scores are those of normal pieces."""
     merges, ranked, inexact = [], set(), False
     for name in sorted(scores, key=scores.get, reverse=True):
@@ -1032,24 +2183,31 @@ def merges_of(scores, folder):
     return merges
 
 
-def hf_tokenizer_settings(c, tokenizer):
+def hf_tokenizer_settings(tokenizer):
     """tokenizer_config.json, without which Hugging Face would add tokens that it thinks usual."""
-    names = {token: name for name, token in tokenizer["model"]["vocab"].items()}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "bos_token": names.get(c.bos_id), "eos_token": names.get(c.eos_id),
-            "unk_token": tokenizer["model"]["unk_token"]}
+    ends = ends_of(tokenizer)
+    unknown = [token for token, piece in tokenizer.pieces.items() if piece.kind == UNKNOWN]
+    begins = tokenizer.begins >= 0
+    return {"tokenizer_class": "LlamaTokenizer" if is_sentencepiece(tokenizer)
+            else "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"], "add_bos_token": begins,
+            "add_eos_token": False, "legacy": bool(tokenizer.flags & PREFIX_EACH),
+            "bos_token": tokenizer.text_of(tokenizer.begins) if begins else None,
+            "eos_token": tokenizer.text_of(ends[0]) if ends else None,
+            "unk_token": tokenizer.text_of(unknown[0]) if unknown else None,
+            # Null says that there is no form, where silence would mean an old one.
+            "chat_template": own_template(tokenizer.chat, begins) if tokenizer.chat else None}
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. The command line
+# 13. The command line
 
 
 def main():
     parser = argparse.ArgumentParser(prog="export.py", description="Turn a Llama or Mistral "
                                      "checkpoint into one flat file, or a flat file back into one.")
-    parser.add_argument("input", help="Hugging Face or Meta folder, llama2.c .pt or v0 .bin; for "
-                        "--to a flat file")
+    parser.add_argument("input", help="Hugging Face, Meta or Mistral folder, llama2.c .pt or v0 "
+                        ".bin; for --to a flat file")
     outputs = parser.add_mutually_exclusive_group()
     outputs.add_argument("-o", "--output", default="model.bin", help="default: model.bin")
     outputs.add_argument("--to", nargs=2, metavar=("hf", "DIR"),
@@ -1059,27 +2217,62 @@ def main():
     path, output = arguments.input, arguments.to[1] if arguments.to else arguments.output
     if arguments.to and (arguments.to[0] != "hf" or arguments.tokenizer):
         parser.error("--to knows only hf, and --tokenizer has no place beside it")
+    for stream in sys.stdout, sys.stderr:
+        if stream and hasattr(stream, "reconfigure"):
+            # A name of a file may have characters that the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with reading(output):
-            if arguments.to:
-                demand(not os.path.lexists(output) or os.path.isdir(output)
-                       and not os.listdir(output), "exists; name a new or empty folder after --to")
-            else:
-                demand(not os.path.isdir(output), "is a folder; name a file after -o")
-                demand(os.path.realpath(output) != os.path.realpath(path),
-                       "is the input; name another file after -o")
+            check_output(output, path, folder=bool(arguments.to))
         with reading(path):
             model = read_flat(path) if arguments.to else read_model(path, arguments.tokenizer)
             size = (write_hf if arguments.to else write_flat)(*model, output)
-            c = model[0]
-            print(f"{output}: {c.n_layers} layers, dim {c.dim}, {c.n_heads} heads ({c.n_kv_heads} "
-                  f"for keys), {c.vocab_size} pieces, {size / 1e6:.1f} MB")
     except Refused as error:
-        sys.exit(f"export.py: {error.path}: {error}")
+        stop(f"{error.path}: {error}")
     except OSError as error:
-        sys.exit(f"export.py: {error.filename or output}: {error.strerror}")
+        stop(f"{error.filename or output}: {error.strerror}{ADVICE.get(type(error), '')}")
     except KeyboardInterrupt:
-        sys.exit("export.py: interrupted; nothing was written")
+        stop("interrupted; nothing was written")
+    c = model[0]
+    report(output, f"{output}: {c.n_layers} layers, dim {c.dim}, {c.n_heads} heads ({c.n_kv_heads} "
+           f"for keys), {c.vocab_size} pieces, {size / 1e6:.1f} MB")
+
+
+ADVICE = {PermissionError: "; ask for the right to it, or copy it to where you have it",
+          FileNotFoundError: "; is the path right?",
+          IsADirectoryError: "; a file was expected",
+          NotADirectoryError: "; is the path right?"}
+
+
+def check_output(output, path, folder):
+    exists = os.path.lexists(output)
+    if folder:
+        demand(not exists or os.path.isdir(output) and not os.listdir(output),
+               "exists; name a new or empty folder after --to")
+        return
+    demand(not os.path.isdir(output), "is a folder; name a file after -o")
+    demand(os.path.realpath(output) != os.path.realpath(path),
+           "is the input; name another file after -o")
+    # A device or a pipe would be replaced by a file.
+    demand(not os.path.exists(output) or stat.S_ISREG(os.stat(output).st_mode),
+           "is a device or a pipe; name a file after -o")
+
+
+def stop(why):
+    sys.exit(f"export.py: {why}")
+
+
+def report(output, line):
+    """The last line.  If it cannot be shown, that is no fault of the model."""
+    try:
+        print(line)
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        # Python would try once more at its end, and complain in its own words.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop(f"standard output: {error.strerror}; but {output} was written whole")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,11 @@
  *     rope      swiglu    attention   forward: backward               linear   embed
  *
  * loss_, values_, keys_ and read_backward are parts of these. (On the
- * command line -y and -t mean other things than in drugs.)
+ * command line -x, -y and -t mean other things than in drugs.)
  */
 #define DRUGS_LIBRARY
 #include "drugs.c"
 #include <ctype.h>
-#include <errno.h>
 #include <sys/ioctl.h>
 
 /* ================================================================================================
@@ -1001,11 +1000,11 @@ typedef struct Text {
 
 // Each text that goes on writes its next token and gets a row. active is
 // narrowed to these texts; returns their number.
-static int write_next(const Config *c, Text **active, int n, Row *rows) {
+static int write_next(const Model *m, Text **active, int n, Row *rows) {
     int n_active = 0;
     for (int i = 0; i < n; i++) {
         Text *text = active[i];
-        if (ending(c, text->next))
+        if (ending(m, text->next))
             continue; // it is complete and drops out
         text->tokens[text->n_tokens++] = text->next;
         rows[n_active] = (Row){
@@ -1030,7 +1029,7 @@ static void write_texts(Run *run, Text *texts, int n, int n_new) {
         active[i] = &texts[i];
     // n is the number of texts that still go on.
     for (int written = 0; written < n_new; written++) {
-        n = write_next(c, active, n, rows);
+        n = write_next(run->model, active, n, rows);
         if (written + 1 == n_new)
             break; // what would come then is not asked
         for (int first = 0; first < n; first += run->max_rows) {
@@ -1051,15 +1050,18 @@ static void write_texts(Run *run, Text *texts, int n, int n_new) {
     free(active);
 }
 
+// The tokens of a string, BOS first.
+static int *tokens_of(const Model *m, const char *text, int *n_tokens) {
+    return encode(m, (Source){text, strlen(text), AT_START, .bos = true}, n_tokens);
+}
+
 // The text of tokens (n). The caller frees it.
-static char *text_of(const Tokenizer *tokenizer, const int *tokens, int n) {
-    char *text = NULL;
-    size_t size = 0;
-    Printer printer = {.to = open_memstream(&text, &size), .at_start = true};
-    if (!printer.to)
-        die(1, "out of memory");
+static char *text_of(const Model *m, const int *tokens, int n) {
+    char *text;
+    size_t size;
+    Printer printer = {.to = open_memory(&text, &size), .at_start = true};
     for (int i = 0; i < n; i++)
-        print_token(&printer, tokenizer, tokens[i]);
+        print_token(&printer, m, tokens[i]);
     print_rest(&printer);
     fclose(printer.to); // which sets text
     return text;
@@ -1068,7 +1070,7 @@ static char *text_of(const Tokenizer *tokenizer, const int *tokens, int n) {
 // A token as a word of a table: what it prints, on one line, with <0A> and
 // the like for what cannot be seen. The caller frees it.
 static char *visible(const Model *m, int token) {
-    const Piece *piece = &m->tokenizer.pieces[token];
+    const Piece *piece = &m->tokenizer->pieces[token];
     char *text = resize(NULL, 4 * (ptrdiff_t)piece->length + 1, 1); // <0A> takes four
     char *to = text;
     for (int i = 0; i < piece->length; i++) {
@@ -1356,7 +1358,7 @@ static char **write_columns(Stepped *t, const Experiment *e,
     write_texts(&t->run, texts, n, n_new);
     for (int i = 0; i < n; i++) {
         int n_written = n_prompt + texts[i].n_tokens;
-        written[i] = text_of(&m->tokenizer, tokens + i * length, n_written);
+        written[i] = text_of(m, tokens + i * length, n_written);
         sequence_free(m, &sequences[i]);
     }
     free(sequences);
@@ -1527,7 +1529,7 @@ static void write_stepped(const Step *s, float step_size, Output *output) {
 static const char STEP_USAGE[] =
     "usage: train_step <model.bin> [options]\n"
     "  -l <text>    the lesson, or @file (To be, or not to be, that is the question:)\n"
-    "  -i <text>    prompt (To be)\n"
+    "  -i <text>    prompt, @file, or - for standard input (To be)\n"
     "  -e <sizes>   step sizes (0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1)\n"
     "  -n <tokens>  how many to write (64)\n"
     "  -x <which>   predictions that count in the loss: all (default) or last\n"
@@ -1557,25 +1559,6 @@ static const char OTHER[] =
     "weather is nice today, so we can walk in the park. I like to drink a cup of tea in the "
     "morning.";
 
-// The whole of a file that an option names, as a string: everything up to a
-// zero byte, which getdelim takes for the end of a line.
-static const char *read_file(int option, const char *path) {
-    FILE *file = fopen(path, "rb");
-    char *text = NULL;
-    size_t size = 0;
-    if (file)
-        getdelim(&text, &size, '\0', file);
-    if (!file || ferror(file))
-        die(1, "-%c: %s cannot be read: %s", option, path, strerror(errno));
-    fclose(file);
-    return text ? text : "";
-}
-
-// A text as it is given, or from a file if it begins with @.
-static const char *text_or_file(int option, const char *value) {
-    return *value == '@' ? read_file(option, value + 1) : value;
-}
-
 // Reads step sizes, separated by commas.
 static void parse_step_sizes(Experiment *e, const char *list) {
     char *copy = strdup(list); // in which commas become ends of strings
@@ -1597,10 +1580,10 @@ static void parse_step_sizes(Experiment *e, const char *list) {
 static void take_option(Experiment *e, int letter, const char *value) {
     switch (letter) {
     case 'l':
-        e->lesson = text_or_file('l', value);
+        e->lesson = text_of_option('l', value);
         break;
     case 'i':
-        e->prompt = value;
+        e->prompt = text_of_option('i', value);
         break;
     case 'e':
         parse_step_sizes(e, value);
@@ -1614,13 +1597,13 @@ static void take_option(Experiment *e, int letter, const char *value) {
         e->counting = strcmp(value, "last") ? 0 : LAST_ONLY;
         break;
     case 'g':
-        e->sequel = text_or_file('g', value);
+        e->sequel = text_of_option('g', value);
         break;
     case 'f':
-        e->other = read_file('f', value);
+        e->other = read_stream('f', value, fopen(value, "rb"));
         break;
     case 'y':
-        e->cure = value;
+        e->cure = text_of_option('y', value);
         break;
     case 't':
         e->table_path = value;
@@ -1678,8 +1661,6 @@ static void teach(Step *s, const Model *m, const Experiment *e) {
     step_init(s, m, n - 1); // a lesson of n tokens is n - 1 predictions
     step_add(s, &sequence, lesson, n, DRUGGED | e->counting);
     step_take(s);
-    if (!isfinite(s->loss)) // then no number that follows would mean anything
-        die(1, "the loss of the lesson is not finite; is the model in order?");
     sequence_free(m, &sequence);
     free((float *)noise.theta);
     free(lesson);
@@ -1688,6 +1669,7 @@ static void teach(Step *s, const Model *m, const Experiment *e) {
 #ifndef TRAIN_STEP_LIBRARY
 int main(int argc, char **argv) {
     program = "train_step";
+    open_standard_streams();
     if (argc < 2 || !strcmp(argv[1], "-h"))
         show_help(STEP_USAGE, argc > 1);
     Experiment e = parse_experiment(argc, argv);

@@ -29,12 +29,23 @@ static size_t tensor_floats(const Config *c, int which) {
     return (size_t)n_out * n_in;
 }
 
+static size_t pieces_at(const Config *c) {
+    return HEADER_BYTES + c->head_dim / 2 * sizeof(double); // behind RoPE's frequencies
+}
+
 static size_t size_of_file(const Config *c) {
-    size_t offset = HEADER_BYTES + c->tokenizer_bytes;
+    size_t offset = pieces_at(c) + c->tokenizer_bytes;
     int layer, which;
     for (int i = 0; tensor_at(c, i, &layer, &which); i++)
         offset = align(offset) + tensor_floats(c, which) * sizeof(float);
     return offset;
+}
+
+static void fill_frequencies(char *file, int head_dim) {
+    for (int i = 0; i < head_dim / 2; i++) {
+        double frequency = pow(10000, -2. * i / head_dim);
+        memcpy(file + HEADER_BYTES + i * sizeof frequency, &frequency, sizeof frequency);
+    }
 }
 
 // One unknown piece, the others the same letter each.
@@ -50,7 +61,7 @@ static void fill_pieces(char *pieces) {
 static void fill_weights(char *file, const Config *c) {
     enum { BLOCK_FLOATS = 4099 }; // a prime, so that rows differ
     static float block[BLOCK_FLOATS];
-    size_t offset = HEADER_BYTES + c->tokenizer_bytes;
+    size_t offset = pieces_at(c) + c->tokenizer_bytes;
     int layer, which;
     for (int i = 0; i < BLOCK_FLOATS; i++)
         block[i] = (uniform(1, i) - .5f) * .05f;
@@ -67,7 +78,7 @@ static void fill_weights(char *file, const Config *c) {
 
 // The file of a model of this shape.
 static char *make_file(Config c, size_t *n_bytes) {
-    c.version = 1;
+    c.version = 2;
     c.head_dim = c.dim / c.n_heads;
     c.vocab_size = BENCH_VOCAB;
     c.tokenizer_bytes = BENCH_VOCAB * BENCH_PIECE_BYTES;
@@ -77,7 +88,8 @@ static char *make_file(Config c, size_t *n_bytes) {
     char *file = resize(NULL, *n_bytes, 1);
     memcpy(file, "drugs.c", MAGIC_BYTES);
     memcpy(file + MAGIC_BYTES, &c, CONFIG_BYTES);
-    fill_pieces(file + HEADER_BYTES);
+    fill_frequencies(file, c.head_dim);
+    fill_pieces(file + pieces_at(&c));
     fill_weights(file, &c);
     return file;
 }
@@ -200,10 +212,8 @@ int main(int argc, char **argv) {
         .n_heads = 12,
         .seq_len = 1024,
         .shared_classifier = 1,
-        .rope_theta = 10000,
         .norm_eps = 1e-5f,
         .bos = -1,
-        .eos = -1,
     };
     program = "bench";
     if (argc == 5) {

@@ -121,8 +121,7 @@ static void lab_open(Lab *lab, const Model *m, const LabOptions *options, int ma
     };
 
     // does it fit?
-    size_t n_bytes = strlen(options->prompt);
-    lab->prompt = encode(m, options->prompt, n_bytes, true, &lab->n_prompt);
+    lab->prompt = tokens_of(m, options->prompt, &lab->n_prompt);
     int room = c->seq_len - lab->n_prompt;
     if (!lab->n_prompt || room < 1)
         die(1, "-i has %d tokens, it needs 1 to %d for this model", lab->n_prompt, c->seq_len - 1);
@@ -886,7 +885,7 @@ static void trip(const Model *m, const LabOptions *options) {
         .noise = {.seed = options->noise.seed, .family = options->noise.family},
         .n_seeds = options->n_seeds,
     };
-    int *tokens = encode(m, options->prompt, strlen(options->prompt), true, &trip.n_tokens);
+    int *tokens = tokens_of(m, options->prompt, &trip.n_tokens);
     trip.tokens = tokens;
     check_trip(&m->config, trip.n_tokens);
     Output output = output_open('o', options->out, ".csv .svg", options->model);
@@ -971,7 +970,7 @@ static void print_shaded_text(const Model *m, const Probe *probe) {
     if (!probe->n_tokens || !isatty(STDOUT_FILENO))
         return;
     for (int i = 0; i < probe->n_tokens; i++) {
-        const Piece *piece = &m->tokenizer.pieces[probe->tokens[i]];
+        const Piece *piece = &m->tokenizer->pieces[probe->tokens[i]];
         int gray = 236 + (int)(19 * probe->agreement[i]);
         printf("\033[38;5;%dm%.*s", gray, piece->length, piece->bytes);
     }
@@ -1378,7 +1377,7 @@ static void measure_texts(Lab *lab, Cell *cell, const char *sober) {
         cell->angle += angle;
         n_tokens += text->n_tokens;
         n_angles += text->n_tokens > 0 ? text->n_tokens - 1 : 0;
-        char *written = text_of(&lab->run.model->tokenizer, text->tokens, text->n_tokens);
+        char *written = text_of(lab->run.model, text->tokens, text->n_tokens);
         cell->prefix += (double)common_prefix(written, sober) / n_texts;
         free(written);
     }
@@ -1504,7 +1503,7 @@ static void text_row(Table *table, const Cell *cell, int i) {
     number_cell(table, "%.9g", cell->angle);
     number_cell(table, "%.9g", cell->diversity);
     number_cell(table, "%.9g", cell->likelihood);
-    char *written = text_of(&lab->run.model->tokenizer, text->tokens, text->n_tokens);
+    char *written = text_of(lab->run.model, text->tokens, text->n_tokens);
     print_cell(table, written, (int)strlen(written));
     end_row(table);
     free(written);
@@ -1571,7 +1570,7 @@ static void explore(const Model *m, const LabOptions *options) {
     // the sober text
     int *tokens = resize(NULL, lab.n_new, sizeof *tokens);
     int n_tokens = sober_continuation(&lab, tokens);
-    char *sober = text_of(&m->tokenizer, tokens, n_tokens);
+    char *sober = text_of(m, tokens, n_tokens);
 
     // all others
     Text *texts = resize(NULL, N_CELLS * options->n_seeds, sizeof *texts);
@@ -1636,7 +1635,7 @@ static LabOptions parse_lab_options(int argc, char **argv) {
             continue;
         switch (letter) {
         case 'i':
-            options.prompt = optarg;
+            options.prompt = text_of_option('i', optarg);
             break;
         case 'n':
             options.n_new = whole_number('n', "a number of tokens", optarg, 0, 1 << 28);
@@ -1668,6 +1667,7 @@ static const struct {
 enum { N_EXPERIMENTS = sizeof EXPERIMENTS / sizeof *EXPERIMENTS };
 
 int main(int argc, char **argv) {
+    open_standard_streams();
     program = "lab";
     bool asked = argc > 1 && !strcmp(argv[1], "-h");
     asked = asked || (argc > 2 && !strcmp(argv[2], "-h"));

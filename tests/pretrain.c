@@ -432,6 +432,7 @@ static void make_vocabulary(Document *document) {
  * The trainer works on what it will write: the model's weights lie in `file`, and here they may be
  * changed.
  */
+enum { BOS = 1, EOS = 2 }; // pieces
 static char *file;
 static size_t file_bytes;
 
@@ -446,19 +447,44 @@ static void put_zeros(size_t n) {
         put("", 1);
 }
 
+// The frequencies of RoPE, in radians per position.
+static void put_frequencies(int head_dim) {
+    for (int i = 0; i < head_dim / 2; i++) {
+        double frequency = pow(10000, -2. * i / head_dim);
+        put(&frequency, sizeof frequency);
+    }
+}
+
+// The form of a chat: Llama 2's.
+static void put_chat(void) {
+    static const char *const strings[N_CHAT_SPANS] = {
+        [OPENING] = "[INST] ",
+        [BEFORE_SYSTEM] = "[INST] <<SYS>>\n",
+        [AFTER_SYSTEM] = "\n<</SYS>>\n\n",
+        [BEFORE_QUESTION] = "<s>[INST] ",
+        [AFTER_QUESTION] = " [/INST]",
+        [AFTER_ANSWER] = " </s>",
+    };
+    for (int i = 0; i < N_CHAT_SPANS; i++) {
+        const uint16_t length = (uint16_t)strlen(strings[i]);
+        put(&length, sizeof length);
+        put(strings[i], length);
+    }
+}
+
 static void put_piece(float score, int kind, const char *bytes, size_t n) {
     const unsigned char kind_and_zero[2] = {(unsigned char)kind, 0};
-    const uint16_t length = (uint16_t)n;
+    const uint16_t length_and_left[2] = {(uint16_t)n, 0}; // 0: any two halves make it
     put(&score, 4);
     put(kind_and_zero, 2);
-    put(&length, 2);
+    put(length_and_left, 4);
     put(bytes, n);
 }
 
 static void put_pieces(void) {
     put_piece(0, UNKNOWN, "<unk>", 5);
     put_piece(0, CONTROL, "<s>", 3);
-    put_piece(0, CONTROL, "</s>", 4);
+    put_piece(0, END, "</s>", 4);
     for (int i = 0; i < 256; i++) {
         const char byte = (char)i;
         put_piece(0, BYTE, &byte, 1);
@@ -499,8 +525,13 @@ static void make_file(Config c) {
     c.kv_dim = c.n_kv_heads * c.head_dim;
     put("drugs.c", MAGIC_BYTES);
     put_zeros(HEADER_BYTES - MAGIC_BYTES);
+    put_frequencies(c.head_dim);
+    size_t chat = file_bytes;
+    put_chat();
+    c.chat_bytes = (int32_t)(file_bytes - chat);
+    size_t pieces = file_bytes;
     put_pieces();
-    c.tokenizer_bytes = (int64_t)file_bytes - HEADER_BYTES;
+    c.tokenizer_bytes = (int64_t)(file_bytes - pieces);
     put_config(&c);
     for (int i = 0; tensor_at(&c, i, &layer, &which); i++)
         put_tensor(&c, which);
@@ -550,9 +581,9 @@ static double train(Step *s, Sequence *sequences, int n_documents, Document *doc
     for (int i = 0; i < n_documents; i++) {
         int n;
         new_document(document);
-        int *tokens = encode(m, document->text, document->n, true, &n);
+        int *tokens = tokens_of(m, document->text, &n);
         tokens = resize(tokens, n + 1, sizeof *tokens);
-        tokens[n++] = m->config.eos;
+        tokens[n++] = EOS;
         step_add(s, &sequences[i], tokens, min(n, m->config.seq_len), 0);
         free(tokens);
     }
@@ -704,7 +735,7 @@ int main(int argc, char **argv) {
     dice_key = scramble(seed + 1000);
     dice_thrown = 0;
     make_file((Config){
-        .version = 1,
+        .version = 2,
         .dim = 64,
         .hidden_dim = 172,
         .n_layers = 5,
@@ -714,10 +745,8 @@ int main(int argc, char **argv) {
         .vocab_size = FIRST + n_symbols,
         .seq_len = CONTEXT,
         .shared_classifier = 1,
-        .rope_theta = 10000,
         .norm_eps = 1e-5f * GAUGE * GAUGE, // which the gauge makes 1e-5
-        .bos = 1,
-        .eos = 2,
+        .bos = BOS,
         .tokenizer_flags = PREFIX_SPACE | BYTE_PIECES,
     });
     Model m;

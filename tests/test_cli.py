@@ -7,6 +7,7 @@
 import collections
 import os
 import re
+import struct
 import subprocess
 import tempfile
 import unittest
@@ -17,6 +18,33 @@ MODEL = os.path.join(HERE, "hamlet.bin")
 CONTEXT = 160                           # of this model, in tokens
 
 Done = collections.namedtuple("Done", "status out err")
+NAN = b"\x00\x00\xc0\x7f"
+
+
+def content(path=MODEL):
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+def without_numbers(share=1):
+    """The small model with a NaN for one of its weights, the last gain of the final norm or one
+    that lies at this share of the file."""
+    data = content()
+    behind = int(share * len(data)) // 4 * 4
+    return data[:behind - 4] + NAN + data[behind:]
+
+
+def with_chat(*strings):
+    """The small model with another form of a chat: six strings, or none."""
+    data, align = content(), lambda n: (n + 63) // 64 * 64
+    head_dim, = struct.unpack_from("<i", data, 32)
+    chat_bytes, _, n_pieces = struct.unpack_from("<ifq", data, 72)
+    start = 256 + 8 * (head_dim // 2)           # behind RoPE's frequencies; there are no tables
+    behind = start + chat_bytes + n_pieces
+    chat = b"".join(struct.pack("<H", len(string)) + string for string in strings)
+    out = data[:72] + struct.pack("<i", len(chat)) + data[76:start] + chat
+    out += data[start + chat_bytes:behind]
+    return out.ljust(align(len(out)), b"\0") + data[align(behind):]
 
 
 def run(*arguments, stdin=b"", stdout=subprocess.PIPE):
@@ -28,6 +56,18 @@ def run(*arguments, stdin=b"", stdout=subprocess.PIPE):
 @unittest.skipUnless(os.path.exists(DRUGS), "./drugs is not built: run make first")
 @unittest.skipUnless(os.path.exists(MODEL), "tests/hamlet.bin is not here")
 class Case(unittest.TestCase):
+    def path(self, name, data=None):
+        """In a folder of this test alone; with these bytes, if there are any."""
+        if not hasattr(self, "folder"):
+            folder = tempfile.TemporaryDirectory()
+            self.addCleanup(folder.cleanup)
+            self.folder = folder.name
+        path = os.path.join(self.folder, name)
+        if data is not None:
+            with open(path, "wb") as stream:
+                stream.write(data)
+        return path
+
     def good(self, *arguments, **more):
         done = run(MODEL, *arguments, **more)
         self.assertEqual(done.status, 0, done.err)
@@ -121,9 +161,118 @@ class TestGenerate(Case):
         self.assertNotEqual(self.text("-H", ".7", "-c", "1"), self.text("-H", ".7", "-c", "0"))
 
 
+class TestTexts(Case):
+    """Where a prompt comes from, and what is meant in it."""
+
+    def read(self, *arguments, **more):
+        """How many tokens of prompt are read, and what is printed."""
+        done = self.good("-n", "5", *arguments, **more)
+        return int(re.search(r"read (\d+) ", done.err).group(1)), done.out
+
+    def test_files(self):
+        want = self.read("-i", "To be")
+        for data in b"To be", b"\xef\xbb\xbfTo be":        # which some editors put in front
+            self.assertEqual(self.read("-i", "@" + self.path("x.txt", data)), want, data)
+        for data in (b"To be\n", b" To be", b"To\n\nbe", b"To\xef\xbb\xbf be",
+                     "\u00e9\u4e2d".encode()):
+            file = self.path("x.txt", data)
+            self.assertEqual(self.read("-i", "@" + file), self.read("-i", data), data)
+        self.assertEqual(self.read("-i", "@" + self.path("x.txt", b"")), self.read())
+        self.assertEqual(self.read("-i", "@" + self.path("x.txt", b"\xef\xbb\xbf")), self.read())
+
+    def test_standard_input(self):
+        self.assertEqual(self.read("-i", "-", stdin=b"To be"), self.read("-i", "To be"))
+        self.assertEqual(self.read("-i", "-", stdin=b"To be\n"), self.read("-i", "To be\n"))
+        self.assertEqual(self.read("-i", "-", stdin=b"\xef\xbb\xbfTo be"), self.read("-i", "To be"))
+        self.assertEqual(self.read("-i", "-"), self.read())
+        self.bad(1, MODEL, "-i", "-", stdin=b"To\0be", words=["-i", "standard input", "zero byte"])
+
+    def test_files_that_are_none(self):
+        for name in self.path("missing.txt"), self.path(""), "":
+            self.bad(1, MODEL, "-i", "@" + name, words=["-i", name, "cannot be read"])
+            self.bad(1, MODEL, "-y", "@" + name, words=["-y", name, "cannot be read"])
+        for data in b"\0", b"To be\0", "To be".encode("utf-16"), b"x" * 5000 + b"\0" + b"y" * 5000:
+            path = self.path("x.txt", data)
+            self.bad(1, MODEL, "-i", "@" + path, words=["-i", path, "zero byte"])
+
+    def test_long_files(self):
+        for length in 4095, 4096, 4097, 300000:             # blocks of reading
+            path = self.path("x.txt", b"x" * length)
+            self.bad(1, MODEL, "-i", "@" + path, words=["-i has %d tokens" % (length + 2)])
+
+    def test_control_pieces(self):
+        """They are text, unless -x says that they are meant. A BOS that is spelt is the one."""
+        number, want = self.read("-i", "To be")
+        self.assertEqual(self.read("-x", "-i", "To be"), (number, want))
+        self.assertEqual(self.read("-x", "-i", "<s> To be"), (number, want))
+        self.assertEqual(self.read("-x", "-i", "@" + self.path("x", b"<s> To be")), (number, want))
+        plain = self.read("-i", "<s> To be")
+        self.assertGreater(plain[0], number + 2)
+        self.assertTrue(plain[1].startswith(b"<s> To be"), plain)
+        closed = self.read("-x", "-i", "To be</s>")
+        self.assertEqual(closed[0], number + 1)
+        self.assertTrue(closed[1].startswith(b"To be"), closed)
+        self.assertNotIn(b"<", closed[1])
+        self.assertTrue(self.read("-i", "To be</s>")[1].startswith(b"To be</s>"))
+
+
 class TestChat(Case):
     def chat(self, *arguments, said):
         return self.good("-m", "chat", "-n", "5", *arguments, stdin=said)
+
+    def test_the_form_of_the_file(self):
+        """Whatever the form is, an answer is what follows the same text as a prompt."""
+        one, two, three = b"Here is one of ", b"Shakespeare's more famous", b" works: "
+        prompt = (one + two + three).decode()
+        want = self.good("-i", prompt, "-n", "5").out[len(prompt):]
+        for model, arguments, said in (
+                (with_chat(b"", b"?", b"?", b"?", b"", b"?"), [], one + two + three),
+                (with_chat(one, b"?", b"?", b"?", three, b"?"), [], two),
+                (with_chat(b"?", one[:4], one[8:], b"?", three, b"?"), ["-y", "%s"], two),
+                (with_chat(b"<s> " + one, b"?", b"?", b"?", three, b"?"), [], two)):
+            system = self.path("system.txt", one[4:8])
+            arguments = [word % ("@" + system) if word == "%s" else word for word in arguments]
+            path = self.path("chat.bin", model)
+            done = run(path, "-m", "chat", "-n", "5", *arguments, stdin=said + b"\n")
+            self.assertEqual((done.status, done.out), (0, want), done)
+            self.assertIn("read %d " % len(self.ids(prompt)), done.err)
+
+    def ids(self, prompt):
+        done = self.good("-i", prompt, "-n", "1")
+        return range(int(re.search(r"read (\d+) ", done.err).group(1)))
+
+    def test_control_pieces_are_those_of_the_form(self):
+        """The same text typed and in the form is not the same."""
+        def read(opening, said):
+            path = self.path("chat.bin", with_chat(opening, b"", b"", b"", b"", b""))
+            done = run(path, "-m", "chat", "-n", "1", stdin=said + b"\n")
+            self.assertEqual(done.status, 0, done)
+            return int(re.search(r"read (\d+) ", done.err).group(1))
+        self.assertEqual(read(b"x</s>", b"y"), read(b"x", b"y") + 1)
+        self.assertGreater(read(b"x", b"</s>y"), read(b"x</s>", b"y"))
+        self.assertGreater(read(b"x</", b"s>y"), read(b"x</s>", b"y"))      # not even half of one
+        self.assertGreater(read(b"<s></s", b">y"), read(b"<s></s>", b"y"))
+
+    def test_what_closes_an_answer(self):
+        """It is fed before the next question, and that gets no BOS but the form's own."""
+        def chat(after, before, said=b"x\nx\n"):
+            path = self.path("chat.bin", with_chat(b"", b"", b"", before, b"", after))
+            done = run(path, "-m", "chat", "-n", "9", stdin=said)
+            self.assertEqual(done.status, 0, done)
+            return int(re.search(r"read (\d+) ", done.err).group(1)), done.out
+        number, plain = chat(b"", b"")
+        self.assertEqual(chat(b"</s>", b"", said=b"x\n"), chat(b"", b"", said=b"x\n"))
+        self.assertEqual(chat(b"", b"<s>")[0], number + 1)
+        self.assertEqual(chat(b"", b"<s></s>")[0], number + 2)
+        closed = chat(b" or not to be</s>", b"")[1]
+        first, second = plain.splitlines(), closed.splitlines()
+        self.assertEqual(first[0], second[0])
+        self.assertNotEqual(first[1], second[1])
+
+    def test_no_form(self):
+        path = self.path("chat.bin", with_chat())
+        self.bad(1, path, "-m", "chat", stdin=b"hello\n", words=["no form of a chat", "-i"])
+        self.assertEqual(run(path, "-i", "To be", "-n", "10").out, self.text("-n", "10"))
 
     def test_turns(self):
         one, two = self.chat(said=b"hello\n"), self.chat(said=b"hello\nand you?\n")
@@ -178,7 +327,7 @@ class TestErrors(Case):
 
     def test_the_help_names_every_option(self):
         help_text = run("-h").out.decode()
-        for option in "inmyHQKVAdwsructph":
+        for option in "ixnmyHQKVAdwsructph":
             self.assertRegex(help_text, r"(?m)^  .*-%s\b" % option)
 
     def test_the_model_comes_first(self):
@@ -262,6 +411,40 @@ class TestErrors(Case):
                 with open(path, "wb") as stream:
                     stream.write(content)
                 self.bad(1, path, words=[path])
+
+    def test_a_model_that_is_not_in_order(self):
+        """Logits that are no numbers end everything with one line."""
+        for share, more in ((1, []), (.5, []), (1, ["-t", "1"]), (1, ["-V", "1", "-c", "1"]),
+                            (.5, ["-H", "1", "-u"])):
+            path = self.path("nan.bin", without_numbers(share))
+            done = run(path, "-i", "To be", *more)
+            self.assertEqual((done.status, done.out), (1, b"To be"), more)  # it was read by then
+            self.assertRegex(done.err, r"\Adrugs: [^\n]*not finite[^\n]*\n\Z")
+            done = run(path, "-m", "chat", *more, stdin=b"hello\nhello\n")
+            self.assertEqual((done.status, done.out), (1, b""), more)
+            self.assertRegex(done.err, r"\A> drugs: [^\n]*not finite[^\n]*\n\Z")
+
+    def test_an_older_file(self):
+        old = b"drugs.c\0" + struct.pack("<i", 1) + content()[12:]
+        self.bad(1, self.path("old.bin", old), words=["older", "export the checkpoint again"])
+
+    def test_closed_streams(self):
+        """A stream that is closed is no place for anything else."""
+        def shell(redirections, *arguments):
+            line = '"$0" "$@" ' + redirections
+            done = subprocess.run(["sh", "-c", line, DRUGS, MODEL, *arguments], timeout=60,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
+            return Done(done.returncode, done.stdout, done.stderr.decode())
+        before, want = content(), self.text("-n", "5")
+        for redirections in ">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-":
+            done = shell(redirections, "-i", "To be", "-n", "5")
+            self.assertEqual(done.out, b"" if ">&-" in redirections.split() else want, redirections)
+            self.assertEqual(bool(done.err), "2>&-" not in redirections, redirections)
+            self.assertEqual(done.status, 0, redirections)
+        done = shell("<&-", "-i", "-", "-n", "5")
+        self.assertEqual((done.status, done.out), (0, self.good("-n", "5").out))
+        self.assertEqual(content(), before)
 
     def test_a_prompt_that_does_not_fit(self):
         self.bad(1, MODEL, "-i", "x y " * 9999, words=["-i", str(CONTEXT)])

@@ -15,6 +15,11 @@ static const char *const FAMILIES[] = {
 };
 _Static_assert(N_DOSED == N_GOLDEN_SITES + 2, "golden.h: a site each, all, all and upstream");
 
+// The tokens of n bytes, in which no control piece is meant. The caller frees them.
+static int *plain_tokens(const Model *m, const char *bytes, size_t n, bool bos, int *n_tokens) {
+    return encode(m, (Source){.bytes = bytes, .n = n, .bos = bos}, n_tokens);
+}
+
 // ---- what it is for
 
 // "To be, or not to be" is seven tokens for the small model of this repository, and one in front
@@ -26,10 +31,10 @@ Test(hamlet, this_prompt_gives_these_tokens) {
     Model model;
     int n;
     cr_assert(model_open(&model, "tests/hamlet.bin"), "%s", model.error);
-    int *tokens = tokens_of(&model, prompt, &n);
+    int *tokens = plain_tokens(&model, prompt, strlen(prompt), true, &n);
     cr_assert_eq(n, 8);
     for (int i = 0; i < n; i++) {
-        const Piece *piece = &model.tokenizer.pieces[tokens[i]];
+        const Piece *piece = &model.tokenizer->pieces[tokens[i]];
         cr_assert_eq(tokens[i], numbers[i], "token %d is %d", i, tokens[i]);
         cr_assert_eq(piece->length, (int)strlen(pieces[i]), "token %d", i);
         cr_assert(!memcmp(piece->bytes, pieces[i], (size_t)piece->length), "token %d", i);
@@ -54,7 +59,7 @@ Test(hamlet, this_prompt_is_continued_like_this) {
     const float *logits = feed(&run, &sequence, to_be, 3, WANTS_LOGITS);
     for (int i = 0; i < 10; i++) {
         int next = argmax(logits, model.config.vocab_size);
-        print_token(&printer, &model.tokenizer, next);
+        print_token(&printer, &model, next);
         logits = feed(&run, &sequence, &next, 1, WANTS_LOGITS);
     }
     fclose(printer.to);
@@ -995,30 +1000,38 @@ Test(shower, every_few_tokens) {
 
 // ---- the tokenizer
 
-// A tiny model with a vocabulary of its own: the first pieces, then these. A length of 0 is that of
-// the string.
-static void vocabulary(Bench *b, int flags, const Piece *list, int n) {
-    const bool byte_pieces = flags & BYTE_PIECES;
-    Bytes pieces = first_pieces(byte_pieces);
+// A tiny model.
+static const FileHeader TINY = {
+    .magic = "drugs.c", .version = 2, .dim = 1, .hidden_dim = 1, .n_layers = 1, .n_heads = 1,
+    .n_kv_heads = 1, .head_dim = 2, .seq_len = 8, .shared_classifier = 1, .rope_theta = 1, .bos = 1,
+};
+
+// It gets these pieces, and the list behind them. A length of 0 is that of the string.
+static void open_tiny(Bench *b, FileHeader header, Bytes pieces, int n_first, const Piece *list,
+                      int n) {
     for (int i = 0; i < n; i++) {
         const Piece *piece = &list[i];
         int length = piece->length ? piece->length : (int)strlen(piece->bytes);
-        append_piece(&pieces, piece->score, piece->kind, piece->bytes, length);
+        append_made_piece(&pieces, piece->score, piece->kind, piece->bytes, length, piece->left);
     }
-    const FileHeader header = {
-        .magic = "drugs.c", .version = 1, .dim = 1, .hidden_dim = 1, .n_layers = 1, .n_heads = 1,
-        .n_kv_heads = 1, .head_dim = 2, .vocab_size = n + (byte_pieces ? BEHIND_BYTES : FIRST_BYTE),
-        .seq_len = 8, .shared_classifier = 1, .rope_theta = 1, .bos = 1, .eos = 2,
-        .tokenizer_flags = flags,
-    };
+    header.vocab_size = n_first + n;
     bench_open_with(b, header, pieces, 1);
+}
+
+// A vocabulary in the manner of SentencePiece: the first pieces, then these.
+static void vocabulary(Bench *b, int flags, const Piece *list, int n) {
+    const bool byte_pieces = flags & BYTE_PIECES;
+    FileHeader header = TINY;
+    header.tokenizer_flags = flags;
+    open_tiny(b, header, first_pieces(byte_pieces), byte_pieces ? BEHIND_BYTES : FIRST_BYTE, list,
+              n);
 }
 
 // Checks the tokens of a text (without BOS). Numbers count from the first piece of the list, which
 // is `base`; a negative one stands for a piece before it: -1 - id.
 static void expect_tokens(const Bench *b, int base, const char *text, int n, const int *want) {
     int n_tokens;
-    int *tokens = encode(&b->model, text, strlen(text), false, &n_tokens);
+    int *tokens = plain_tokens(&b->model, text, strlen(text), false, &n_tokens);
     cr_assert_eq(n_tokens, n, "'%s': %d tokens", text, n_tokens);
     for (int i = 0; i < n; i++) {
         const int id = want[i] < 0 ? -1 - want[i] : base + want[i];
@@ -1034,7 +1047,7 @@ static char *decode(const Bench *b, const int *tokens, int n, size_t *n_text) {
     char *text;
     Printer printer = {.to = open_memstream(&text, n_text), .at_start = true};
     for (int i = 0; i < n; i++)
-        print_token(&printer, &b->model.tokenizer, tokens[i]);
+        print_token(&printer, &b->model, tokens[i]);
     print_rest(&printer);
     fclose(printer.to);
     return text;
@@ -1043,18 +1056,18 @@ static char *decode(const Bench *b, const int *tokens, int n, size_t *n_text) {
 enum { TOK_A, TOK_B, TOK_C, TOK_D, TOK_AB, TOK_BC, TOK_ABC, TOK_AA, TOK_CD, TOK_ABCD, TOK_SPACE,
        TOK_SPACE_A, N_ABC };
 static const Piece ABC[N_ABC] = {
-    [TOK_A] = {"a", 0, NORMAL, 0},
-    [TOK_B] = {"b", 0, NORMAL, 0},
-    [TOK_C] = {"c", 0, NORMAL, 0},
-    [TOK_D] = {"d", 0, NORMAL, 0},
-    [TOK_AB] = {"ab", 0, NORMAL, -2},
-    [TOK_BC] = {"bc", 0, NORMAL, -1},
-    [TOK_ABC] = {"abc", 0, NORMAL, -5},
-    [TOK_AA] = {"aa", 0, NORMAL, -3},
-    [TOK_CD] = {"cd", 0, NORMAL, -1},
-    [TOK_ABCD] = {"abcd", 0, NORMAL, -9},
-    [TOK_SPACE] = {" ", 0, NORMAL, 0},
-    [TOK_SPACE_A] = {" a", 0, NORMAL, -4},
+    [TOK_A] = {"a", 0, NORMAL, 0, 0},
+    [TOK_B] = {"b", 0, NORMAL, 0, 0},
+    [TOK_C] = {"c", 0, NORMAL, 0, 0},
+    [TOK_D] = {"d", 0, NORMAL, 0, 0},
+    [TOK_AB] = {"ab", 0, NORMAL, 0, -2},
+    [TOK_BC] = {"bc", 0, NORMAL, 0, -1},
+    [TOK_ABC] = {"abc", 0, NORMAL, 0, -5},
+    [TOK_AA] = {"aa", 0, NORMAL, 0, -3},
+    [TOK_CD] = {"cd", 0, NORMAL, 0, -1},
+    [TOK_ABCD] = {"abcd", 0, NORMAL, 0, -9},
+    [TOK_SPACE] = {" ", 0, NORMAL, 0, 0},
+    [TOK_SPACE_A] = {" a", 0, NORMAL, 0, -4},
 };
 
 // Merging by hand: the best score first, the leftmost of equals, over several levels, and only
@@ -1103,16 +1116,16 @@ Test(tokenizer, begins_with_bos) {
         int n;
         Bench b;
         vocabulary(&b, flags[i], ABC, N_ABC);
-        int *tokens = encode(&b.model, "", 0, true, &n);
+        int *tokens = plain_tokens(&b.model, "", 0, true, &n);
         cr_assert_eq(n, 1);
         cr_assert_eq(tokens[0], 1);
         free(tokens);
-        tokens = encode(&b.model, "c", 1, true, &n);
+        tokens = plain_tokens(&b.model, "c", 1, true, &n);
         cr_assert_eq(tokens[0], 1);
         cr_assert_eq(tokens[n - 1], BEHIND_BYTES + TOK_C);
         free(tokens);
         b.model.config.bos = -1;
-        free(encode(&b.model, "", 0, true, &n));
+        free(plain_tokens(&b.model, "", 0, true, &n));
         cr_assert_eq(n, 0);
         bench_close(&b);
     }
@@ -1120,7 +1133,7 @@ Test(tokenizer, begins_with_bos) {
 
 // A character that is broken off does not take a byte of the next one with it.
 Test(tokenizer, broken_characters) {
-    const Piece list[] = {{"\xC3\xA9", 0, NORMAL, 0}};
+    const Piece list[] = {{"\xC3\xA9", 0, NORMAL, 0, 0}};
     const int c3 = -1 - (FIRST_BYTE + 0xC3);
     const int f0 = -1 - (FIRST_BYTE + 0xF0);
     Bench b;
@@ -1140,17 +1153,17 @@ Test(tokenizer, special_pieces) {
     const int base = FIRST_BYTE; // there are no byte pieces
     const int unk = -1 - 0;
     const Piece list[N_LIST] = {
-        [a] = {"a", 0, NORMAL, 0},
-        [b_] = {"b", 0, NORMAL, 0},
-        [ab] = {"ab", 0, NORMAL, -1},
-        [ba] = {"ba", 0, USER_DEFINED, 0},
-        [bab] = {"bab", 0, USER_DEFINED, 0},
-        [lt] = {"<", 0, NORMAL, 0},
-        [s] = {"s", 0, NORMAL, 0},
-        [gt] = {">", 0, NORMAL, 0},
-        [aba] = {"aba", 0, NORMAL, 9},
-        [ss] = {"ss", 0, CONTROL, 9},
-        [aa] = {"aa", 0, NORMAL, 5},
+        [a] = {"a", 0, NORMAL, 0, 0},
+        [b_] = {"b", 0, NORMAL, 0, 0},
+        [ab] = {"ab", 0, NORMAL, 0, -1},
+        [ba] = {"ba", 0, USER_DEFINED, 0, 0},
+        [bab] = {"bab", 0, USER_DEFINED, 0, 0},
+        [lt] = {"<", 0, NORMAL, 0, 0},
+        [s] = {"s", 0, NORMAL, 0, 0},
+        [gt] = {">", 0, NORMAL, 0, 0},
+        [aba] = {"aba", 0, NORMAL, 0, 9},
+        [ss] = {"ss", 0, CONTROL, 0, 9},
+        [aa] = {"aa", 0, NORMAL, 0, 5},
     };
     Bench b;
     vocabulary(&b, 0, list, N_LIST);
@@ -1226,7 +1239,7 @@ Test(tokenizer, merges_like_a_naive_search) {
             const int length = 1 + (int)(unit(v, p) * 6);
             const int score = (int)(-6 * unit(v, 2000 + p));
             random_letters(v, 1000 + 8 * p, length, bytes[p]);
-            list[p] = (Piece){bytes[p], 0, NORMAL, (float)score};
+            list[p] = (Piece){bytes[p], 0, NORMAL, 0, (float)score};
         }
         vocabulary(&b, BYTE_PIECES, list, N_LIST);
         for (uint64_t k = 0; k < 100; k++) {
@@ -1235,7 +1248,7 @@ Test(tokenizer, merges_like_a_naive_search) {
             const int n = 1 + (int)(unit(v, 3000 + k) * 100);
             random_letters(100 + v, 128 * k, n, text);
             const int n_want = merge_naively(list, N_LIST, text, want);
-            int *tokens = encode(&b.model, text, (size_t)n, false, &n_tokens);
+            int *tokens = plain_tokens(&b.model, text, (size_t)n, false, &n_tokens);
             cr_assert_eq(n_tokens, n_want, "vocabulary %d, '%s': %d", (int)v, text, n_tokens);
             cr_assert(!memcmp(tokens, want, (size_t)n_want * sizeof *want),
                       "vocabulary %d, '%s'", (int)v, text);
@@ -1275,33 +1288,86 @@ static Bytes with_spaces(Bytes text) {
     return result;
 }
 
-// What is encoded can be printed again: random bytes, spaces in front, broken UTF-8, zeros. Only
-// U+2581, SentencePiece's sign for a space, comes back as the space it stands for.
+// How many bytes the character at text has, of which n are left; 0 if there is none. By the table
+// in Unicode's chapter 3: first and last of the first byte, first and last of the second one.
+static size_t character_at(const char *text, size_t n) {
+    static const unsigned char table[][5] = {
+        {0x00, 0x7F, 0, 0, 1},          {0xC2, 0xDF, 0x80, 0xBF, 2}, {0xE0, 0xE0, 0xA0, 0xBF, 3},
+        {0xE1, 0xEC, 0x80, 0xBF, 3},    {0xED, 0xED, 0x80, 0x9F, 3}, {0xEE, 0xEF, 0x80, 0xBF, 3},
+        {0xF0, 0xF0, 0x90, 0xBF, 4},    {0xF1, 0xF3, 0x80, 0xBF, 4}, {0xF4, 0xF4, 0x80, 0x8F, 4},
+    };
+    const unsigned char *byte = (const unsigned char *)text;
+    for (int i = 0; i < 9; i++) {
+        const size_t length = table[i][4];
+        if (byte[0] < table[i][0] || byte[0] > table[i][1])
+            continue;
+        bool whole = length <= n;
+        whole = whole && (length < 2 || (byte[1] >= table[i][2] && byte[1] <= table[i][3]));
+        for (size_t k = 2; k < length; k++)
+            whole = whole && byte[k] >= 0x80 && byte[k] <= 0xBF;
+        return whole ? length : 0;
+    }
+    return 0;
+}
+
+// The text with U+FFFD in place of every byte that belongs to no character.
+static Bytes mended(Bytes text) {
+    Bytes result = {0};
+    for (size_t i = 0; i < text.n;) {
+        const size_t length = character_at(text.data + i, text.n - i);
+        append(&result, length ? &text.data[i] : "\xEF\xBF\xBD", length ? length : 3);
+        i += length ? length : 1;
+    }
+    return result;
+}
+
+// The bytes of tokens, one piece behind the other.
+static Bytes bytes_of(const Model *m, const int *tokens, int n) {
+    Bytes bytes = {0};
+    for (int i = 0; i < n; i++) {
+        const Piece *piece = &m->tokenizer->pieces[tokens[i]];
+        append(&bytes, piece->bytes, (size_t)piece->length);
+    }
+    return bytes;
+}
+
+static bool same_bytes(Bytes a, const char *data, size_t n) {
+    return a.n == n && (!n || !memcmp(a.data, data, n));
+}
+
+// Tokens have all the bytes of their text, and print it: random bytes, spaces in front, broken
+// UTF-8, zeros. Only U+2581, SentencePiece's sign for a space, comes back as the space it stands
+// for, and what is no character is printed as U+FFFD.
 Test(tokenizer, round_trip) {
     const Piece list[] = {
-        {" ", 0, NORMAL, 0},
-        {"  ", 0, NORMAL, -1},
-        {"\xC3\xA9", 0, NORMAL, -1},
-        {" \xC3\xA9", 0, NORMAL, -2},
-        {"\xA9 ", 0, NORMAL, -1},
-        {"\x96\x81", 0, NORMAL, 1},
-        {"\xF0\x9F\x98\x80", 0, NORMAL, 1},
+        {" ", 0, NORMAL, 0, 0},
+        {"  ", 0, NORMAL, 0, -1},
+        {"\xC3\xA9", 0, NORMAL, 0, -1},
+        {" \xC3\xA9", 0, NORMAL, 0, -2},
+        {"\xA9 ", 0, NORMAL, 0, -1},
+        {"\x96\x81", 0, NORMAL, 0, 1},
+        {"\xF0\x9F\x98\x80", 0, NORMAL, 0, 1},
     };
     Bench b;
     vocabulary(&b, BYTE_PIECES | PREFIX_SPACE, list, 7);
     for (uint64_t k = 0; k < 3000; k++) {
         Bytes text = random_text(k);
         Bytes want = with_spaces(text);
+        Bytes printed = mended(want);
         int n_tokens;
-        int *tokens = encode(&b.model, text.data, text.n, true, &n_tokens);
+        int *tokens = plain_tokens(&b.model, text.data, text.n, false, &n_tokens);
+        Bytes bytes = bytes_of(&b.model, tokens, n_tokens);
         size_t n_back;
         char *back = decode(&b, tokens, n_tokens, &n_back);
-        cr_assert_eq(n_back, want.n, "text %d: %zu bytes", (int)k, n_back);
-        cr_assert(!n_back || !memcmp(back, want.data, n_back), "text %d", (int)k);
+        const size_t prefix = text.n > 0; // the space in front
+        cr_assert(same_bytes(want, bytes.data + prefix, bytes.n - prefix), "text %d", (int)k);
+        cr_assert(same_bytes(printed, back, n_back), "text %d: %s", (int)k, back);
         free(tokens);
         free(back);
+        free(bytes.data);
         free(text.data);
         free(want.data);
+        free(printed.data);
     }
     bench_close(&b);
 }
@@ -1312,11 +1378,11 @@ Test(tokenizer, long_text) {
     char *text = memset(resize(NULL, LENGTH, 1), 'a', LENGTH);
     Piece list[7]; // a, aa, aaaa, ... 64 times a
     for (int i = 0; i < 7; i++)
-        list[i] = (Piece){text, 1 << i, NORMAL, (float)-i};
+        list[i] = (Piece){text, 1 << i, NORMAL, 0, (float)-i};
     Bench b;
     vocabulary(&b, BYTE_PIECES, list, 7);
     int n;
-    int *tokens = encode(&b.model, text, LENGTH, false, &n);
+    int *tokens = plain_tokens(&b.model, text, LENGTH, false, &n);
     cr_assert_eq(n, LENGTH / 64 + 1);
     for (int i = 0; i < n - 1; i++)
         cr_assert_eq(tokens[i], BEHIND_BYTES + 6);
@@ -1327,47 +1393,519 @@ Test(tokenizer, long_text) {
 }
 
 // A character that is spread over tokens is printed when it is complete; what turns out to be
-// broken is printed as it is.
+// broken, as soon as that is clear.
 Test(tokenizer, prints_whole_characters) {
     const int e_acute[] = {FIRST_BYTE + 0xC3, FIRST_BYTE + 0xA9};
     const int face[] = {FIRST_BYTE + 0xF0, FIRST_BYTE + 0x9F, FIRST_BYTE + 0x98, FIRST_BYTE + 0x80};
     const int letter_x = FIRST_BYTE + 'x';
     Bench b;
     vocabulary(&b, BYTE_PIECES, NULL, 0);
-    const Tokenizer *tokenizer = &b.model.tokenizer;
+    const Model *m = &b.model;
     char *text;
     size_t n;
     Printer printer = {.to = open_memstream(&text, &n), .at_start = true};
-    print_token(&printer, tokenizer, e_acute[0]);
+    print_token(&printer, m, e_acute[0]);
     cr_assert_eq(n, 0);
-    print_token(&printer, tokenizer, e_acute[1]);
+    print_token(&printer, m, e_acute[1]);
     cr_assert_eq(n, 2);
     for (int i = 0; i < 4; i++) {
-        print_token(&printer, tokenizer, face[i]);
+        print_token(&printer, m, face[i]);
         cr_assert_eq(n, i < 3 ? 2 : 6);
     }
-    print_token(&printer, tokenizer, face[0]);
-    print_token(&printer, tokenizer, letter_x);
-    cr_assert_eq(n, 8);
-    print_token(&printer, tokenizer, face[0]);
+    print_token(&printer, m, face[0]);
+    print_token(&printer, m, letter_x);
+    cr_assert_eq(n, 6 + 3 + 1);
+    print_token(&printer, m, face[0]);
     print_rest(&printer);
     fflush(printer.to);
-    cr_assert_eq(n, 9);
-    print_token(&printer, tokenizer, e_acute[0]);
-    print_token(&printer, tokenizer, e_acute[0]); // the one before was broken off, this one waits
+    cr_assert_eq(n, 13);
+    print_token(&printer, m, e_acute[0]);
+    print_token(&printer, m, e_acute[0]); // the one before was broken off, this one waits
     fflush(printer.to);
-    cr_assert_eq(n, 10);
-    print_token(&printer, tokenizer, e_acute[1]);
-    cr_assert_eq(n, 12);
+    cr_assert_eq(n, 16);
+    print_token(&printer, m, e_acute[1]);
+    cr_assert_eq(n, 18);
     const int no_lead[] = {0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF}; // no character begins with these
     for (int i = 0; i < 6; i++) {
-        print_token(&printer, tokenizer, FIRST_BYTE + no_lead[i]);
-        cr_assert_eq((int)n, 12 + i + 1, "byte %x waits", no_lead[i]);
+        print_token(&printer, m, FIRST_BYTE + no_lead[i]);
+        cr_assert_eq((int)n, 18 + 3 * (i + 1), "byte %x waits", no_lead[i]);
     }
     fclose(printer.to);
-    cr_assert_str_eq(text, "\xC3\xA9\xF0\x9F\x98\x80\xF0x\xF0\xC3\xC3\xA9\x80\xBF\xC0\xC1\xF5\xFF");
     free(text);
     bench_close(&b);
+}
+
+// Each byte that belongs to no character is printed as U+FFFD, here #.
+Test(tokenizer, prints_no_broken_characters) {
+    const struct {
+        const char *bytes, *printed;
+    } cases[] = {
+        {"\x80", "#"}, {"a\xBF" "b", "a#b"},             // nothing before it
+        {"\xC3", "#"}, {"\xC3" "a", "#a"},              // broken off, by the end and by a letter
+        {"\xE2\x82", "##"}, {"\xE2\x82" "a", "##a"}, {"\xE2\x82\xC3\xA9", "##\xC3\xA9"},
+        {"\xF0\x9F\x98", "###"}, {"\xF0\x9F\x98\xE2\x82\xAC", "###\xE2\x82\xAC"},
+        {"\xC0\x80", "##"}, {"\xC1\xBF", "##"},        // longer than need be
+        {"\xE0\x80\x80", "###"}, {"\xE0\x9F\xBF", "###"}, {"\xE0\xA0\x80", "\xE0\xA0\x80"},
+        {"\xF0\x80\x80\x80", "####"}, {"\xF0\x8F\xBF\xBF", "####"},
+        {"\xF0\x90\x80\x80", "\xF0\x90\x80\x80"},
+        {"\xED\x9F\xBF", "\xED\x9F\xBF"},            // surrogates lie behind it
+        {"\xED\xA0\x80", "###"}, {"\xED\xBF\xBF", "###"}, {"\xEE\x80\x80", "\xEE\x80\x80"},
+        {"\xF4\x8F\xBF\xBF", "\xF4\x8F\xBF\xBF"},   // the last character of all
+        {"\xF4\x90\x80\x80", "####"}, {"\xF5\x80\x80\x80", "####"}, {"\xFE\xFF", "##"},
+        {"\xEF\xBF\xBD", "\xEF\xBF\xBD"},            // U+FFFD itself
+    };
+    Bench b;
+    vocabulary(&b, BYTE_PIECES, NULL, 0);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int n;
+        int *tokens = plain_tokens(&b.model, cases[i].bytes, strlen(cases[i].bytes), false, &n);
+        size_t n_text;
+        char *text = decode(&b, tokens, n, &n_text);
+        Bytes want = {0};
+        for (const char *c = cases[i].printed; *c; c++)
+            append(&want, *c == '#' ? "\xEF\xBF\xBD" : c, *c == '#' ? 3 : 1);
+        cr_assert(same_bytes(want, text, n_text), "case %zu: %s", i, text);
+        free(want.data);
+        free(text);
+        free(tokens);
+    }
+    bench_close(&b);
+}
+
+// A terminal is not given what it would obey; a file gets every character as it is.
+Test(tokenizer, prints_control_characters) {
+    const char text[] = "\x1B[2J\a\b\r\t\n\x7F\xC2\x9B\xC2\xA0!\0z";
+    const char shown[] = "<1B>[2J<07><08><0D>\t\n<7F><9B>\xC2\xA0!<00>z";
+    Bench b;
+    vocabulary(&b, BYTE_PIECES, NULL, 0);
+    for (int terminal = 0; terminal < 2; terminal++) {
+        char *printed;
+        size_t n_printed;
+        int n;
+        int *tokens = plain_tokens(&b.model, text, sizeof text - 1, false, &n);
+        Printer printer = {.to = open_memstream(&printed, &n_printed), .terminal = terminal};
+        for (int i = 0; i < n; i++)
+            print_token(&printer, &b.model, tokens[i]);
+        fclose(printer.to);
+        const char *want = terminal ? shown : text;
+        cr_assert_eq(n_printed, (terminal ? sizeof shown : sizeof text) - 1, "%s", printed);
+        cr_assert(!memcmp(printed, want, n_printed), "%s", printed);
+        free(printed);
+        free(tokens);
+    }
+    bench_close(&b);
+}
+
+// ---- what a vocabulary may ask for
+
+// Checks the pieces of a source, which are spelt with a | between them.
+static void expect_pieces(const Bench *b, Source source, const char *want) {
+    int n;
+    int *tokens = encode(&b->model, source, &n);
+    Bytes spelt = {0};
+    for (int i = 0; i < n; i++) {
+        const Piece *piece = &b->model.tokenizer->pieces[tokens[i]];
+        append(&spelt, "|", i > 0);
+        append(&spelt, piece->bytes, (size_t)piece->length);
+    }
+    append(&spelt, "", 1);
+    cr_assert_str_eq(spelt.data, want, "'%s': %s, want %s", source.bytes, spelt.data, want);
+    free(spelt.data);
+    free(tokens);
+}
+
+static Source source_of(const char *text) {
+    return (Source){.bytes = text, .n = strlen(text)};
+}
+
+// Where spaces are put in front and taken away, and how they are printed again. In the texts
+// control pieces are meant.
+Test(tokenizer, spaces) {
+    enum { EACH = PREFIX_SPACE | PREFIX_EACH, UNLESS = PREFIX_SPACE | PREFIX_UNLESS_SPACE };
+    const Piece list[] = {
+        {" ", 0, NORMAL, 0, 0}, {"a", 0, NORMAL, 0, 0}, {"b", 0, NORMAL, 0, 0},
+        {" a", 0, NORMAL, 0, -1}, {"\n", 0, NORMAL, 0, 0}, {"<u>", 0, USER_DEFINED, 0, 0},
+    };
+    const struct {
+        int flags;
+        const char *text, *pieces, *printed; // NULL: the text
+    } cases[] = {
+        {0, "a a", "a| a", NULL},
+        {0, " a", " a", NULL},
+        {0, "\xE2\x96\x81" "a", " a", " a"},
+        {PREFIX_SPACE, "", "", NULL},
+        {PREFIX_SPACE, "a", " a", NULL},
+        {PREFIX_SPACE, " a", " | a", NULL},
+        {PREFIX_SPACE, "a<u>b", " a|<u>|b", NULL},
+        {PREFIX_SPACE, "<u>a", " |<u>|a", NULL},
+        {PREFIX_SPACE, "<s>a</s>a", "<s>|a|</s>|a", "aa"},
+        {EACH, "a<u>b", " a|<u>| |b", "a<u> b"},
+        {EACH, "<u>a", "<u>| a", "<u> a"},
+        {EACH, "<s>a</s>a", "<s>| a|</s>| a", "a a"},
+        {EACH, "<s></s>", "<s>|</s>", ""},
+        {UNLESS, "a", " a", NULL},
+        {UNLESS, " a", " a", "a"},
+        {UNLESS, "<u>a", "<u>|a", NULL},
+        {UNLESS, "a<u>a", " a|<u>|a", NULL},
+        {EACH | UNLESS, "<u>a<u> a", "<u>| a|<u>| a", "<u> a<u> a"},
+        {COLLAPSE_SPACES, "  a  b   ", "a| |b", "a b"},
+        {COLLAPSE_SPACES, "   ", "", ""},
+        {COLLAPSE_SPACES | PREFIX_SPACE, "  a  b   ", " a| |b", "a b"},
+        {COLLAPSE_SPACES | PREFIX_SPACE, "   ", "", ""},
+        {COLLAPSE_SPACES | PREFIX_SPACE, "a", " a", NULL},
+        {NEWLINE_SPACE, "b\nb", "b|\n| |b", NULL},
+        {NEWLINE_SPACE, "\na", "\n| a", NULL},
+        {NEWLINE_SPACE, "b\n a\n", "b|\n| | a|\n| ", NULL},
+        {NEWLINE_SPACE | PREFIX_SPACE, "a\n\na", " a|\n| |\n| a", NULL},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Bench b;
+        vocabulary(&b, BYTE_PIECES | cases[i].flags, list, 6);
+        Source source = source_of(cases[i].text);
+        source.controls = true;
+        expect_pieces(&b, source, cases[i].pieces);
+        int n;
+        int *tokens = encode(&b.model, source, &n);
+        size_t n_text;
+        char *text = decode(&b, tokens, n, &n_text);
+        const char *want = cases[i].printed ? cases[i].printed : cases[i].text;
+        cr_assert_str_eq(text, want, "flags %d: '%s', want '%s'", cases[i].flags, text, want);
+        free(text);
+        free(tokens);
+        bench_close(&b);
+    }
+}
+
+// A run of unknown characters is one piece, or each is one.
+Test(tokenizer, unknown_characters) {
+    const Piece list[] = {{"a", 0, NORMAL, 0, 0}, {"<u>", 0, USER_DEFINED, 0, 0}};
+    Bench b;
+    vocabulary(&b, 0, list, 2);
+    expect_pieces(&b, source_of("axy\xC3\xA9" "az"), "a|<unk>|a|<unk>");
+    expect_pieces(&b, source_of("x<u>y"), "<unk>|<u>|<unk>");
+    bench_close(&b);
+    vocabulary(&b, SEPARATE_UNKNOWN, list, 2);
+    expect_pieces(&b, source_of("axy\xC3\xA9" "az"), "a|<unk>|<unk>|<unk>|a|<unk>");
+    bench_close(&b);
+}
+
+// Control pieces that are spelt in a text are found only where they are meant, and never where they
+// were typed, not even in part. A user-defined piece is found everywhere; of several, the longest.
+Test(tokenizer, control_pieces_that_are_meant) {
+    const Piece list[] = {
+        {"<s>x", 0, CONTROL, 0, 0}, {"<u>", 0, USER_DEFINED, 0, 0}, {"x<s", 0, END, 0, 0},
+    };
+    Bench b;
+    vocabulary(&b, BYTE_PIECES, list, 3);
+    Source source = source_of("<s>a<u></s>");
+    expect_pieces(&b, source, "<|s|>|a|<u>|<|/|s|>");
+    source.controls = true;
+    expect_pieces(&b, source, "<s>|a|<u>|</s>");
+    source.typed = (const char[11]){0};
+    expect_pieces(&b, source, "<s>|a|<u>|</s>");
+    source.typed = (const char[11]){1, 1, 1, 1, 1, 1, 1};
+    expect_pieces(&b, source, "<|s|>|a|<u>|</s>");
+    source.typed = (const char[11]){[2] = 1, [5] = 1, [7] = 1};
+    expect_pieces(&b, source, "<|s|>|a|<u>|<|/|s|>");
+    source.controls = false; // then typed says nothing
+    expect_pieces(&b, source, "<|s|>|a|<u>|<|/|s|>");
+    source = (Source){.bytes = "a<s>x<s>", .n = 8, .controls = true};
+    expect_pieces(&b, source, "a|<s>x|<s>");
+    source.typed = (const char[8]){[4] = 1}; // then the shorter one is meant
+    expect_pieces(&b, source, "a|<s>|x|<s>");
+    source.n = 7; // what lies behind the text is not seen
+    expect_pieces(&b, source, "a|<s>|x|<|s");
+    bench_close(&b);
+}
+
+// A text that spells BOS where it is meant gets no second one in front.
+Test(tokenizer, bos_is_not_doubled) {
+    const Piece list[] = {{" ", 0, NORMAL, 0, 0}};
+    Bench b;
+    vocabulary(&b, BYTE_PIECES | PREFIX_SPACE, list, 1);
+    expect_pieces(&b, (Source){.bytes = "<s>a", .n = 4, .bos = true}, "<s>| |<|s|>|a");
+    Source source = {.bytes = "<s>a", .n = 4, .bos = true, .controls = true};
+    expect_pieces(&b, source, "<s>|a");
+    source.typed = (const char[4]){1, 1, 1, 1};
+    expect_pieces(&b, source, "<s>| |<|s|>|a");
+    source = (Source){.bytes = "</s>a", .n = 5, .bos = true, .controls = true};
+    expect_pieces(&b, source, "<s>|</s>|a");
+    source = (Source){.bytes = "<s><s>", .n = 6, .bos = true, .controls = true};
+    expect_pieces(&b, source, "<s>|<s>");
+    b.model.config.bos = -1;
+    expect_pieces(&b, source, "<s>|<s>");
+    bench_close(&b);
+}
+
+// ---- byte-level vocabularies
+
+// Some of Unicode's letters, numbers and spaces.
+static Bytes some_ranges(void) {
+    static const uint32_t ranges[][3] = {
+        {0x09, 0x0D, WHITE}, {' ', ' ', WHITE}, {'0', '9', NUMBER}, {'A', 'Z', LETTER},
+        {'a', 'z', LETTER}, {0x85, 0x85, WHITE}, {0xA0, 0xA0, WHITE}, {0xB2, 0xB3, NUMBER},
+        {0xBC, 0xBE, NUMBER}, {0xC0, 0xD6, LETTER}, {0xD8, 0xF6, LETTER}, {0xF8, 0x2C1, LETTER},
+        {0x660, 0x669, NUMBER}, {0x2000, 0x200A, WHITE}, {0x2160, 0x2182, NUMBER},
+        {0x3000, 0x3000, WHITE}, {0x4E00, 0x9FFF, LETTER},
+    };
+    Bytes bytes = {0};
+    append(&bytes, ranges, sizeof ranges);
+    return bytes;
+}
+
+// <pad>, <s>, </s>, the 256 bytes but for those that are absent, then the list.
+static void byte_level(Bench *b, FileHeader header, const char *absent, const Piece *list, int n) {
+    Bytes pieces = {0};
+    int n_first = FIRST_BYTE;
+    append_piece(&pieces, 0, CONTROL, "<pad>", 5);
+    append_piece(&pieces, 0, CONTROL, "<s>", 3);
+    append_piece(&pieces, 0, END, "</s>", 4);
+    for (int i = 0; i < 256; i++) {
+        const char byte = (char)i;
+        if (i && strchr(absent, byte))
+            continue;
+        append_piece(&pieces, 0, NORMAL, &byte, 1);
+        n_first++;
+    }
+    header.ranges = some_ranges();
+    header.tokenizer_flags |= *absent ? 0 : BYTE_PIECES;
+    open_tiny(b, header, pieces, n_first, list, n);
+    free(header.ranges.data);
+}
+
+enum { N_CUTS = 5, MOST_WORDS = 64 };
+static const struct {
+    int rule, most_digits;
+} CUTS[N_CUTS] = {{CUT_GPT2, 0}, {CUT_GPT2, 1}, {CUT_LLAMA3, 3}, {CUT_LLAMA3, 1}, {CUT_LLAMA3, 0}};
+
+// Texts, cut at each | by these five rules; NULL: as by the rule before. From Perl, whose regular
+// expressions know letters and numbers as those of the tokenizers do.
+static const char *const WORDS[][N_CUTS] = {
+        {"Hello| world|,| it|'s| 2024|!", "Hello| world|,| it|'s| |2|0|2|4|!",
+         "Hello| world|,| it|'s| |202|4|!", "Hello| world|,| it|'s| |2|0|2|4|!",
+         "Hello| world|,| it|'s| |2024|!"},
+        {"I|'|LL| we|'|Ve| '|S|'|T| DON|'|T", NULL, "I|'LL| we|'Ve| '|S|'T| DON|'T", NULL, NULL},
+        {"''|s| '|\xC5\xBF| x|'|\xC5\xBFy", NULL, "''|s| '|\xC5\xBF| x|'\xC5\xBF|y", NULL, NULL},
+        {"a| | b|  | c|    ", NULL, NULL, NULL, NULL},
+        {"  | lead", NULL, NULL, NULL, NULL},
+        {"one|\n|two|\n\n | three| \n", NULL, "one|\n|two|\n\n| | three| \n", NULL, NULL},
+        {"x|\r\n\r|\n|y|  \n| z", NULL, "x|\r\n\r\n|y|  \n| z", NULL, NULL},
+        {"1234567| 12| x|7| 7|x", "1|2|3|4|5|6|7| |1|2| x|7| |7|x", "123|456|7| |12| x|7| |7|x",
+         "1|2|3|4|5|6|7| |1|2| x|7| |7|x", "1234567| |12| x|7| |7|x"},
+        {" | 12| | 3|\n|4", "  |1|2|  |3|\n|4", " | |12| | |3|\n|4", " | |1|2| | |3|\n|4",
+         " | |12| | |3|\n|4"},
+        {"\xC3\xA9| \xC3\x89| na\xC3\xAFve| \xC3\x9Fx", NULL, NULL, NULL, NULL},
+        {"\xE4\xB8\xAD\xE6\x96\x87| \xE5\xAD\x97", NULL, NULL, NULL, NULL},
+        {"a|\xF0\x9F\x98\x80\xF0\x9F\x98\x80| b| \xF0\x9F\x98\x80!", NULL, NULL, NULL, NULL},
+        {"a|\xE3\x80\x80|b| |\xE3\x80\x80|c", NULL, "a|\xE3\x80\x80" "b| |\xE3\x80\x80" "c",
+         NULL, NULL},
+        {"!!|\n|\n|??| .|\r\n", NULL, "!!\n\n|??| .\r\n", NULL, NULL},
+        {"$|abc| #|1| -|x", NULL, "$abc| #|1| -|x", NULL, NULL},
+        {"\xC2\xB2\xC2\xBD\xE2\x85\xA3|X| \xD9\xA3\xD9\xA3",
+         "\xC2\xB2|\xC2\xBD|\xE2\x85\xA3|X| |\xD9\xA3|\xD9\xA3",
+         "\xC2\xB2\xC2\xBD\xE2\x85\xA3|X| |\xD9\xA3\xD9\xA3",
+         "\xC2\xB2|\xC2\xBD|\xE2\x85\xA3|X| |\xD9\xA3|\xD9\xA3",
+         "\xC2\xB2\xC2\xBD\xE2\x85\xA3|X| |\xD9\xA3\xD9\xA3"},
+        {"a|_|b|__|c", NULL, "a|_b|__|c", NULL, NULL},
+        {"\t|\t|x|\t| y", NULL, "\t|\tx|\t| y", NULL, NULL},
+        {"e|\xCC\x81|x", NULL, "e|\xCC\x81x", NULL, NULL},
+        {"\xC2\xA0|\xC2\xA0|x", NULL, "\xC2\xA0|\xC2\xA0x", NULL, NULL},
+        {" \n\n| a", NULL, NULL, NULL, NULL},
+        {"'", NULL, NULL, NULL, NULL},
+        {"1|'|S|2|'s", NULL, "1|'S|2|'s", NULL, NULL},
+};
+
+// Checks the words of a text. Every word is made a piece that merging cannot make, but is taken
+// whole, so there are as many tokens as words, if the words are those.
+static void check_words(int cut, const char *words) {
+    Piece list[MOST_WORDS];
+    int n = 0;
+    Bytes text = {0};
+    FileHeader header = TINY;
+    header.cut_rule = CUTS[cut].rule;
+    header.most_digits = CUTS[cut].most_digits;
+    header.tokenizer_flags = IGNORE_MERGES;
+    for (const char *word = words; *word; word += strcspn(word, "|")) {
+        word += *word == '|';
+        const int length = (int)strcspn(word, "|");
+        append(&text, word, (size_t)length);
+        if (length > 1) // else it is a byte
+            list[n++] = (Piece){word, length, NORMAL, 65535, 0};
+        cr_assert_lt(n, MOST_WORDS);
+    }
+    Bench b;
+    byte_level(&b, header, "", list, n);
+    expect_pieces(&b, (Source){.bytes = text.data, .n = text.n}, words);
+    free(text.data);
+    bench_close(&b);
+}
+
+// Text is cut as GPT-2 and Llama 3 cut it.
+Test(cutting, words) {
+    for (size_t i = 0; i < sizeof WORDS / sizeof *WORDS; i++) {
+        const char *words = "";
+        for (int cut = 0; cut < N_CUTS; cut++) {
+            words = WORDS[i][cut] ? WORDS[i][cut] : words;
+            check_words(cut, words);
+        }
+    }
+    for (int cut = 0; cut < N_CUTS; cut++)
+        check_words(cut, "");
+}
+
+// Merges stay within words, and a prefix is cut with the text.
+Test(cutting, merges_stay_within_words) {
+    const Piece list[] = {
+        {" a", 0, NORMAL, 0, -1}, {"a ", 0, NORMAL, 0, 9}, {"ab", 0, NORMAL, 0, -2},
+        {"b1", 0, NORMAL, 0, 9}, {"12", 0, NORMAL, 0, -1}, {" 1", 0, NORMAL, 0, -3},
+    };
+    FileHeader header = TINY;
+    header.cut_rule = CUT_GPT2;
+    Bench b;
+    byte_level(&b, header, "", list, 6);
+    expect_pieces(&b, source_of("a ab12 1"), "a| a|b|12| 1");
+    bench_close(&b);
+    header.tokenizer_flags = PREFIX_SPACE | PREFIX_UNLESS_SPACE;
+    byte_level(&b, header, "", list, 6);
+    expect_pieces(&b, source_of("a a"), " a| a");
+    expect_pieces(&b, source_of(" a"), " a");
+    expect_pieces(&b, source_of("\xE2\x96\x81"), " |\xE2|\x96|\x81"); // only a space is a space
+    bench_close(&b);
+    header.most_digits = 1;
+    header.tokenizer_flags = 0;
+    byte_level(&b, header, "", list, 6);
+    expect_pieces(&b, source_of("a ab12 1"), "a| a|b|1|2| |1");
+    bench_close(&b);
+}
+
+// A piece may say of which two halves it is made, and a table may name more of them, each with a
+// score of its own. What no halves make does not come out of merging, but may be taken whole.
+Test(tokenizer, halves) {
+    const struct {
+        int left;            // of "the", with "he" before "th"
+        int more_left;       // of a further merge, 0: none
+        float more_score;
+        const char *the, *rest; // the pieces of "the" and of "bather"
+    } cases[] = {
+        {0, 0, 0, "the", "b|a|the|r"},  // t + he
+        {1, 0, 0, "the", "b|a|the|r"},
+        {2, 0, 0, "t|he", "b|a|t|he|r"}, // th + e: never, for he is there first
+        {2, 1, -5, "the", "b|a|t|her"}, // her (-4) before the (-5)
+        {2, 1, -3, "the", "b|a|the|r"},
+        {65535, 0, 0, "t|he", "b|a|t|her"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        for (int cut_rule = CUT_NOWHERE; cut_rule <= CUT_LLAMA3; cut_rule++) {
+            const bool has_her = i == 3 || i == 4 || i == 5;
+            const Piece list[] = {
+                {"he", 0, NORMAL, 1, 0}, {"th", 0, NORMAL, 1, -2},
+                {"the", 0, NORMAL, cases[i].left, -1}, {"her", 0, NORMAL, has_her ? 2 : 65535, -4},
+            };
+            FileHeader header = TINY;
+            const uint32_t more[2] = {BEHIND_BYTES + 2, (uint32_t)cases[i].more_left};
+            append(&header.merges, more, cases[i].more_left ? sizeof more : 0);
+            append(&header.merges, &cases[i].more_score, cases[i].more_left ? sizeof(float) : 0);
+            header.cut_rule = cut_rule;
+            header.tokenizer_flags = cut_rule ? 0 : BYTE_PIECES;
+            Bench b;
+            if (cut_rule)
+                byte_level(&b, header, "", list, 4);
+            else
+                open_tiny(&b, header, first_pieces(true), BEHIND_BYTES, list, 4);
+            expect_pieces(&b, source_of("the"), cases[i].the);
+            expect_pieces(&b, source_of("bather"), cases[i].rest);
+            free(header.merges.data);
+            bench_close(&b);
+        }
+    }
+}
+
+// A word that is a piece is taken whole where the vocabulary says so.
+Test(tokenizer, a_word_is_taken_whole) {
+    const Piece list[] = {
+        {"ab", 0, NORMAL, 1, 0}, {"abc", 0, NORMAL, 65535, 9}, {" abc", 0, NORMAL, 65535, 9},
+        {"bc", 0, NORMAL, 1, -1},
+    };
+    FileHeader header = TINY;
+    header.cut_rule = CUT_LLAMA3;
+    header.most_digits = 3;
+    Bench b;
+    byte_level(&b, header, "", list, 4);
+    expect_pieces(&b, source_of("abc abc abcd"), "ab|c| |ab|c| |ab|c|d");
+    bench_close(&b);
+    header.tokenizer_flags = IGNORE_MERGES;
+    byte_level(&b, header, "", list, 4);
+    expect_pieces(&b, source_of("abc abc abcd"), "abc| abc| |ab|c|d");
+    bench_close(&b);
+}
+
+// A byte that is no piece is left out, and its neighbours become neighbours.
+Test(tokenizer, bytes_without_a_piece) {
+    const Piece list[] = {{"ab", 0, NORMAL, 0, 0}};
+    for (int rule = CUT_GPT2; rule <= CUT_LLAMA3; rule++) {
+        FileHeader header = TINY;
+        header.cut_rule = rule;
+        Bench b;
+        byte_level(&b, header, "\xC3x", list, 1);
+        expect_pieces(&b, source_of("axb"), "ab");
+        expect_pieces(&b, source_of("x"), "");
+        expect_pieces(&b, source_of("\xC3\xA9" "a"), "\xA9|a");
+        bench_close(&b);
+    }
+}
+
+// Text of a megabyte: words in several languages; one letter; digits; spaces; line feeds; random
+// bytes.
+enum { N_LONG = 6, LONG = 1000000 };
+static char *long_text(int kind) {
+    static const char *const words[] = {
+        "the ", "theory", " 1234", "'s", "\xC3\xA9t\xC3\xA9 ", "\xE4\xB8\xAD", " \n\n", "!?",
+        "\xF0\x9F\x98\x80", "\xE3\x80\x80",
+    };
+    char *text = resize(NULL, LONG + 16, 1);
+    for (int at = 0; at < LONG;) {
+        const double u = (double)unit(11, (uint64_t)at);
+        const char byte = kind == 5 ? (char)(int)(u * 256) : "?a1 \n"[kind];
+        const char *word = words[(int)(u * 10)];
+        const int length = kind ? 1 : (int)strlen(word);
+        memcpy(text + at, kind ? &byte : word, (size_t)length);
+        at += length;
+    }
+    return text;
+}
+
+// By each rule a long text is done in reasonable time, and comes back whole.
+Test(cutting, a_megabyte) {
+    const Piece list[] = {
+        {"the", 0, NORMAL, 1, -1}, {"he", 0, NORMAL, 1, 0}, {"aa", 0, NORMAL, 1, 0},
+        {"aaaa", 0, NORMAL, 2, -1}, {"  ", 0, NORMAL, 1, 0}, {"\n\n", 0, NORMAL, 1, 0},
+        {"12", 0, NORMAL, 0, 0}, {" ", 0, NORMAL, 0, 0},
+    };
+    for (int rule = CUT_NOWHERE; rule <= CUT_LLAMA3; rule++) {
+        FileHeader header = TINY;
+        header.cut_rule = rule;
+        Bench b;
+        if (rule)
+            byte_level(&b, header, "", list, 8);
+        else
+            vocabulary(&b, BYTE_PIECES, list, 8);
+        for (int kind = 0; kind < N_LONG; kind++) {
+            char *text = long_text(kind);
+            int n;
+            int *tokens = plain_tokens(&b.model, text, LONG, false, &n);
+            size_t at = 0;
+            for (int i = 0; i < n; i++) {
+                const Piece *piece = &b.model.tokenizer->pieces[tokens[i]];
+                const bool same = !memcmp(text + at, piece->bytes, (size_t)piece->length);
+                cr_assert(same, "rule %d, text %d, byte %zu", rule, kind, at);
+                at += (size_t)piece->length;
+            }
+            cr_assert_eq(at, LONG);
+            free(tokens);
+            free(text);
+        }
+        bench_close(&b);
+    }
 }
 
 // ---- dice
@@ -1457,8 +1995,7 @@ Test(talking, a_chat_remembers_its_last_token) {
     const int tokens[] = {1, 40, 41};
     Bench b;
     bench_open(&b, G, 8);
-    b.model.config.eos = -1; // nothing else ends the answer
-    b.model.config.bos = -1;
+    never_end(&b.model); // but for -n
     for (int is_chat = 0; is_chat < 2; is_chat++) {
         const Options options = {.n_new = 7, .chat = is_chat};
         FILE *nowhere = fopen("/dev/null", "w");
@@ -1472,30 +2009,34 @@ Test(talking, a_chat_remembers_its_last_token) {
     bench_close(&b);
 }
 
-// A text ends with EOS, with BOS (another text would begin), or after -n tokens. The token that
-// ends it is not written.
+// A text ends with a piece of kind END, of which there may be several, with BOS (another text would
+// begin), or after -n tokens. The token that ends it is not written.
 Test(talking, what_ends_a_text) {
-    const int tokens[] = {1, 40, 41};
+    const int tokens[] = {1, 38, 49};
     const Options options = {.n_new = 4};
     Bench b;
     bench_open(&b, G, 8);
-    Config *c = &b.model.config;
-    const char *const why[] = {
-        "-n",
-        "the end of the text (EOS)",
-        "the start of another text (BOS)",
-    };
-    int first_word = -1;
-    for (int i = 0; i < 3; i++) {
-        c->eos = i == 1 ? first_word : -1;
-        c->bos = i == 2 ? first_word : -1;
+    const char *const eos = "the end of the text (EOS)";
+    const char *const why[] = {"-n", eos, eos, eos, "the start of another text (BOS)"};
+    int words[4]; // that the model writes
+    for (int i = 0; i < 5; i++) {
+        never_end(&b.model);
+        if (i > 0 && i < 4) // the first word, the third, both
+            let_end(&b.model, words[i == 2 ? 2 : 0]);
+        if (i == 3)
+            let_end(&b.model, words[2]);
+        if (i == 4)
+            b.model.config.bos = words[0];
         FILE *nowhere = fopen("/dev/null", "w");
         Talk talk = talk_silently(&b, &options, nowhere);
         reply(&talk, tokens, 3);
         cr_assert_str_eq(talk.stopped_at, why[i], "%s", talk.stopped_at);
-        cr_assert_eq(talk.n_new, i == 0 ? 4 : 0, "%s: %d tokens", why[i], talk.n_new);
-        if (i == 0)
-            first_word = talk.sequence.tokens[3];
+        const int n_new = i == 0 ? 4 : i == 2 ? 2 : 0;
+        cr_assert_eq(talk.n_new, n_new, "%d, %s: %d tokens", i, why[i], talk.n_new);
+        if (i == 0) {
+            memcpy(words, talk.sequence.tokens + 3, 3 * sizeof *words);
+            cr_assert(words[2] != words[0] && words[2] != words[1], "choose another prompt");
+        }
         stop_talking(&talk, nowhere);
     }
     bench_close(&b);
@@ -1505,8 +2046,7 @@ Test(talking, what_ends_a_text) {
 Test(talking, a_prompt_is_read_soberly) {
     Bench b;
     bench_open(&b, G, 8);
-    b.model.config.eos = -1;
-    b.model.config.bos = -1;
+    never_end(&b.model);
     for (int drugged = 0; drugged < 2; drugged++) {
         const Options options = {.n_new = 1, .drugged_prompt = drugged};
         FILE *nowhere = fopen("/dev/null", "w");
@@ -1520,63 +2060,122 @@ Test(talking, a_prompt_is_read_soberly) {
     bench_close(&b);
 }
 
-// Checks that from `start` on, the sequence has read this text.
-static void expect_read(const Talk *talk, int start, const char *text) {
-    int n;
-    int *tokens = tokens_of(talk->run.model, text, &n);
-    cr_assert_leq(start + n, talk->sequence.length, "'%s'", text);
-    cr_assert(!memcmp(talk->sequence.tokens + start, tokens, n * sizeof *tokens), "'%s'", text);
-    free(tokens);
+// Checks that from `start` on, the sequence has read these characters, each a token of its own; \1
+// is <s> and \2 is </s>. Returns where they end.
+static int expect_read(const Talk *talk, int start, const char *text) {
+    const int n_pieces = talk->run.model->config.vocab_size - BEHIND_BYTES;
+    for (int at = start; *text; at = ++start, text++) {
+        const int byte = (unsigned char)*text;
+        const bool is_piece = byte >= ' ' && byte < ' ' + n_pieces;
+        int want = is_piece ? BEHIND_BYTES + byte - ' ' : FIRST_BYTE + byte;
+        if (byte < 3)
+            want = byte;
+        cr_assert_lt(at, talk->sequence.length, "...%s", text);
+        cr_assert_eq(talk->sequence.tokens[at], want, "...%s: %d", text,
+                     talk->sequence.tokens[at]);
+    }
+    return start;
 }
 
-// A conversation is written as Llama 2 and Mistral were taught it: each question after a BOS and
-// between [INST] and [/INST], each answer ended by an EOS, the system prompt within the first.
-Test(talking, a_chat_has_the_form_of_llama_2) {
+// A model that knows the chat of Llama 2, and may go on for long.
+static void open_chatting(Bench *b, int flags) {
+    FileHeader header = G;
+    header.tokenizer_flags = flags;
+    header.chat = llama2_chat();
+    bench_open(b, header, 8);
+    b->model.config.seq_len = 300;
+    free(header.chat.data);
+}
+
+static Span span_of(const char *text) {
+    return (Span){text, (int)strlen(text)};
+}
+
+// A conversation is written in the form that the file has: here as Llama 2 was taught it, each
+// question after a BOS and between [INST] and [/INST], each answer ended by an EOS, the system
+// prompt within the first. Control pieces are those of the form alone.
+Test(talking, a_chat_has_the_form_of_its_file) {
     cr_redirect_stdout();
+    const int flags[] = {BYTE_PIECES, BYTE_PIECES | PREFIX_SPACE,
+                         BYTE_PIECES | PREFIX_SPACE | PREFIX_EACH};
+    for (int i = 0; i < 3; i++) {
+        for (int has_system = 0; has_system < 2; has_system++) {
+            Bench b;
+            open_chatting(&b, flags[i]);
+            const Options options = {
+                .n_new = 4, .chat = true, .system = has_system ? "BE <s> BRIEF." : NULL,
+            };
+            FILE *nowhere = fopen("/dev/null", "w");
+            Talk talk = talk_silently(&b, &options, nowhere);
+            cr_assert(chat_round(&talk, span_of("HI</s>")));
+            const int first = expect_read(&talk, 0, i ? "\1 [INST] " : "\1[INST] ");
+            const char *system = has_system ? "<<SYS>>\nBE <s> BRIEF.\n<</SYS>>\n\n" : "";
+            const int question = expect_read(&talk, first, system);
+            const int answer = expect_read(&talk, question, "HI</s> [/INST]");
+            const int end = talk.sequence.length;
+            cr_assert_leq(end, answer + 4);
+            cr_assert(chat_round(&talk, span_of("AND <s>?")));
+            const char *later = i == 2 ? " \2\1 [INST] " : " \2\1[INST] ";
+            expect_read(&talk, expect_read(&talk, end, later), "AND <s>? [/INST]");
+            stop_talking(&talk, nowhere);
+            bench_close(&b);
+        }
+    }
+}
+
+// What closes an answer and what begins the next question are one text: no space comes between them
+// where the form has none. (TinyLlama-Chat is such a model.)
+Test(talking, a_chat_goes_on_within_a_section) {
+    cr_redirect_stdout();
+    static const char *const form[] = {"<U>\n", "", "", "<U>\n", "</s>\n<A>\n", "</s>\n"};
+    FileHeader header = G;
+    header.tokenizer_flags = BYTE_PIECES | PREFIX_SPACE | PREFIX_EACH;
+    for (int i = 0; i < 6; i++)
+        append_string(&header.chat, form[i]);
     Bench b;
-    Model *model = &b.model;
-    bench_open(&b, G, 8);
-    model->config.seq_len = 200;
-    const Options options = {.n_new = 4, .chat = true, .system = "Be brief."};
+    bench_open(&b, header, 8);
+    b.model.config.seq_len = 300;
+    const Options options = {.n_new = 4, .chat = true};
     FILE *nowhere = fopen("/dev/null", "w");
     Talk talk = talk_silently(&b, &options, nowhere);
-    cr_assert(chat_round(&talk, "hi", 2));
-    expect_read(&talk, 0, "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nhi [/INST]");
-    const int end = talk.sequence.length;
-    cr_assert(chat_round(&talk, "and?", 4));
-    cr_assert_eq(talk.sequence.tokens[end], model->config.eos);
-    expect_read(&talk, end + 1, "[INST] and? [/INST]");
+    cr_assert(chat_round(&talk, span_of("HI")));
+    expect_read(&talk, 0, "\1 <U>\nHI\2 \n<A>\n");
+    for (int i = 0; i < 2; i++) {
+        const int end = talk.sequence.length;
+        cr_assert(chat_round(&talk, span_of("AND?")));
+        expect_read(&talk, end, "\2 \n<U>\nAND?\2 \n<A>\n");
+    }
     stop_talking(&talk, nowhere);
     bench_close(&b);
+    free(header.chat.data);
 }
 
-// A question must fit into the context, with the EOS before it. If it does not, nothing is read; if
-// there is no room for any, the conversation is over.
+// A question must fit into the context, with the end of the last answer before it. If it does not,
+// nothing is read; if there is no room for any, the conversation is over.
 Test(talking, a_chat_within_its_context) {
     cr_redirect_stdout();
     cr_redirect_stderr();
     Bench b;
     Config *c = &b.model.config;
-    bench_open(&b, G, 8);
-    c->seq_len = 200;
+    open_chatting(&b, BYTE_PIECES | PREFIX_SPACE);
     const Options options = {.n_new = 4, .chat = true};
     FILE *nowhere = fopen("/dev/null", "w");
     Talk talk = talk_silently(&b, &options, nowhere);
-    int n_question;
-    free(tokens_of(&b.model, "[INST] and? [/INST]", &n_question));
-    cr_assert(chat_round(&talk, "hi", 2));
+    const int n_closing = 2;           // " " and </s>
+    const int n_question = 1 + 7 + 4 + 8; // <s>, then "[INST] ", "and?" and " [/INST]"
+    cr_assert(chat_round(&talk, span_of("hi")));
     const int end = talk.sequence.length;
 
-    c->seq_len = end + 1;
-    cr_assert(!chat_round(&talk, "and?", 4), "there is no room behind EOS");
+    c->seq_len = end;
+    cr_assert(!chat_round(&talk, span_of("and?")), "there is no room at all");
     cr_assert_eq(talk.sequence.length, end);
 
-    c->seq_len = end + 1 + n_question - 1;
-    cr_assert(chat_round(&talk, "and?", 4), "a shorter question would fit");
+    c->seq_len = end + n_closing + n_question - 1;
+    cr_assert(chat_round(&talk, span_of("and?")), "a shorter question would fit");
     cr_assert_eq(talk.sequence.length, end);
 
-    c->seq_len = end + 1 + n_question;
-    cr_assert(chat_round(&talk, "and?", 4));
+    c->seq_len = end + n_closing + n_question;
+    cr_assert(chat_round(&talk, span_of("and?")));
     cr_assert_eq(talk.sequence.length, c->seq_len);
     cr_assert_str_eq(talk.stopped_at, "the end of the context");
     stop_talking(&talk, nowhere);

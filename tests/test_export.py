@@ -32,8 +32,9 @@ import zipfile
 HERE = os.path.dirname(os.path.abspath(__file__))
 EXPORT = os.path.join(os.path.dirname(HERE), "export.py")
 LOGITS = os.path.join(HERE, "logits")
-sys.path.insert(0, os.path.dirname(EXPORT))
-import export       # noqa: E402  (the folder above must be on the path first)
+sys.path[:0] = [os.path.dirname(EXPORT), HERE]
+import export       # noqa: E402  (the folders must be on the path first)
+from naive_tokenizer import encode_like_huggingface, read_file      # noqa: E402
 
 
 Done = collections.namedtuple("Done", "returncode stdout stderr")
@@ -178,16 +179,23 @@ def sentencepiece(names=None, model_type=2, prefix=1, eos=2):
     return out + field(3, field(1, b"identity") + field(3, prefix) + field(4, 0))
 
 
-def tokenizer_bin():
+def tokenizer_bin(old=False):
+    """`old`: as llama2.c wrote it until August 2023, bytes as the characters 0 to 255."""
     out = struct.pack("<I", 7)
     for token, name in enumerate(NAMES):
         text = "\n%s\n" % name if token in (1, 2) else name.replace("\u2581", " ")
+        text = chr(int(name[3:5], 16)) if old and name.startswith("<0x") else text
         out += struct.pack("<fi", score(name), len(text.encode())) + text.encode()
     return out
 
 
+BEGIN = {"type": "TemplateProcessing", "pair": [],
+         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
+         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+
+
 def tokenizer_json(**changes):
-    model = {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True,
+    model = {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True,
              "vocab": {name: token for token, name in enumerate(NAMES)},
              "merges": [" ".join(merge) for merge in MERGES]}
     model.update(changes.pop("model", {}))
@@ -196,7 +204,7 @@ def tokenizer_json(**changes):
            "normalizer": {"type": "Sequence", "normalizers": [
                {"type": "Prepend", "prepend": "\u2581"},
                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
-           "pre_tokenizer": None, "decoder": None, "model": model}
+           "pre_tokenizer": None, "decoder": None, "post_processor": BEGIN, "model": model}
     out.update(changes)
     return out
 
@@ -293,6 +301,13 @@ class TorchPickler(pickle._Pickler):
         super().__init__(stream, 2)
         self.records = []
 
+    def save(self, thing, *rest, **more):
+        if not isinstance(thing, Call):
+            return super().save(thing, *rest, **more)
+        self.write(b"c" + ("%s\n%s\n" % (thing.module, thing.name)).encode())
+        super().save(thing.arguments)
+        self.write(b"R")
+
     def persistent_id(self, thing):
         if not isinstance(thing, StorageReference):
             return None
@@ -302,6 +317,13 @@ class TorchPickler(pickle._Pickler):
         key = [data is record for record in self.records].index(True)
         return ("storage", getattr(sys.modules["torch"], thing.tensor.kind), str(key), "cpu",
                 len(data))
+
+
+class Call:
+    """What a pickle asks to be made by calling module.name(*arguments)."""
+
+    def __init__(self, module, name, *arguments):
+        self.module, self.name, self.arguments = module, name, arguments
 
 
 def fake_torch():
@@ -393,22 +415,16 @@ def v0(small):
 # ------------------------------------------------------------------------------------------------
 # A reader of the flat file
 
-FIELDS = ("dim hidden layers heads kv head vocab seq shared window theta eps bos eos flags "
-          "tokenizer").split()
+NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END = range(6)
+NEVER = 65535
+MISTRAL_CHAT = ["[INST] ", "[INST] ", "\n\n", "[INST] ", " [/INST]", "</s>"]
+LLAMA2_CHAT = ["[INST] ", "[INST] <<SYS>>\n", "\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " </s>"]
 
 
 def parse(data, small):
-    """(header, pieces, {(kind, layer): bytes})."""
-    assert data[:12] == b"drugs.c\0\1\0\0\0" and not any(data[80:256])
-    header = dict(zip(FIELDS, struct.unpack("<10I2f2iIQ", data[12:80])))
-    pieces, at = [], 256
-    for _ in range(header["vocab"]):
-        value, kind, zero, length = struct.unpack_from("<fBBH", data, at)
-        pieces.append((value, kind, data[at + 8:at + 8 + length]))
-        assert zero == 0 and (length or kind == 1)
-        at += 8 + length
-    assert at == 256 + header["tokenizer"]
-    tensors = {}
+    """(what the front says, pieces as (score, kind, text), {(kind, layer): bytes})."""
+    file, tensors = read_file(data), {}
+    at = file.end
     for key, (shape, _) in small.weights.items():
         while at % 64:
             assert data[at] == 0
@@ -416,7 +432,12 @@ def parse(data, small):
         tensors[key] = data[at:at + 4 * math.prod(shape)]
         at += len(tensors[key])
     assert at == len(data)
-    return header, pieces, tensors
+    header = dict(vars(file), ends=[n for n, p in enumerate(file.pieces) if p.kind == END])
+    return header, [piece[:3] for piece in file.pieces], tensors
+
+
+def frequencies(head, theta=10000.0):
+    return tuple(theta ** (-pair / (head // 2)) for pair in range(head // 2))
 
 
 class Case(unittest.TestCase):
@@ -468,13 +489,16 @@ class TestKinds(Case):
         header, pieces, tensors = parse(want, small)
         for key, (_, numbers) in small.weights.items():
             self.assertEqual(tensors[key], f32(numbers), key)
-        self.assertEqual([header[key] for key in FIELDS[:10]],
+        names = "dim hidden layers heads kv head vocab seq shared window".split()
+        self.assertEqual([header[key] for key in names],
                          [small.dim, small.hidden, small.layers, small.heads, small.kv, small.head,
                           small.vocab, small.seq, int(small.tied), 0])
-        self.assertEqual((header["bos"], header["eos"], header["flags"]), (1, 2, 3))
-        self.assertEqual(header["theta"], 10000)
+        self.assertEqual((header["bos"], header["ends"], header["flags"]), (1, [2], 7))
+        self.assertEqual((header["cut_rule"], header["ranges"], header["more"]), (0, [], []))
+        self.assertEqual(header["frequencies"], frequencies(small.head))
+        self.assertEqual(header["chat"], LLAMA2_CHAT)
         self.assertEqual(struct.pack("<f", header["eps"]), struct.pack("<f", 1e-5))
-        self.assertEqual(pieces[:3], [(0, 2, b"<unk>"), (0, 1, b"<s>"), (0, 1, b"</s>")])
+        self.assertEqual(pieces[:3], [(0, 2, b"<unk>"), (0, 1, b"<s>"), (0, 5, b"</s>")])
         self.assertEqual(pieces[3 + 10], (0, 3, b"\n"))
         self.assertEqual(pieces[259], (-1e9, 0, b" "))
         self.assertEqual(pieces[NAMES.index("\u2581ab")], (-2, 0, b" ab"))
@@ -484,7 +508,7 @@ class TestKinds(Case):
         folder = self.path()
         os.makedirs(folder)
         for name, content in (("tokenizer.model", sentencepiece()),
-                              ("tokenizer.json", tokenizer_json()),
+                              ("tokenizer.bin", tokenizer_bin(old=True)),
                               ("tokenizer.bin", tokenizer_bin())):
             tokenizer = os.path.join(folder, "other-" + name)
             save(tokenizer, content)
@@ -492,7 +516,7 @@ class TestKinds(Case):
             save(path, v0(small))
             self.assertEqual(self.export(path, "--tokenizer", tokenizer), want)
         os.rename(tokenizer, os.path.join(folder, "tokenizer.bin"))
-        for prefix in ("", "_orig_mod."):
+        for prefix in ("", "_orig_mod.", "module.", "module._orig_mod."):
             path = os.path.join(folder, "ckpt.pt")
             torch_save(path, checkpoint(small, prefix))
             self.assertEqual(self.export(path), want)
@@ -519,9 +543,9 @@ class TestKinds(Case):
 
 
 class TestHuggingFace(Case):
-    def header(self, small, **changes):
+    def header(self, small, quiet=True, **changes):
         config = {k: v for k, v in hf_config(small, **changes).items() if v != "absent"}
-        data = self.export(write_hf(self.path(), small, config=config))
+        data = self.export(write_hf(self.path(), small, config=config), quiet=quiet)
         header, _, tensors = parse(data, small)
         for key, (_, numbers) in small.weights.items():
             self.assertEqual(tensors[key], f32(numbers), key)
@@ -550,12 +574,63 @@ class TestHuggingFace(Case):
         self.assertEqual(self.header(small, sliding_window=16, **mistral)["window"], 16)
         self.assertEqual(self.header(small, sliding_window=None, **mistral)["window"], 0)
         self.assertEqual(self.header(small, sliding_window=16)["window"], 0)
-        self.assertEqual(self.header(small, rope_theta=5e5)["theta"], 5e5)
-        self.assertEqual(self.header(small, rope_theta="absent")["theta"], 1e4)
-        self.assertEqual(self.header(small, rope_theta="absent", rope_parameters={
-            "rope_type": "default", "rope_theta": 1e6})["theta"], 1e6)
-        header = self.header(small, bos_token_id=None, eos_token_id=[7, 8])
-        self.assertEqual((header["bos"], header["eos"]), (1, 7))
+        self.assertEqual(self.header(small, architectures=["LLaMAForCausalLM"])["dim"], small.dim)
+
+    def test_rope(self):
+        small = Small(True)
+        for theta, changes in (
+                (5e5, {"rope_theta": 5e5}), (1e4, {"rope_theta": "absent"}),
+                (1e6, {"rope_theta": "absent", "rope_parameters": {
+                    "rope_type": "default", "rope_theta": 1e6}})):
+            self.assertEqual(self.header(small, **changes)["frequencies"], frequencies(8, theta))
+        plain = frequencies(8)
+        for name in "type", "rope_type":
+            header = self.header(small, rope_scaling={name: "linear", "factor": 4.0})
+            self.assertEqual(header["frequencies"], tuple(f / 4 for f in plain))
+        # The four pairs turn 1303, 130.3, 13.03 and 1.303 times in 8192 positions.
+        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0,
+                   "high_freq_factor": 20.0, "original_max_position_embeddings": 8192}
+        got = self.header(small, rope_scaling=scaling)["frequencies"]
+        self.assertEqual(got[:2], plain[:2])
+        self.assertEqual(got[3], plain[3] / 8)
+        share = (8192 * plain[2] / (2 * math.pi) - 2) / 18
+        self.assertAlmostEqual(got[2], plain[2] * ((1 - share) / 8 + share), delta=1e-15)
+
+    def test_pytorch_bin(self):
+        """Whole and in shards; parameters keep their prefixes after a training on many GPUs."""
+        for small in Small(True), Small(False):
+            want = self.export(write_hf(self.path(), small))
+            for shards, prefix in (1, ""), (1, "module."), (3, ""):
+                folder = write_hf(self.path(), small)
+                os.remove(os.path.join(folder, "model.safetensors"))
+                weights = {prefix + name: Tensor(shape, data)
+                           for name, (_, shape, data) in hf_weights(small).items()}
+                index = {}
+                for shard in range(shards):
+                    name = "pytorch_model-%d.bin" % shard if shards > 1 else "pytorch_model.bin"
+                    part = {key: weights[key] for key in sorted(weights)[shard::shards]}
+                    torch_save(os.path.join(folder, name), part)
+                    index.update(dict.fromkeys(part, name))
+                if shards > 1:
+                    save(os.path.join(folder, "pytorch_model.bin.index.json"),
+                         {"weight_map": index})
+                self.assertEqual(self.export(folder), want)
+
+    def test_mistral_consolidated(self):
+        small = Small(False)
+        folder = self.path()
+        os.makedirs(folder)
+        save(os.path.join(folder, "tokenizer.model.v1"), b"an older one")
+        save(os.path.join(folder, "tokenizer.model.v3"), sentencepiece())
+        save(os.path.join(folder, "params.json"), model_args(small, head_dim=8, rope_theta=1e6))
+        save(os.path.join(folder, "consolidated.safetensors"), safetensors(
+            {named(META, *key): ["BF16", list(shape), bf16(numbers)]
+             for key, (shape, numbers) in small.weights.items()}))
+        header, _, tensors = parse(self.export(folder), small)
+        for key, (_, numbers) in small.weights.items():
+            self.assertEqual(tensors[key], f32(numbers), key)
+        self.assertEqual(header["frequencies"], frequencies(8, 1e6))
+        self.assertEqual(header["chat"], MISTRAL_CHAT)
 
     def test_stray_tables_are_ignored(self):
         small = Small(True)
@@ -599,41 +674,201 @@ class TestNumbers(unittest.TestCase):
 
 
 class TestTokenizers(Case):
-    def pieces(self, content, name="tokenizer.json", quiet=True, **files):
+    def pieces(self, content, name="tokenizer.json", words=(), n_warnings=1, config={}, **files):
+        """What is read from this tokenizer, and files beside it, with these words in warnings."""
         small = Small(True)
-        folder = write_hf(self.path(), small)
+        folder = write_hf(self.path(), small, config=hf_config(small, **config))
         os.remove(os.path.join(folder, "tokenizer.model"))
         save(os.path.join(folder, name), content)
         for key, other in files.items():
             save(os.path.join(folder, key + ".json"), other)
-        header, pieces, _ = parse(self.export(folder, quiet=quiet), small)
+        out = self.path()
+        done = run(folder, "-o", out)
+        self.assertEqual((done.returncode, done.stderr.count("\n")),
+                         (0, n_warnings if words else 0), done.stderr)
+        for word in words:
+            self.assertIn(word, done.stderr)
+        header, pieces, _ = parse(load(out), small)
         return header, pieces
 
     def test_merges_as_lists(self):
         self.assertEqual(self.pieces(tokenizer_json(model={"merges": list(map(list, MERGES))})),
                          self.pieces(tokenizer_json()))
 
-    def test_dummy_prefix(self):
-        for changes, flag in (
-                ({}, 1), ({"normalizer": None}, 0),
-                ({"normalizer": None, "pre_tokenizer": {"type": "Metaspace"}}, 1),
-                ({"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                    {"type": "Metaspace", "prepend_scheme": "first"}]}}, 1),
-                ({"normalizer": None, "pre_tokenizer": {
-                    "type": "Metaspace", "prepend_scheme": "never"}}, 0),
-                ({"normalizer": None, "pre_tokenizer": {
-                    "type": "Metaspace", "add_prefix_space": False}}, 0)):
-            self.assertEqual(self.pieces(tokenizer_json(**changes))[0]["flags"] & 1, flag, changes)
-        header, _ = self.pieces(sentencepiece(prefix=0), "tokenizer.model")
-        self.assertEqual(header["flags"], 2)
+    def test_merges(self):
+        """Each piece has its best merge, the table the others, and what none makes is never made.
 
-    def test_ids_of_the_ends(self):
+        \u2581ab is made in two ways; ranks count from 0.
+        """
+        changed = tokenizer_json(model={"merges": [" ".join(pair) for pair in MERGES[:4]]})
+        header, _ = self.pieces(changed)
+        got = {piece.text: piece[0::3] for piece in header["pieces"] if piece.kind == NORMAL}
+        self.assertEqual(got, {
+            b" ": (0, 0), b"a": (0, 0), b"b": (0, 0), b"c": (0, 0), "\u00e9".encode(): (0, 0),
+            b"ab": (0, 1), b" a": (-1, 1), b" ab": (-2, 2), b"abc": (0, NEVER)})
+        self.assertEqual(header["more"], [(NAMES.index("\u2581ab"), 1, -3)])
+
+    def test_merges_that_cannot_be(self):
+        for merges, words in (([("a", "x")], ("'x' is no piece",)),
+                              ([("a", "c")], ("'ac' is no piece",))):
+            self.refused_json(tokenizer_json(model={"merges": list(map(list, merges))}), *words)
+        control = dict(tokenizer_json()["model"]["vocab"], **{"<s>a": 268})
+        changed = tokenizer_json(model={"vocab": control, "merges": [["<s>", "a"], ["a", "b"]]})
+        header, _ = self.pieces(changed, words=("warning", "1 merges of control pieces"))
+        self.assertEqual(header["pieces"][268].left, NEVER)
+
+    def refused_json(self, content, *words):
+        folder = write_hf(self.path(), Small(True))
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        save(os.path.join(folder, "tokenizer.json"), content)
+        self.refused(folder, "tokenizer.json", *words)
+
+    def test_flags(self):
+        def metaspace(**settings):
+            return {"normalizer": None, "pre_tokenizer": dict(type="Metaspace", **settings)}
+        collapse = [{"type": "Strip", "strip_left": True, "strip_right": True},
+                    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
+        normalizers = tokenizer_json()["normalizer"]["normalizers"]
+        for changes, flags in (
+                ({}, 1 | 2 | 4), ({"normalizer": normalizers[1]}, 2),
+                (metaspace(), 1 | 2 | 4 | 64), (metaspace(prepend_scheme="first"), 1 | 2 | 64),
+                ({"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                    {"type": "Metaspace", "prepend_scheme": "first"}]}}, 1 | 2 | 64),
+                (metaspace(prepend_scheme="never"), 2), (metaspace(add_prefix_space=False), 2),
+                ({"model": {"fuse_unk": False}}, 1 | 2 | 4 | 32)):
+            self.assertEqual(self.pieces(tokenizer_json(**changes))[0]["flags"], flags, changes)
+        for steps, flags, word in ((collapse, 1 | 2 | 4 | 8, "Strip"), (
+                [{"type": "Replace", "pattern": {"String": "\n"}, "content": "\n "}],
+                1 | 2 | 4 | 128, "newline")):
+            content = tokenizer_json(normalizer={"type": "Sequence",
+                                                 "normalizers": steps + normalizers})
+            self.assertEqual(self.pieces(content, words=("warning", word))[0]["flags"], flags)
+        for content, flags in ((sentencepiece(prefix=0), 2), (sentencepiece(), 7),
+                               (sentencepiece() + field(3, field(4, 1)), 7 | 8)):
+            header, _ = self.pieces(content, "tokenizer.model")
+            self.assertEqual(header["flags"], flags)
+        for legacy, flags in ((True, 7), (False, 3)):
+            header, _ = self.pieces(sentencepiece(), "tokenizer.model",
+                                    tokenizer_config={"legacy": legacy})
+            self.assertEqual(header["flags"], flags)
+
+    def test_metaspace_that_cuts(self):
+        """It cuts before every space: then no piece with a space further in is ever made."""
+        names = NAMES + ["a\u2581", "a\u2581b", "\u2581\u2581"]
+        content = tokenizer_json(
+            normalizer=None, pre_tokenizer={"type": "Metaspace", "split": True},
+            model={"vocab": {name: token for token, name in enumerate(names)},
+                   "merges": [["a", "\u2581"], ["a\u2581", "b"], ["\u2581", "\u2581"], ["a", "b"]]})
+        header, _ = self.pieces(content)
+        self.assertEqual([piece.left for piece in header["pieces"][268:271]], [NEVER] * 3)
+        self.assertEqual(header["pieces"][NAMES.index("ab")][::3], (0, 1))
+
+    def test_steps_that_are_refused(self):
+        replace = {"type": "Replace", "pattern": {"String": "x"}, "content": "y"}
+        space = tokenizer_json()["normalizer"]["normalizers"][1]
+        for changes, word in (
+                ({"normalizer": replace}, "Replace"), ({"normalizer": {"type": "Lowercase"}},
+                                                       "Lowercase"),
+                ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": False}},
+                 "Strip"),
+                ({"normalizer": {"type": "Prepend", "prepend": "x"}}, "Prepend"),
+                ({"normalizer": {"type": "Prepend", "prepend": "\u2581"}}, "U+2581"),
+                ({"normalizer": None}, "U+2581"),
+                ({"normalizer": {"type": "Sequence", "normalizers": [
+                    {"type": "Strip", "strip_left": True, "strip_right": True}, space]}}, "joins"),
+                ({"normalizer": {"type": "Sequence", "normalizers": [
+                    space, {"type": "Strip", "strip_left": True, "strip_right": True}]}}, "Strip"),
+                ({"normalizer": {"type": "Sequence", "normalizers": [space, {
+                    "type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]}},
+                 "Replace"),
+                ({"normalizer": {"type": "Prepend", "prepend": "\u2581"},
+                  "pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+                ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+                ({"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "_"}},
+                 "Metaspace"),
+                ({"normalizer": None, "pre_tokenizer": {"type": "Metaspace",
+                                                        "prepend_scheme": "last"}}, "last"),
+                ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
+                ({"decoder": replace}, "Replace"),
+                ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
+                ({"post_processor": dict(BEGIN, single=BEGIN["single"][:1] + BEGIN["single"])},
+                 "2 tokens before")):
+            self.refused_json(tokenizer_json(**changes), word)
+
+    def test_steps_that_are_told(self):
+        space = tokenizer_json()["normalizer"]["normalizers"]
+        ending = dict(BEGIN, single=BEGIN["single"] + [{"SpecialToken": {"id": "</s>"}}])
+        added = [{"id": 270, "content": "xy", "special": False}]
+        for content, word in (
+                (tokenizer_json(normalizer={"type": "Sequence",
+                                            "normalizers": [{"type": "NFC"}] + space}), "NFC"),
+                (tokenizer_json(post_processor=ending), "appends </s>"),
+                (tokenizer_json(added_tokens=[dict(added[0], lstrip=True)]), "(xy)"),
+                (tokenizer_json(added_tokens=[dict(added[0], single_word=True)]), "(xy)"),
+                (tokenizer_json(added_tokens=[dict(added[0], normalized=True)]), "(xy)")):
+            self.pieces(content, words=("warning", word))
+
+    def test_begin(self):
+        """Whether a piece begins a text is the tokenizer's business, and which one."""
+        without = tokenizer_json(post_processor=None)
+        for content, name, settings, bos in (
+                (tokenizer_json(), "json", {}, 1), (without, "json", {}, -1),
+                (without, "json", {"add_bos_token": True}, 1),
+                (without, "json", {"add_bos_token": True,
+                                   "tokenizer_class": "PreTrainedTokenizerFast"}, -1),
+                (tokenizer_json(), "json", {"add_bos_token": False}, -1),
+                (sentencepiece(), "model", {}, 1),
+                (sentencepiece(), "model", {"add_bos_token": False}, -1),
+                (sentencepiece(), "model", {"bos_token": "</s>"}, 2),
+                (sentencepiece(), "model", {"bos_token": {"content": "</s>"}}, 2)):
+            header, _ = self.pieces(content, "tokenizer." + name, tokenizer_config=settings,
+                                    words=("bos_token_id",) if bos == 2 else ())
+            self.assertEqual(header["bos"], bos, settings)
+        header, _ = self.pieces(sentencepiece(), "tokenizer.model", words=("bos_token_id",),
+                                special_tokens_map={"bos_token": "</s>"})
+        self.assertEqual(header["bos"], 2)
+        self.pieces(tokenizer_json(post_processor=None, added_tokens=special(*"ab c".split()),
+                                   model={"vocab": {"a": 0, "b": 1, "c": 2, "\u2581": 3},
+                                          "merges": [], "byte_fallback": False, "unk_token": "c"}),
+                    words=("says not which", "knows only", "token 2 ends"), n_warnings=3,
+                    tokenizer_config={"add_bos_token": True})
+        self.pieces(sentencepiece(), "tokenizer.model", words=("add_eos_token",),
+                    tokenizer_config={"add_eos_token": True})
+
+    def test_the_first_llama(self):
+        """Its config.json names other ids than its tokenizer does."""
+        header, _ = self.pieces(sentencepiece(), "tokenizer.model",
+                                words=("token 0 begins", "token 1 ends"), n_warnings=2,
+                                config={"bos_token_id": 0, "eos_token_id": 1})
+        self.assertEqual((header["bos"], header["ends"]), (1, [2]))
+
+    def test_ends(self):
+        """Whatever is named as an end is one, if the tokenizer knows it as a piece of its own."""
+        added = tokenizer_json(added_tokens=[
+            {"id": token, "content": name, "special": special} for token, name, special in
+            ((1, "<s>", True), (2, "</s>", True), (270, "<|x|>", True), (271, "<|y|>", False))])
+        for config, files, ends in (
+                ({"eos_token_id": [2, 270]}, {}, [2, 270]),
+                ({}, {"generation_config": {"eos_token_id": [270, 271]}}, [2, 270, 271]),
+                ({}, {"generation_config": {"eos_token_id": 270}}, [2, 270]),
+                ({"eos_token_id": None}, {"tokenizer_config": {"eos_token": "<|x|>"}}, [270]),
+                ({"eos_token_id": None},
+                 {"special_tokens_map": {"eos_token": {"content": "<|y|>"}}}, [271]),
+                ({"eos_token_id": -1}, {}, [2])):
+            header, pieces = self.pieces(added, config=config, **files)
+            self.assertEqual(header["ends"], ends)
+            self.assertEqual(pieces[ends[-1]][1], END)
+        header, _ = self.pieces(added, config={"eos_token_id": [2, 10, 275]}, n_warnings=2,
+                                words=("token 10", "token 275", "not believed"))
+        self.assertEqual(header["ends"], [2])
+
+    def test_without_an_end(self):
         small = Small(True)
         folder = write_hf(self.path(), small, config=hf_config(
             small, bos_token_id=None, eos_token_id=None))
         save(os.path.join(folder, "tokenizer.model"), sentencepiece(eos=-1))
         header, _, _ = parse(self.export(folder), small)
-        self.assertEqual((header["bos"], header["eos"]), (1, -1))
+        self.assertEqual((header["bos"], header["ends"], header["chat"]), (1, [], []))
 
     def test_added_tokens(self):
         added = [{"id": 270, "content": "<|im|>", "special": True},
@@ -643,37 +878,604 @@ class TestTokenizers(Case):
         self.assertEqual(self.pieces(both)[1][270:272], want)
         _, pieces = self.pieces(sentencepiece(), "tokenizer.model", tokenizer=both)
         self.assertEqual(pieces[270:272], want)
-        self.assertEqual(pieces[:3], [(0, 2, b"<unk>"), (0, 1, b"<s>"), (0, 1, b"</s>")])
+        self.assertEqual(pieces[:3], [(0, 2, b"<unk>"), (0, 1, b"<s>"), (0, 5, b"</s>")])
         _, pieces = self.pieces(sentencepiece(), "tokenizer.model", added_tokens={"x\u2581y": 271})
         self.assertEqual(pieces[270:272], [(0, 1, b""), (0, 4, b"x y")])
+        decoder = {str(entry["id"]): {"content": entry["content"], "special": entry["special"]}
+                   for entry in added}
+        _, pieces = self.pieces(sentencepiece(), "tokenizer.model",
+                                tokenizer_config={"added_tokens_decoder": decoder})
+        self.assertEqual(pieces[270:272], want)
+
+    def test_added_tokens_behind_the_last_row(self):
+        want = self.pieces(sentencepiece(), "tokenizer.model")[1]
+        _, pieces = self.pieces(sentencepiece(), "tokenizer.model", added_tokens={"[PAD]": 280},
+                                words=("warning", "[PAD]", "dropped"))
+        self.assertEqual(pieces, want)
+        added = tokenizer_json()["added_tokens"] + [{"id": 999, "content": "[PAD]"}]
+        self.pieces(tokenizer_json(added_tokens=added), words=("warning", "[PAD]", "dropped"))
+
+    def test_a_tokenizer_that_knows_a_fraction(self):
+        small = Small(True, vocab=320)
+        folder = write_hf(self.path(), small)
+        done = run(folder, "-o", self.path())
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 1), done.stderr)
+        self.assertIn("268 of the 320 ids", done.stderr)
+        # tokenizer.json beside it knows more: then the other is an old one.
+        names = NAMES + ["w%d" % n for n in range(50)]
+        content = tokenizer_json(model={"vocab": {name: n for n, name in enumerate(names)}})
+        save(os.path.join(folder, "tokenizer.json"), content)
+        out = self.path()
+        done = run(folder, "-o", out)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 1), done.stderr)
+        self.assertIn("lacks 50 pieces", done.stderr)
+        _, pieces, _ = parse(load(out), small)
+        self.assertEqual(pieces[317], (0, 0, b"w49"))
+
+    def test_doubled_pieces(self):
+        """A tokenizer of an unknown kind, say."""
+        small = Small(True, vocab=400)
+        folder = write_hf(self.path(), small)
+        save(os.path.join(folder, "t.bin"), tokenizer_bin()
+             + 120 * (struct.pack("<fi", -1, 1) + b"a"))
+        done = run(folder, "-o", self.path(), "--tokenizer", os.path.join(folder, "t.bin"))
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 1), done.stderr)
+        self.assertIn("120 pieces that spell the same", done.stderr)
 
     def test_no_bytes(self):
         header, pieces = self.pieces(tokenizer_json(model={"byte_fallback": False}))
-        self.assertEqual((header["flags"], pieces[3]), (1, (-1e9, 0, b"<0x00>")))
+        self.assertEqual((header["flags"], pieces[3]), (5, (0, 0, b"<0x00>")))
+        self.assertEqual(header["pieces"][3].left, NEVER)
 
     def test_a_normaliser_is_worth_a_warning(self):
+        self.pieces(sentencepiece() + field(3, field(2, b"map")), "tokenizer.model",
+                    words=("warning", "normaliser"))
+
+
+    def test_ids(self):
+        """What the file says, done naively, gives the ids that Hugging Face gave for these."""
+        for changes, text, want in UNCUT_IDS:
+            content = tokenizer_json(**changes)
+            content["added_tokens"].append({"id": 268, "content": "xy", "special": False})
+            header, _ = self.pieces(content)
+            file = types.SimpleNamespace(**header)
+            self.assertEqual(encode_like_huggingface(file, text, begin=False), want, text)
+
+
+# What Hugging Face's own library makes of these texts, if xy is an added token.
+LEGACY = {}
+FIRST = {"normalizer": None, "pre_tokenizer": {
+    "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}}
+ALWAYS = {"normalizer": None, "pre_tokenizer": {
+    "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}}
+SEPARATE = {"model": {"fuse_unk": False, "byte_fallback": False}}
+FUSED = {"model": {"byte_fallback": False}}
+UNCUT_IDS = [
+    (LEGACY, 'ab', [266]),
+    (LEGACY, ' ab', [259, 266]),
+    (LEGACY, 'a  abc\u00e9 ab', [265, 259, 266, 262, 263, 266]),
+    (LEGACY, 'x\u6f22\u6f22 ab', [259, 123, 233, 191, 165, 233, 191, 165, 266]),
+    (LEGACY, '\u2581ab xyab', [259, 266, 259, 268, 266]),
+    (FIRST, 'ab', [266]),
+    (FIRST, ' ab', [266]),
+    (FIRST, 'a  abc\u00e9 ab', [265, 259, 266, 262, 263, 266]),
+    (FIRST, 'x\u6f22\u6f22 ab', [259, 123, 233, 191, 165, 233, 191, 165, 266]),
+    (FIRST, '\u2581ab xyab', [266, 259, 268, 264]),
+    (ALWAYS, 'ab', [266]),
+    (ALWAYS, ' ab', [266]),
+    (ALWAYS, 'a  abc\u00e9 ab', [265, 259, 266, 262, 263, 266]),
+    (ALWAYS, 'x\u6f22\u6f22 ab', [259, 123, 233, 191, 165, 233, 191, 165, 266]),
+    (ALWAYS, '\u2581ab xyab', [266, 259, 268, 266]),
+    (SEPARATE, 'ab', [266]),
+    (SEPARATE, ' ab', [259, 266]),
+    (SEPARATE, 'a  abc\u00e9 ab', [265, 259, 266, 262, 263, 266]),
+    (SEPARATE, 'x\u6f22\u6f22 ab', [259, 0, 0, 0, 266]),
+    (SEPARATE, '\u2581ab xyab', [259, 266, 259, 268, 266]),
+    (FUSED, 'ab', [266]),
+    (FUSED, ' ab', [259, 266]),
+    (FUSED, 'a  abc\u00e9 ab', [265, 259, 266, 262, 263, 266]),
+    (FUSED, 'x\u6f22\u6f22 ab', [259, 0, 266]),
+    (FUSED, '\u2581ab xyab', [259, 266, 259, 268, 266]),
+]
+
+
+# ------------------------------------------------------------------------------------------------
+# Byte-level vocabularies
+
+
+def shown(data):
+    """Bytes as GPT-2 writes them: those that cannot be seen become characters from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in plain]
+    return "".join(chr(byte if byte in plain else 256 + hidden.index(byte)) for byte in data)
+
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = ["th", "he", "the", " the", "\n\n", "  ", "12", "123", "\u00e9", "ab", "aba", "abab", "'s"]
+PAIRS = ["h e", "t he", "t h", "\u0120 the", "\u010a \u010a", "\u0120 \u0120", "1 2", "12 3",
+         "\u00c3 \u00a9", "a b", "ab a", "a ba", "aba b", "ab ab", "' s"]
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+GPT2_STEPS = LEVEL
+SMOLLM_STEPS = {"type": "Sequence", "pretokenizers": [
+    {"type": "Digits", "individual_digits": True}, LEVEL]}
+
+
+def llama3_steps(digits):
+    regex = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits +
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+        dict(LEVEL, use_regex=False)]}
+
+
+def byte_level(steps, special=SPECIAL, absent=(), **model):
+    names = [shown([byte]) for byte in range(256) if byte not in absent]
+    names += [shown(word.encode()) for word in WORDS + ["ba"]]
+    vocab = {name: token for token, name in enumerate(special + names)}
+    return {"added_tokens": [{"id": token, "content": name, "special": True}
+                             for token, name in enumerate(special)],
+            "normalizer": None, "pre_tokenizer": steps, "post_processor": None,
+            "decoder": dict(LEVEL, add_prefix_space=True),
+            "model": dict({"type": "BPE", "unk_token": None, "fuse_unk": False, "vocab": vocab,
+                           "byte_fallback": False, "merges": PAIRS + ["b a"]}, **model)}
+
+
+LLAMA3_STEPS = llama3_steps(r"\p{N}{1,3}")
+# What Hugging Face's own library makes of these texts with these vocabularies.
+BYTE_LEVEL_IDS = [
+    (GPT2_STEPS, 'the the', [261, 262]),
+    (GPT2_STEPS, "'s'S", [271, 42, 86]),
+    (GPT2_STEPS, '  the\n\n12345 6', [35, 262, 13, 13, 266, 55, 56, 35, 57]),
+    (GPT2_STEPS, '\xe9\u0663\xb2 !?\r\n\n x',
+     [267, 220, 166, 197, 181, 35, 36, 66, 16, 263, 35, 123]),
+    (GPT2_STEPS, 'a\u00a0 b \t ', [100, 197, 163, 35, 101, 35, 12, 35]),
+    (GPT2_STEPS, "\u017f'\u017f\u2028\u3000\U0001f600",
+     [200, 194, 42, 200, 194, 229, 131, 171, 230, 131, 131, 243, 162, 155, 131]),
+    (SMOLLM_STEPS, 'the the', [261, 262]),
+    (SMOLLM_STEPS, "'s'S", [271, 42, 86]),
+    (SMOLLM_STEPS, '  the\n\n12345 6', [35, 262, 263, 52, 53, 54, 55, 56, 35, 57]),
+    (SMOLLM_STEPS, '\xe9\u0663\xb2 !?\r\n\n x',
+     [267, 220, 166, 197, 181, 35, 36, 66, 16, 263, 35, 123]),
+    (SMOLLM_STEPS, 'a\u00a0 b \t ', [100, 197, 163, 35, 101, 35, 12, 35]),
+    (SMOLLM_STEPS, "\u017f'\u017f\u2028\u3000\U0001f600",
+     [200, 194, 42, 200, 194, 229, 131, 171, 230, 131, 131, 243, 162, 155, 131]),
+    (LLAMA3_STEPS, 'the the', [261, 262]),
+    (LLAMA3_STEPS, "'s'S", [271, 42, 86]),
+    (LLAMA3_STEPS, '  the\n\n12345 6', [35, 262, 263, 266, 55, 56, 35, 57]),
+    (LLAMA3_STEPS, '\xe9\u0663\xb2 !?\r\n\n x',
+     [267, 220, 166, 197, 181, 35, 36, 66, 16, 263, 35, 123]),
+    (LLAMA3_STEPS, 'a\u00a0 b \t ', [100, 197, 163, 35, 101, 35, 12, 35]),
+    (LLAMA3_STEPS, "\u017f'\u017f\u2028\u3000\U0001f600",
+     [200, 194, 42, 200, 194, 229, 131, 171, 230, 131, 131, 243, 162, 155, 131]),
+]
+
+
+class TestByteLevel(Case):
+    def read(self, content, quiet=True, vocab=280):
+        small = Small(True, vocab=vocab)
+        folder = write_hf(self.path(), small, config=hf_config(
+            small, bos_token_id=None, eos_token_id=None))
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        save(os.path.join(folder, "tokenizer.json"), content)
+        data = self.export(folder, quiet=quiet)
+        back = self.path()
+        save(self.path("m.bin"), data)
+        self.assertEqual(run(os.path.join(self.folder, "m.bin"), "--to", "hf", back).returncode, 0)
+        self.assertEqual(self.export(back, quiet=quiet), data)
+        return read_file(data)
+
+    def test_rules(self):
+        for steps, rule, digits in (
+                (GPT2_STEPS, 1, 0), (SMOLLM_STEPS, 1, 1), (llama3_steps(r"\p{N}{1,3}"), 2, 3),
+                (llama3_steps(r"\p{N}{1,2}"), 2, 2), (llama3_steps(r"\p{N}"), 2, 1),
+                (llama3_steps(r"\p{N}+"), 2, 0)):
+            file = self.read(byte_level(steps))
+            self.assertEqual((file.cut_rule, file.most_digits, file.flags), (rule, digits, 2))
+        self.assertEqual(self.read(byte_level(steps, ignore_merges=True)).flags, 2 | 16)
+        prefixed = dict(LEVEL, add_prefix_space=True)
+        self.assertEqual(self.read(byte_level(prefixed)).flags, 1 | 2 | 4 | 64)
+
+    def test_pieces(self):
+        file = self.read(byte_level(GPT2_STEPS))
+        self.assertEqual([piece.text for piece in file.pieces[:3]],
+                         [name.encode() for name in SPECIAL])
+        self.assertEqual([piece.text for piece in file.pieces[3:259]],
+                         [bytes([byte]) for byte in range(256)])
+        self.assertEqual([piece.text for piece in file.pieces[259:272]],
+                         [word.encode() for word in WORDS])
+        of_text = {piece.text: piece for piece in file.pieces[3:]}
+        self.assertEqual(of_text[b"the"], (-1, 0, b"the", 1))
+        self.assertEqual(of_text[b" the"], (-3, 0, b" the", 1))
+        self.assertEqual(of_text[b"abab"], (-12, 0, b"abab", 3))
+        # aba and abab are made in two ways each.
+        self.assertEqual([(file.pieces[token].text, left, score)
+                          for token, left, score in file.more],
+                         [(b"aba", 1, -11), (b"abab", 2, -13)])
+
+    def test_ranges(self):
+        """Letters, numbers and spaces, as Unicode has them."""
+        ranges = self.read(byte_level(GPT2_STEPS)).ranges
+        self.assertLessEqual(len(ranges), 1 << 16)
+        for before, after in zip(ranges, ranges[1:]):
+            self.assertLess(before[1], after[0])
+        kinds = {code: kind for first, last, kind in ranges for code in range(first, last + 1)}
+        for text, kind in (("azAZ\u00aa\u00b5\u00df\u03c0\u0436\u4e2d\U00020000\u02b0", 1),
+                           ("059\u00b2\u00bd\u0663\u2164\u2460\U0001d7d8", 2),
+                           (" \t\n\v\f\r\u0085\u00a0\u1680\u2003\u2028\u2029\u202f\u205f\u3000", 3),
+                           ("!_\u0301\u200b\x1c\x1f\0\U0001f600\ufeff\ud800", None)):
+            self.assertEqual({character: kinds.get(ord(character)) for character in text},
+                             dict.fromkeys(text, kind))
+
+    def test_bytes_that_have_no_piece(self):
+        never = [0xc0, 0xc1, *range(0xf5, 0x100)]
+        self.assertEqual(self.read(byte_level(SMOLLM_STEPS, absent=never)).flags, 0)
         small = Small(True)
         folder = write_hf(self.path(), small)
-        save(os.path.join(folder, "tokenizer.model"), sentencepiece() + field(3, field(2, b"map")))
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        save(os.path.join(folder, "tokenizer.json"), byte_level(SMOLLM_STEPS, absent=[1, 2]))
         done = run(folder, "-o", self.path())
         self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 1))
-        self.assertIn("warning", done.stderr)
+        self.assertIn("no pieces for 2 bytes", done.stderr)
+
+    def test_what_is_refused(self):
+        folder = write_hf(self.path(), Small(True))
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        digits = SMOLLM_STEPS["pretokenizers"][0]
+        split = llama3_steps("x")["pretokenizers"]
+        good = llama3_steps(r"\p{N}")["pretokenizers"]
+        for steps, word in (
+                (dict(digits, individual_digits=False), "Digits"), (digits, "ByteLevel"),
+                ({"type": "Sequence", "pretokenizers": split}, "Split"),
+                ({"type": "Sequence", "pretokenizers": [dict(good[0], behavior="Removed"),
+                                                        good[1]]}, "Split"),
+                ({"type": "Sequence", "pretokenizers": [good[0], LEVEL]}, "ByteLevel"),
+                (dict(LEVEL, use_regex=False), "ByteLevel"),
+                ({"type": "Sequence", "pretokenizers": [
+                    digits, dict(LEVEL, add_prefix_space=True)]}, "ByteLevel")):
+            save(os.path.join(folder, "tokenizer.json"), byte_level(steps))
+            self.refused(folder, "tokenizer.json", word)
+
+    def test_ids(self):
+        """What the file says, done naively, gives the ids that Hugging Face gave for these."""
+        for steps, text, want in BYTE_LEVEL_IDS:
+            file = self.read(byte_level(steps))
+            got = encode_like_huggingface(file, text)
+            self.assertEqual(got, want, (text, [file.pieces[token].text for token in got]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Chats
+
+
+
+def loop(body):
+    return "{% for message in messages %}" + body + "{% endfor %}"
+
+
+CHATML = (loop("{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+               "'<|im_end|>\\n'}}")
+          + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SMOLLM = ("{% if messages[0]['role'] != 'system' %}"
+          "{{ '<|im_start|>system\\nBe small.<|im_end|>\\n' }}{% endif %}" + CHATML)
+LLAMA3 = loop("{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message"
+              "['content'] | trim + '<|eot_id|>' }}")
+LLAMA31 = ("{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\\n\\n' }}"
+           "{{ 'Cutting Knowledge Date: December 2023\\n' + 'Today Date: ' + date + '\\n\\n' }}"
+           + LLAMA3)
+ZEPHYR = loop("\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+              "eos_token }}\n{% else %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+              "{% endif %}\n{% if loop.last %}\n{{ '<|assistant|>' }}\n{% endif %}\n")
+LLAMA2 = loop("{% if loop.first %}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{% endif %}"
+              "{{ bos_token + '[INST] ' + content + ' [/INST]' }}"
+              "{{ ' ' + content + ' ' + eos_token }}")
+MISTRAL_OLD = "{{ bos_token }}" + loop("{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+                                       "{{ message['content'] + eos_token + ' ' }}")
+MISTRAL_V1 = "{{- bos_token }}" + loop('{{- " [INST] " + message["content"] + " [/INST]" }}'
+                                       '{{- " " + message["content"] + eos_token }}')
+MISTRAL_V3 = "{{- bos_token }}" + loop('{{- "[INST] " + message["content"] + "[/INST]" }}'
+                                       '{{- " " + message["content"] + eos_token }}')
+
+
+def heads(before, after):
+    return {role: before + role + after for role in ("system", "user", "assistant")}
+
+
+IM, ID = heads("<|im_start|>", "\n"), heads("<|start_header_id|>", "<|end_header_id|>\n\n")
+CHATML_CHAT = [IM["user"], IM["system"], "<|im_end|>\n" + IM["user"], IM["user"],
+               "<|im_end|>\n" + IM["assistant"], "<|im_end|>\n"]
+SMOLLM_CHAT = ["<|im_start|>system\nBe small.<|im_end|>\n" + IM["user"]] + CHATML_CHAT[1:]
+LLAMA3_CHAT = [ID["user"], ID["system"], "<|eot_id|>" + ID["user"], ID["user"],
+               "<|eot_id|>" + ID["assistant"], "<|eot_id|>"]
+DATES = ID["system"] + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+LLAMA31_CHAT = [DATES + "<|eot_id|>" + ID["user"], DATES] + LLAMA3_CHAT[2:]
+ZEPHYR_CHAT = ["<|user|>\n", "<|system|>\n", "</s>\n<|user|>\n", "<|user|>\n",
+               "</s>\n<|assistant|>\n", "</s>\n"]
+MISTRAL_V3_CHAT = ["[INST] ", "[INST] ", "\n\n", "[INST] ", "[/INST]", "</s>"]
+CONTROLS = ("<|im_start|> <|im_end|> <|eot_id|> <|eom_id|> <|start_header_id|> <|end_header_id|> "
+            "[INST] [/INST]").split()
+
+
+class TestChats(Case):
+    def chat(self, template, words=(), controls=(), beside={}, files={}, back=True, **config):
+        """(the six strings, the pieces that end a text)."""
+        small = Small(True)
+        folder = write_hf(self.path(), small, config=hf_config(small, **config))
+        settings = {"chat_template": template} if template else {}
+        save(os.path.join(folder, "tokenizer_config.json"), dict(settings, **beside))
+        added = [{"id": 268 + n, "content": name, "special": True}
+                 for n, name in enumerate(controls)]
+        added = tokenizer_json()["added_tokens"] + added
+        save(os.path.join(folder, "tokenizer.json"), tokenizer_json(added_tokens=added))
+        for name, content in files.items():
+            save(os.path.join(folder, name), content)
+        out, again = self.path(), self.path()
+        done = run(folder, "-o", out)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (0, bool(words)), done.stderr)
+        for word in words:
+            self.assertIn(word, done.stderr)
+        if back:
+            self.assertEqual(run(out, "--to", "hf", again).returncode, 0)
+            self.assertEqual(self.export(again), load(out))
+        header, _, _ = parse(load(out), small)
+        return header["chat"], [header["pieces"][token].text.decode() for token in header["ends"]]
+
+    def test_forms(self):
+        for template, chat, end in (
+                (CHATML, CHATML_CHAT, "<|im_end|>"),
+                ("{% set system_message = 'Be small.' %}" + CHATML, SMOLLM_CHAT, "<|im_end|>"),
+                (SMOLLM, SMOLLM_CHAT, "<|im_end|>"),
+                (LLAMA3, LLAMA3_CHAT, "<|eot_id|>"), (LLAMA31, LLAMA31_CHAT, "<|eot_id|>"),
+                (ZEPHYR, ZEPHYR_CHAT, "</s>"), (LLAMA2, LLAMA2_CHAT, "</s>"),
+                (MISTRAL_OLD, MISTRAL_CHAT[:3] + [" [INST] "] + MISTRAL_CHAT[4:], "</s>"),
+                (MISTRAL_V1, MISTRAL_CHAT[:3] + [" [INST] "] + MISTRAL_CHAT[4:], "</s>"),
+                (MISTRAL_V3, MISTRAL_V3_CHAT, "</s>")):
+            got, ends = self.chat(template, controls=CONTROLS)
+            self.assertEqual(got, chat, template)
+            self.assertIn(end, ends)
+            self.assertEqual("<|eom_id|>" in ends, "eot_id" in end)
+
+    def test_without_a_template(self):
+        mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+        modern = {"beside": {"legacy": False}}
+        spaced = [" [INST] "] + MISTRAL_CHAT[4:]
+        for chat, controls, config in (
+                (LLAMA2_CHAT, (), {}), (MISTRAL_CHAT, (), mistral),
+                (MISTRAL_CHAT[:3] + spaced, (), dict(mistral, **modern)),
+                # A text behind [INST] begins with one space, whoever puts it.
+                (["[INST]"] * 2 + ["\n\n", "[INST]", "[/INST]", "</s>"], CONTROLS, mistral),
+                (MISTRAL_V3_CHAT, CONTROLS, dict(mistral, **modern))):
+            self.assertEqual(self.chat(None, controls=controls, **config)[0], chat)
+        self.assertEqual(self.chat(None, beside={"chat_template": None})[0], [])
+
+    def test_unknown_forms(self):
+        for template in ("{{ messages }}", CHATML + "<think>", CHATML + "<|tool|>",
+                         loop("{{ '<|user|>' + message['content'] + '<|end|><|assistant|>' }}"),
+                         "{% set system_message = 'Be small.' %}" + LLAMA2,
+                         MISTRAL_V3 + "[SYSTEM_PROMPT]", "{{ '[INST]' + x + '[/INST' + ']' }}"):
+            got, ends = self.chat(template, words=("warning", "chat template"), controls=CONTROLS)
+            self.assertEqual((got, ends), ([], ["</s>"]), template)
+
+    def test_where_a_template_is_kept(self):
+        several = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
+        for beside, files in (({"chat_template": several}, {}),
+                              ({}, {"chat_template.jinja": CHATML.encode()}),
+                              ({}, {"chat_template.json": {"chat_template": CHATML}})):
+            got, _ = self.chat(None, beside=beside, files=files, controls=CONTROLS)
+            self.assertEqual(got, CHATML_CHAT)
+
+    def test_a_begin_that_only_the_template_puts(self):
+        got, _ = self.chat(LLAMA31, controls=CONTROLS, beside={"add_bos_token": False})
+        self.assertEqual(got, ["<s>" + text for text in LLAMA31_CHAT[:2]] + LLAMA31_CHAT[2:])
+        got, _ = self.chat(CHATML, controls=CONTROLS, beside={"add_bos_token": False})
+        self.assertEqual(got, CHATML_CHAT)
+
+    def test_any_six_strings_come_back(self):
+        small, path, folder = Small(True), self.path(), self.path()
+        chat = ["#2 'a' \"b\" \\", "\u00e9\U0001f600\n", "{{ x }}", "", "BOS#1", "\t</s>"]
+        data = flat(PADDED, small, chat=chat)
+        save(path, data)
+        done = run(path, "--to", "hf", folder)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(self.export(folder), data)
+
+    def test_ids_of_a_chat(self):
+        """[INST] is one piece, and what stands around it is cut as in any text."""
+        small = Small(True)
+        folder = write_hf(self.path(), small, config=hf_config(
+            small, architectures=["MistralForCausalLM"]))
+        save(os.path.join(folder, "added_tokens.json"), {})
+        save(os.path.join(folder, "tokenizer_config.json"), {"added_tokens_decoder": {
+            "270": {"content": "[INST]", "special": True},
+            "271": {"content": "[/INST]", "special": True}}})
+        file = read_file(self.export(folder))
+        for _ in range(2):
+            text = file.chat[0] + "ab" + file.chat[4]
+            self.assertEqual(encode_like_huggingface(file, text, control=True),
+                             [1, 270, NAMES.index("\u2581ab"), 271])
+            # The newer reading puts no space behind a control piece: then the form does.
+            path = os.path.join(folder, "tokenizer_config.json")
+            settings = json.loads(load(path).decode())
+            save(path, dict(settings, legacy=False))
+            file = read_file(self.export(folder))
+
+
+# ------------------------------------------------------------------------------------------------
+# The families, each as its makers ship it, in small
+
+
+def special(*names, start=0):
+    return [{"id": start + n, "content": name, "special": True} for n, name in enumerate(names)]
+
+
+def begin_with(name, token):
+    text = json.dumps(BEGIN).replace('"<s>"', json.dumps(name)).replace("[1]", "[%d]" % token)
+    return json.loads(text)
+
+
+def spaced(start, **changes):
+    """A tokenizer.json as of Llama 2, with [INST] and [/INST] from `start` on."""
+    return tokenizer_json(added_tokens=special(*NAMES[:3])
+                          + special("[INST]", "[/INST]", start=start), **changes)
+
+
+LLAMA32_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
+                   "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
+LLAMA32_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# head_dim 16 and theta 500000: the eight pairs turn between 1304 times and .014 times.
+LLAMA32_FREQUENCIES = tuple(
+    [f for f in frequencies(16, 5e5)[:4]]
+    + [f * ((1 - share) / 32 + share) for f in frequencies(16, 5e5)[4:5]
+       for share in [(8192 * f / (2 * math.pi) - 1) / 3]]
+    + [f / 32 for f in frequencies(16, 5e5)[5:]])
+
+FAMILIES = {
+    "Llama 2": {
+        "small": Small(False), "config": {}, "frequencies": frequencies(8), "ends": ["</s>"],
+        "files": {"tokenizer.model": sentencepiece(), "tokenizer.json": tokenizer_json(),
+                  "generation_config.json": {"eos_token_id": 2},
+                  "tokenizer_config.json": {"add_bos_token": True, "bos_token": "<s>",
+                                            "eos_token": "</s>", "chat_template": LLAMA2}},
+        "bos": 1, "cut_rule": 0, "flags": 7, "chat": LLAMA2_CHAT},
+    "Mistral v1": {
+        "small": Small(False, kv=1), "frequencies": frequencies(8), "ends": ["</s>"],
+        "config": {"architectures": ["MistralForCausalLM"], "sliding_window": 4},
+        "files": {"tokenizer.model": sentencepiece(),
+                  "tokenizer_config.json": {"legacy": False, "chat_template": MISTRAL_V1}},
+        "bos": 1, "cut_rule": 0, "flags": 3,
+        "chat": MISTRAL_CHAT[:3] + [" [INST] "] + MISTRAL_CHAT[4:]},
+    "Mistral v3": {
+        "small": Small(False), "frequencies": frequencies(8, 1e6), "ends": ["</s>"],
+        "config": {"architectures": ["MistralForCausalLM"], "sliding_window": None,
+                   "rope_theta": 1e6},
+        "files": {"tokenizer.json": spaced(268, normalizer=None, pre_tokenizer={
+            "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first",
+            "split": False}),
+                  "tokenizer_config.json": {"legacy": False, "chat_template": MISTRAL_V3}},
+        "bos": 1, "cut_rule": 0, "flags": 1 | 2 | 64, "chat": MISTRAL_V3_CHAT},
+    "TinyLlama-Chat": {
+        "small": Small(False), "config": {}, "frequencies": frequencies(8), "ends": ["</s>"],
+        "files": {"tokenizer.model": sentencepiece(), "tokenizer.json": tokenizer_json(),
+                  "tokenizer_config.json": {"eos_token": "</s>", "chat_template": ZEPHYR}},
+        "bos": 1, "cut_rule": 0, "flags": 7, "chat": ZEPHYR_CHAT},
+    "SmolLM2": {
+        "small": Small(True, layers=3, heads=3, kv=1), "frequencies": frequencies(8, 1e5),
+        "ends": ["<|im_end|>"],
+        "config": {"rope_theta": 1e5, "bos_token_id": 1, "eos_token_id": 2},
+        "files": {"tokenizer.json": byte_level(SMOLLM_STEPS, absent=[0xc0, 0xc1, 0xff]),
+                  "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
+                  "tokenizer_config.json": {
+                      "tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>",
+                      "eos_token": "<|im_end|>", "chat_template": SMOLLM}},
+        "bos": -1, "cut_rule": 1, "flags": 0, "chat": SMOLLM_CHAT},
+    "Llama 3.2": {
+        "small": Small(True, head=16, heads=2, kv=1), "frequencies": LLAMA32_FREQUENCIES,
+        "ends": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+        "config": {"rope_theta": 5e5, "rope_scaling": LLAMA32_ROPE, "bos_token_id": 0,
+                   "eos_token_id": [1, 4, 5]},
+        "files": {"tokenizer.json": dict(
+            byte_level(LLAMA3_STEPS, special=LLAMA32_SPECIAL, ignore_merges=True),
+            post_processor={"type": "Sequence", "processors": [
+                {"type": "ByteLevel"}, begin_with("<|begin_of_text|>", 0)]}),
+                  "generation_config.json": {"eos_token_id": [1, 4, 5]},
+                  "tokenizer_config.json": {
+                      "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eot_id|>",
+                      "bos_token": "<|begin_of_text|>", "chat_template": LLAMA31}},
+        "bos": 0, "cut_rule": 2, "flags": 2 | 16, "chat": LLAMA31_CHAT}}
+# What Hugging Face's own library makes of the conversation in test_ids_of_a_conversation.
+for _name, _ids in {
+        "Llama 2": [
+            1, 259, 94, 76, 81, 86, 87, 96, 266, 259, 119, 107, 104, 259, 94, 50, 76, 81, 86, 87,
+            96, 267, 259, 2, 1, 259, 94, 76, 81, 86, 87, 96, 259, 262, 259, 94, 50, 76, 81, 86,
+            87, 96],
+        "Mistral v1": [
+            1, 259, 94, 76, 81, 86, 87, 96, 266, 259, 119, 107, 104, 259, 94, 50, 76, 81, 86, 87,
+            96, 267, 2, 259, 94, 76, 81, 86, 87, 96, 259, 262, 259, 94, 50, 76, 81, 86, 87, 96],
+        "Mistral v3": [
+            1, 268, 266, 259, 119, 107, 104, 269, 267, 2, 268, 259, 262, 269],
+        "TinyLlama-Chat": [
+            1, 259, 63, 127, 120, 118, 104, 117, 127, 65, 13, 264, 259, 119, 107, 104, 2, 259, 13,
+            63, 127, 260, 118, 118, 108, 118, 119, 260, 113, 119, 127, 65, 13, 267, 2, 259, 13,
+            63, 127, 120, 118, 104, 117, 127, 65, 13, 262, 2, 259, 13, 63, 127, 260, 118, 118,
+            108, 118, 119, 260, 113, 119, 127, 65, 13],
+        "SmolLM2": [
+            1, 118, 124, 118, 119, 104, 112, 13, 69, 104, 35, 118, 112, 100, 111, 111, 49, 2, 13,
+            1, 120, 118, 104, 117, 13, 265, 259, 2, 13, 1, 100, 118, 118, 108, 118, 119, 100, 113,
+            119, 13, 265, 102, 2, 13, 1, 120, 118, 104, 117, 13, 102, 2, 13, 1, 100, 118, 118,
+            108, 118, 119, 100, 113, 119, 13],
+        "Llama 3.2": [
+            0, 2, 121, 127, 121, 122, 107, 115, 3, 266, 73, 123, 122, 122, 111, 116, 109, 38, 81,
+            116, 117, 125, 114, 107, 106, 109, 107, 38, 74, 103, 122, 107, 64, 38, 74, 107, 105,
+            107, 115, 104, 107, 120, 38, 56, 54, 56, 57, 16, 90, 117, 106, 103, 127, 38, 74, 103,
+            122, 107, 64, 38, 56, 60, 38, 80, 123, 114, 38, 56, 54, 56, 58, 266, 5, 2, 123, 121,
+            107, 120, 3, 266, 271, 265, 5, 2, 103, 121, 121, 111, 121, 122, 103, 116, 122, 3, 266,
+            271, 105, 5, 2, 123, 121, 107, 120, 3, 266, 105, 5, 2, 103, 121, 121, 111, 121, 122,
+            103, 116, 122, 3, 266]}.items():
+    FAMILIES[_name]["ids"] = _ids
+
+
+def write_family(folder, family):
+    write_hf(folder, family["small"], config=hf_config(family["small"], **family["config"]))
+    os.remove(os.path.join(folder, "tokenizer.model"))
+    for name, content in family["files"].items():
+        save(os.path.join(folder, name), content)
+    return folder
+
+
+class TestFamilies(Case):
+    def test_families(self):
+        for name, family in FAMILIES.items():
+            folder, back = write_family(self.path(), family), self.path()
+            data = self.export(folder)
+            header, _, tensors = parse(data, family["small"])
+            for key, (_, numbers) in family["small"].weights.items():
+                self.assertEqual(tensors[key], f32(numbers), (name, key))
+            for key in "bos", "cut_rule", "flags", "chat":
+                self.assertEqual(header[key], family[key], (name, key))
+            for got, want in zip(header["frequencies"], family["frequencies"]):
+                self.assertAlmostEqual(got, want, delta=4e-16 * want)
+            ends = [header["pieces"][token].text.decode() for token in header["ends"]]
+            self.assertEqual(ends, family["ends"], name)
+            save(self.path("flat"), data)
+            done = run(os.path.join(self.folder, "flat"), "--to", "hf", back)
+            # Only tokenizer.model can say that SentencePiece puts a space before a space.
+            self.assertEqual((done.returncode, "other tools" in done.stderr),
+                             (0, name == "Mistral v1"), done.stderr)
+            self.assertEqual(self.export(back), data, name)
+
+    def test_ids_of_a_conversation(self):
+        """Two questions and an answer, as Hugging Face's library reads what the template writes."""
+        for name, family in FAMILIES.items():
+            file = read_file(self.export(write_family(self.path(), family)))
+            one, _, _, two, middle, after = file.chat
+            text = one + "ab the" + middle + "abc" + after + two + "c" + middle
+            self.assertEqual(encode_like_huggingface(file, text, control=True), family["ids"], name)
 
 
 # ------------------------------------------------------------------------------------------------
 # The way back
 
 
-def flat(pieces, small, bos=1, eos=2, prefix=1, **changes):
-    """A flat file, written by code that shares nothing with export.py."""
-    section = b"".join(struct.pack("<fBBH", value, kind, 0, len(text)) + text
-                       for value, kind, text in pieces)
-    flags = prefix | 2 * (sum(kind == 3 for _, kind, _ in pieces) == 256)
-    header = dict(zip(FIELDS, (small.dim, small.hidden, small.layers, small.heads, small.kv,
-                               small.head, small.vocab, small.seq, small.tied, 0, 1e4, 1e-5,
-                               bos, eos, flags, len(section))), **changes)
-    out = b"drugs.c\0" + struct.pack("<I", 1)
-    out = (out + struct.pack("<10I2f2iIQ", *header.values())).ljust(256, b"\0") + section
+def flat(pieces, small, frequency=None, chat=(), ranges=(), more=(), **changes):
+    """A flat file, written by code that shares nothing with export.py.
+
+    Pieces are (score, kind, text) or (score, kind, text, left).
+    """
+    section = b"".join(struct.pack("<fBBHH", piece[0], piece[1], 0, len(piece[2]), (*piece, 0)[3])
+                       + piece[2] for piece in pieces)
+    flags = 1 | 4 | 2 * (sum(piece[1] == BYTE for piece in pieces) == 256)
+    chat = b"".join(struct.pack("<H", len(string.encode())) + string.encode() for string in chat)
+    header = dict(version=2, dim=small.dim, hidden=small.hidden, layers=small.layers,
+                  heads=small.heads, kv=small.kv, head=small.head, vocab=small.vocab, seq=small.seq,
+                  shared=small.tied, window=0, bos=1, flags=flags, cut_rule=0, most_digits=0,
+                  n_ranges=len(ranges), chat_bytes=len(chat), eps=1e-5,
+                  tokenizer_bytes=len(section), n_more=len(more))
+    header.update(changes)
+    out = (b"drugs.c\0" + struct.pack("<17ifqi", *header.values())).ljust(256, b"\0")
+    frequency = frequencies(small.head) if frequency is None else frequency
+    out += struct.pack("<%dd" % len(frequency), *frequency)
+    out += b"".join(struct.pack("<III", *entry) for entry in ranges)
+    out += b"".join(struct.pack("<IIf", *entry) for entry in more) + chat + section
     for _, numbers in small.weights.values():
         out += bytes(-len(out) % 64) + f32(numbers)
     return out
@@ -728,7 +1530,7 @@ def hugging_face_ids(content, text):
 
 
 BYTES = [(0, 3, bytes([byte])) for byte in range(256)]
-ENDS = [(0, 2, b"<unk>"), (0, 1, b"<s>"), (0, 1, b"</s>")]
+ENDS = [(0, 2, b"<unk>"), (0, 1, b"<s>"), (0, 5, b"</s>")]
 LEARNED = [(0, 0, letter.encode()) for letter in " abcd\u00e9"] + [
     (-.5 - 2 * rank, 0, text.encode()) for rank, text in enumerate(
         "ab| a|  |bc|abc| ab|cd|abcd|aa|aaaa|\u00e9a|bcd".split("|"))]
@@ -744,8 +1546,9 @@ class TestBack(Case):
         self.assertEqual((done.returncode, done.stderr.count("\n")), (0, bool(words)), done.stderr)
         for word in words:
             self.assertIn(word, done.stderr)
-        self.assertEqual(sorted(os.listdir(folder)), [
-            "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+        self.assertEqual(sorted(set(os.listdir(folder)) - {"tokenizer.model"}), [
+            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json"])
         self.assertFalse(os.path.exists(folder + ".tmp"))
         return folder
 
@@ -753,16 +1556,11 @@ class TestBack(Case):
         return json.loads(load(os.path.join(folder, name)).decode())
 
     def there_and_back(self, data, small, *words):
-        """Everything but scores survives, and those do from the second time on."""
+        """Every byte survives."""
         folder = self.back(data, *words)
-        second = self.export(folder)
-        third = self.export(self.back(second))
-        self.assertEqual(second, third)
-        (header, pieces, tensors), (header2, pieces2, tensors2) = (
-            parse(data, small), parse(second, small))
-        self.assertEqual((header, tensors), (header2, tensors2))
-        self.assertEqual([piece[1:] for piece in pieces], [piece[1:] for piece in pieces2])
-        return folder, pieces, pieces2
+        self.assertEqual(self.export(folder), data)
+        _, pieces, _ = parse(data, small)
+        return folder, pieces, pieces
 
     def test_models(self):
         for sizes in (dict(tied=True), dict(tied=False, kv=4, head=6), dict(tied=False, kv=1),
@@ -789,7 +1587,9 @@ class TestBack(Case):
     def test_settings(self):
         small = Small(True)
         for eps in 1e-5, 1e-6, 3.2e-7, 1.00000001e-5, 2 ** -20 + 2 ** -40:
-            data = flat(PADDED, small, window=16, theta=5e5, eps=eps, seq=77, bos=-1, eos=7)
+            pieces = [(0, 1, b"</s>") if piece == ENDS[2] else piece for piece in PADDED]
+            pieces[-1] = 0, 5, b"<end>"
+            data = flat(pieces, small, window=16, eps=eps, seq=77, bos=-1)
             folder, _, _ = self.there_and_back(data, small)
             config = self.json(folder, "config.json")
             self.assertEqual(struct.pack("<f", config["rms_norm_eps"]), struct.pack("<f", eps))
@@ -797,17 +1597,63 @@ class TestBack(Case):
         self.assertEqual(config["architectures"], ["MistralForCausalLM"])
         self.assertEqual((config["model_type"], config["sliding_window"], config["rope_theta"],
                           config["max_position_embeddings"], config["eos_token_id"]),
-                         ("mistral", 16, 5e5, 77, 7))
-        # No begin: but a reader told nothing would take <s>.
-        self.assertEqual(config["bos_token_id"], -1)
+                         ("mistral", 16, 1e4, 77, 279))
+        # Nothing begins a text: but a reader told nothing would take <s>.
+        self.assertEqual(config["bos_token_id"], None)
         self.assertIsNone(self.json(folder)["post_processor"])
-        pieces = [(0, 1, b"<end>") if piece == ENDS[1] else piece for piece in PADDED]
-        folder, _, _ = self.there_and_back(flat(pieces, small, bos=-1, eos=1), small)
-        config = self.json(folder, "config.json")
-        self.assertEqual((config["bos_token_id"], config["eos_token_id"]), (None, 1))
         names = self.json(folder, "tokenizer_config.json")
         self.assertEqual([names[end + "_token"] for end in ("bos", "eos", "unk")],
                          [None, "<end>", "<unk>"])
+        self.assertEqual((names["add_bos_token"], names["chat_template"]), (False, None))
+
+    def test_several_ends(self):
+        small = Small(True)
+        pieces = PADDED[:-1] + [(0, 5, b"<end>")]
+        folder, _, _ = self.there_and_back(flat(pieces, small), small)
+        for name in "config.json", "generation_config.json":
+            self.assertEqual(self.json(folder, name)["eos_token_id"], [2, 279])
+
+    def test_rope(self):
+        """From the frequencies back to the settings that they came from."""
+        small = Small(True, head=64, heads=1, kv=1, layers=1)
+        for theta in 1e4, 5e5, 1e6, 10000.5, 1234567.8901234567, 2.5, 0.5:
+            plain = frequencies(64, theta)
+            folder, _, _ = self.there_and_back(flat(PADDED, small, plain), small)
+            config = self.json(folder, "config.json")
+            self.assertEqual((config["rope_theta"], config["rope_scaling"]), (theta, None))
+            for factor in 2.0, 4.0, 1.5, 0.25:
+                data = flat(PADDED, small, tuple(f / factor for f in plain))
+                folder, _, _ = self.there_and_back(data, small)
+                config = self.json(folder, "config.json")
+                self.assertEqual((config["rope_theta"], config["rope_scaling"]),
+                                 (theta, {"rope_type": "linear", "factor": factor}))
+        for factor, length in (8.0, 8192), (32.0, 8192), (4.0, 16384):
+            settings = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0, "original_max_position_embeddings": length}
+            data = self.export(write_hf(self.path(), small, config=hf_config(
+                small, rope_theta=5e5, rope_scaling=settings)))
+            folder, _, _ = self.there_and_back(data, small)
+            config = self.json(folder, "config.json")
+            self.assertEqual((config["rope_theta"], config["rope_scaling"]), (5e5, settings))
+        odd = tuple(f * (1 + pair / 100) for pair, f in enumerate(frequencies(64)))
+        path = self.path()
+        save(path, flat(PADDED, small, odd))
+        self.refused(path, "neither plain nor", to=("--to", "hf"))
+
+    def test_byte_level(self):
+        """Byte by byte in TestByteLevel; here what Hugging Face is told."""
+        small = Small(True)
+        folder = write_hf(self.path(), small)
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        content = byte_level(SMOLLM_STEPS)
+        save(os.path.join(folder, "tokenizer.json"), content)
+        folder, _, _ = self.there_and_back(self.export(folder), small)
+        back = self.json(folder)
+        self.assertFalse(os.path.exists(os.path.join(folder, "tokenizer.model")))
+        self.assertEqual(back["model"]["merges"], content["model"]["merges"])
+        self.assertEqual(back["model"]["vocab"], content["model"]["vocab"])
+        for part in "normalizer", "pre_tokenizer", "post_processor":
+            self.assertEqual(back[part], content[part])
 
     def same_encodings(self, folder, pieces, pieces2, prefix=True, others=True):
         rng = random.Random(3)
@@ -821,7 +1667,7 @@ class TestBack(Case):
     def test_tokenizers(self):
         small = Small(True)
         self.same_encodings(*self.there_and_back(flat(PADDED, small), small))
-        folder, pieces, again = self.there_and_back(flat(PADDED, small, prefix=0), small)
+        folder, pieces, again = self.there_and_back(flat(PADDED, small, flags=2), small)
         self.same_encodings(folder, pieces, again, prefix=False)
         content = self.json(folder)
         self.assertEqual(content["model"]["merges"][:7], [
@@ -831,7 +1677,8 @@ class TestBack(Case):
         self.assertEqual(bos, {"SpecialToken": {"id": "<s>", "type_id": 0}})
 
         # Without bytes, their names are pieces like others.
-        pieces = ENDS + [(0, 0, b"<0x41>")] + LEARNED + [(0, 1, b"")] * (280 - 22)
+        pieces = ENDS + [(0, 0, b"<0x41>")] + LEARNED
+        pieces += [(0, 1, b"<%d>" % token) for token in range(len(pieces), 280)]
         folder, pieces, again = self.there_and_back(flat(pieces, small), small)
         self.same_encodings(folder, pieces, again)
         self.assertFalse(self.json(folder)["model"]["byte_fallback"])
@@ -855,7 +1702,7 @@ class TestBack(Case):
         for ending in "", "/":
             self.assertEqual(run(path, "--to", "hf", folder + ending).returncode, 0)
             before = {name: load(os.path.join(folder, name)) for name in os.listdir(folder)}
-            self.assertEqual(len(before), 4)
+            self.assertEqual(len(before), 6)
             done = run(path, "--to", "hf", folder + ending)
             self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1))
             self.assertIn("exists", done.stderr)
@@ -887,22 +1734,28 @@ class TestBack(Case):
         refused(good + bytes(4), "its header says")
         for data in b"", b"drugs", v0(small), b"GGUF" + good[4:]:
             refused(data, "is no flat file")
-        refused(good[:8] + b"\2" + good[9:], "version 2")
-        for at in 80, 255:
+        refused(good[:8] + b"\1" + good[9:], "version 1", "export the checkpoint again")
+        for at in 92, 255:
             refused(good[:at] + b"\1" + good[at + 1:], "damaged")
         for name, value, word in (
-                ("dim", 0, "dim"), ("layers", 2 ** 31 - 1, "its header says"),
-                ("layers", 2 ** 31, "n_layers"), ("heads", 3, "3 query heads"), ("head", 7, "even"),
-                ("vocab", 2 ** 31 - 1, "truncated"), ("shared", 2, "shared"),
-                ("flags", 1, "damaged"), ("flags", 7, "damaged"), ("tokenizer", 2 ** 63, "damaged"),
-                ("theta", math.nan, "rope_theta"), ("eps", -1, "norm_eps"),
-                ("bos", 280, "bos_id"), ("eos", -2, "eos_id")):
+                ("dim", 0, "dim"), ("layers", 4096, "its header says"),
+                ("layers", 4097, "n_layers"), ("heads", 3, "3 query heads"), ("head", 7, "even"),
+                ("vocab", 1 << 24, "truncated"), ("shared", 2, "shared"), ("flags", 256, "header"),
+                ("cut_rule", 3, "header"), ("n_ranges", -1, "header"), ("n_more", -1, "header"),
+                ("chat_bytes", 1 << 20, "header"), ("most_digits", -1, "header"),
+                ("tokenizer_bytes", 2 ** 62, "damaged"), ("eps", math.nan, "norm_eps"),
+                ("eps", -1, "norm_eps"), ("eps", 1, "norm_eps"), ("bos", 280, "bos")):
             refused(flat(PADDED, small, **{name: value}), word)
+        for frequency in 0.0, -1.0, math.nan, math.inf, 1e7:
+            refused(flat(PADDED, small, (1.0, frequency, .1, .1)), "RoPE")
+        refused(flat(PADDED, small, chat=["a"] * 5), "six strings")
+        refused(flat(PADDED, small, chat=["a"] * 6, chat_bytes=17), "six strings")
         for piece, word in (
-                ((math.inf, 0, b"x"), "score"), ((0, 5, b"x"), "kind 5"), ((0, 3, b"xy"), "kind 3"),
+                ((math.inf, 0, b"x"), "score"), ((0, 6, b"x"), "kind 6"), ((0, 3, b"xy"), "kind 3"),
                 ((0, 0, b""), "damaged"), ((0, 0, b"\xff"), "damaged"), ((0, 2, b"x"), "unknown"),
                 ((0, 0, "x\u2581".encode()), "damaged"), ((0, 0, b"ab"), "both be 'ab'"),
-                ((0, 0, b"<0x41>"), "both be '<0x41>'"), ((0, 1, b"<s>"), "both be '<s>'")):
+                ((0, 0, b"<0x41>"), "both be '<0x41>'"), ((0, 1, b"<s>"), "both be '<s>'"),
+                ((0, 0, b"xyz", 7), "behind byte 7")):
             refused(flat(PADDED[:-1] + [piece], small), word)
         pieces = [(0, 0, b"?") if piece == (0, 3, b"A") else piece for piece in PADDED]
         refused(flat(pieces, small), "255 byte pieces")
@@ -923,8 +1776,10 @@ class TestBack(Case):
 # Hugging Face's arithmetic, to compare with what the C program makes of the flat file
 
 
-def hf_logits(small, weights, ids, theta=10000.0, eps=1e-5):
-    """The logits at every position; RoPE turns i and i + head/2 together."""
+def hf_logits(small, weights, ids, radians=None, window=0, eps=1e-5):
+    """The logits at every position; RoPE turns i and i + head/2 together by radians[i]."""
+    radians = radians or frequencies(small.head)
+
     def matrix(kind, layer=0):
         _, shape, data = weights[named(HF, kind, layer)]
         numbers = floats(data)
@@ -942,7 +1797,7 @@ def hf_logits(small, weights, ids, theta=10000.0, eps=1e-5):
         half = small.head // 2
         for head in out if turned else []:
             for i in range(half):
-                angle = position * theta ** (-2 * i / small.head)
+                angle = position * radians[i]
                 a, b = head[i], head[i + half]
                 head[i] = a * math.cos(angle) - b * math.sin(angle)
                 head[i + half] = b * math.cos(angle) + a * math.sin(angle)
@@ -961,10 +1816,11 @@ def hf_logits(small, weights, ids, theta=10000.0, eps=1e-5):
             joined = []
             for number, query in enumerate(queries):
                 group = number * small.kv // small.heads
+                first = max(0, position + 1 - window) if window else 0
                 marks = [math.exp(sum(map(float.__mul__, query, key[group]))
-                                  / math.sqrt(small.head)) for key in keys]
-                joined += [sum(m * v[group][i] for m, v in zip(marks, values)) / sum(marks)
-                           for i in range(small.head)]
+                                  / math.sqrt(small.head)) for key in keys[first:]]
+                joined += [sum(m * v[group][i] for m, v in zip(marks, values[first:]))
+                           / sum(marks) for i in range(small.head)]
             x = [a + b for a, b in zip(x, times(w["wo"], joined))]
             h = norm(x, "ffn_norm", layer)
             gate = [g / (1 + math.exp(-g)) for g in times(w["w1"], h)]
@@ -990,6 +1846,19 @@ class TestLogits(Case):
                 worst = max(abs(a - b) for a, b in zip(row, right))
                 self.assertLess(worst / max(map(abs, right)), 1e-5)
 
+    def test_families(self):
+        for family in FAMILIES.values():
+            out = self.path()
+            self.assertEqual(run(write_family(self.path(), family), "-o", out).returncode, 0)
+            ids = family["ids"][:12]
+            text = subprocess.check_output([LOGITS, out] + list(map(str, ids)))
+            rows = [list(map(float, line.split())) for line in text.splitlines()]
+            want = hf_logits(family["small"], hf_weights(family["small"]), ids,
+                             family["frequencies"], family["config"].get("sliding_window"))
+            for row, right in zip(rows, want):
+                worst = max(abs(a - b) for a, b in zip(row, right))
+                self.assertLess(worst / max(map(abs, right)), 1e-6)
+
 
 # ------------------------------------------------------------------------------------------------
 # What must be refused
@@ -1004,9 +1873,12 @@ class TestRefusals(Case):
         self.hf("config.json", "GemmaForCausalLM", architectures=["GemmaForCausalLM"])
         self.hf("attention_bias", attention_bias=True)
         self.hf("mlp_bias", mlp_bias=True)
-        self.hf("rope_scaling", "llama3", rope_scaling={"rope_type": "llama3", "factor": 8})
-        self.hf("rope_scaling", "linear", rope_scaling={"type": "linear", "factor": 2})
-        self.hf("rope_parameters", "yarn", rope_parameters={"rope_type": "yarn"})
+        self.hf("rope_scaling", "low_freq_factor",
+                rope_scaling={"rope_type": "llama3", "factor": 8})
+        self.hf("rope_scaling", "factor is 0", rope_scaling={"type": "linear", "factor": 0})
+        self.hf("rope_scaling", "dynamic", rope_scaling={"type": "dynamic", "factor": 2})
+        self.hf("rope_scaling", "yarn", rope_parameters={"rope_type": "yarn"})
+        self.hf("partial_rotary_factor", partial_rotary_factor=.5)
         self.hf("quantization_config", quantization_config={"bits": 4})
         self.hf("hidden_act", "gelu", hidden_act="gelu")
 
@@ -1021,9 +1893,18 @@ class TestRefusals(Case):
         self.hf("30", num_attention_heads=30)
         self.hf("rope_theta", rope_theta=float("inf"))
         self.hf("norm_eps", rms_norm_eps=float("nan"))
-        self.hf("norm_eps", rms_norm_eps=0)
-        self.hf("missing", num_hidden_layers=2 ** 31 - 1)
-        self.hf("eos", eos_token_id=280)
+        self.hf("rope_theta", rope_theta=-1)
+        self.hf("RoPE", rope_theta=1e-300)
+        self.hf("norm_eps", rms_norm_eps=-1e-5)
+        self.hf("norm_eps", rms_norm_eps=1)
+        self.hf("norm_eps", rms_norm_eps=1 - 2 ** -40)
+        self.hf("missing", num_hidden_layers=4096)
+        for name, most in (("hidden_size", 1 << 20), ("intermediate_size", 1 << 20),
+                           ("num_hidden_layers", 1 << 12), ("num_attention_heads", 1 << 12),
+                           ("head_dim", 1 << 12), ("vocab_size", 1 << 24),
+                           ("max_position_embeddings", 1 << 28)):
+            self.hf("from", "to %d" % most, **{name: most + 1})
+        self.hf("eos", "config.json", eos_token_id=280)
 
     def test_tensors(self):
         name = "model.layers.1.self_attn.k_proj.weight"
@@ -1073,6 +1954,16 @@ class TestRefusals(Case):
             text = json.dumps(dict(header, **{name: dict(header[name], **entry)})).encode()
             save(path, struct.pack("<Q", len(text)) + text + good[8 + length:])
             self.refused(folder, "model.safetensors", word)
+        save(path, good + b"x")
+        self.refused(folder, "model.safetensors", "1 bytes are left over")
+        text = '{"model.norm.weight": %s, %s' % (json.dumps(header[name]), json.dumps(header)[1:])
+        text = text.encode()
+        save(path, struct.pack("<Q", len(text)) + text + good[8 + length:])
+        self.refused(folder, "model.safetensors", "twice")
+        del header["model.layers.0.input_layernorm.weight"]
+        text = json.dumps(header).encode()
+        save(path, struct.pack("<Q", len(text)) + text + good[8 + length:])
+        self.refused(folder, "model.safetensors", "nothing is said of the bytes")
         for text in b"[]", b"null", b"{", b"\xff", b"[" * 100000:
             save(path, struct.pack("<Q", len(text)) + text + good[8 + length:])
             self.refused(folder, "model.safetensors")
@@ -1099,13 +1990,23 @@ class TestRefusals(Case):
         path = os.path.join(folder, "tokenizer.model")
         good = sentencepiece()
         for content in (b"", b"\x0a", b"\x0a" + varint(-11), good[:len(good) // 2],
-                        b"IQ== 0\n" * 20, bytes(100), good.replace(b"<0x0A>", b"<0x0Z>"),
+                        bytes(100), b"\x08" + b"\x80" * 20 + b"\1",
+                        good.replace(b"<0x0A>", b"<0x0Z>"),
                         good.replace(struct.pack("<f", -1e9), struct.pack("<f", math.nan))):
             save(path, content)
             self.refused(folder, "tokenizer.model")
+        save(path, b"IQ== 0\nIg== 1\n" * 20)
+        self.refused(folder, "tokenizer.model", "tiktoken", "tokenizer.json")
+        save(path, good + field(2, field(24, 1)))
+        self.refused(folder, "tokenizer.model", "treat_whitespace_as_suffix")
+        save(path, good + field(3, field(5, 0)))
+        self.refused(folder, "tokenizer.model", "escape_whitespaces")
         save(path, sentencepiece(model_type=1))
         self.refused(folder, "tokenizer.model", "BPE")
-        save(path, sentencepiece(NAMES + ["x"] * 20))
+        for names in NAMES + ["ab"], NAMES + [""]:
+            save(path, sentencepiece(names))
+            self.refused(folder, "tokenizer.model", "piece 268 is")
+        save(path, sentencepiece(NAMES + ["x%d" % n for n in range(20)]))
         self.refused(folder, "tokenizer.model", "id 280", "knows only 280")
         os.remove(path)
         self.refused(folder, "tokenizer.model", "--tokenizer")
@@ -1118,8 +2019,8 @@ class TestRefusals(Case):
                 (tokenizer_json(model={"type": "WordPiece"}), "WordPiece"),
                 (tokenizer_json(model={"ignore_merges": True}), "ignore_merges"),
                 (tokenizer_json(pre_tokenizer={"type": "Digits"}), "Digits"),
-                (tokenizer_json(model={"vocab": {"a": 2 ** 60}}), "280"),
-                (tokenizer_json(model={"vocab": {"a": -1}}), "280"),
+                (tokenizer_json(model={"vocab": {"a": 2 ** 60}, "merges": []}), "280"),
+                (tokenizer_json(model={"vocab": {"a": -1}, "merges": []}), "280"),
                 (tokenizer_json(model={"vocab": ["a"]}), "damaged"),
                 (tokenizer_json(model={"merges": ["a b c"]}), "damaged"),
                 ({}, "damaged"), (b"{", "damaged")):
@@ -1152,6 +2053,93 @@ class TestRefusals(Case):
             self.refused(path, word)
         self.refused(self.folder, "config.json")
         self.refused(self.path("absent"), "absent")
+
+    def test_lfs_pointers(self):
+        pointer = b"version https://git-lfs.example/spec/v1\noid sha256:00\nsize 22001\n"
+        for name in ("model.safetensors", "tokenizer.model", "tokenizer.json", "config.json",
+                     "generation_config.json", "tokenizer_config.json"):
+            folder = write_hf(self.path(), Small(True))
+            save(os.path.join(folder, name), pointer)
+            self.refused(folder, name, "Git LFS", "git lfs pull")
+        path = self.path("m.bin")
+        save(path, pointer)
+        self.refused(path, "m.bin", "git lfs pull")
+        self.refused(path, "m.bin", "git lfs pull", to=("--to", "hf"))
+
+    def test_a_part_named_instead_of_the_folder(self):
+        folder = write_hf(self.path(), Small(True), shards=2)
+        save(os.path.join(folder, "pytorch_model.bin"), b"PK")
+        for name in os.listdir(folder):
+            self.refused(os.path.join(folder, name), "name the folder")
+
+    def test_what_cannot_be_read(self):
+        folder = write_hf(self.path(), Small(True))
+        os.remove(os.path.join(folder, "model.safetensors"))
+        self.refused(folder, "model.safetensors", "pytorch_model.bin", "fetch")
+        os.mkdir(os.path.join(folder, "model.safetensors"))
+        self.refused(folder, "model.safetensors", "a file was expected")
+        if os.geteuid():
+            os.chmod(os.path.join(folder, "config.json"), 0)
+            self.refused(folder, "config.json", "ask for the right")
+
+    def test_the_old_format_of_pytorch(self):
+        folder = write_hf(self.path(), Small(True))
+        os.remove(os.path.join(folder, "model.safetensors"))
+        path = os.path.join(folder, "pytorch_model.bin")
+        save(path, pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps({}, 2))
+        self.refused(folder, "pytorch_model.bin", "old format")
+        for content in b"", b"x", {"not": "a zip"}:
+            save(path, content)
+            self.refused(folder, "pytorch_model.bin")
+        torch_save(path, {"model.norm.weight": 5})
+        self.refused(folder, "pytorch_model.bin", "something else than tensors")
+        torch_save(path, [1, 2])
+        self.refused(folder, "pytorch_model.bin", "no dictionary")
+
+    def test_outputs_that_are_no_files(self):
+        folder, fifo, link = write_hf(self.path(), Small(True)), self.path(), self.path()
+        os.mkfifo(fifo)
+        for output in fifo, "/dev/null":
+            done = run(folder, "-o", output)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1))
+            self.assertIn("device or a pipe", done.stderr)
+        self.assertFalse(os.path.isfile(fifo))
+        os.mkdir(self.path("far"))
+        target = os.path.join(self.folder, "far", "model.bin")
+        save(target, b"old")
+        os.symlink("far/model.bin", link)
+        self.assertEqual(run(folder, "-o", link).returncode, 0)
+        self.assertTrue(os.path.islink(link))
+        self.assertEqual(load(target), self.export(folder))
+        self.assertEqual(os.listdir(os.path.dirname(target)), ["model.bin"])
+
+    def test_streams_that_are_closed(self):
+        folder, want = write_hf(self.path(), Small(True, vocab=320)), None
+        for redirection, status, words in ((">/dev/null", 0, ["warning"]), ("2>&-", 0, []),
+                                           (">&-", 0, ["warning"]), (">&- 2>&-", 0, []),
+                                           (">/dev/full", 1, ["warning", "standard output"])):
+            out = self.path()
+            command = "\"$@\" " + redirection
+            if "full" in redirection and not os.path.exists("/dev/full"):
+                continue
+            done = subprocess.run(["sh", "-c", command, "-", sys.executable, EXPORT, folder, "-o",
+                                   out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  universal_newlines=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (status, len(words)),
+                             (redirection, done.stderr))
+            for word in words:
+                self.assertIn(word, done.stderr)
+            want = want or load(out)
+            self.assertEqual(load(out), want)
+
+    def test_names_that_cannot_be_shown(self):
+        folder, out = write_hf(self.path(), Small(True)), os.path.join(self.folder, "mod\u00e8le")
+        for encoding in "ascii", "utf-8:strict", "cp1252":
+            done = subprocess.run(
+                [sys.executable, EXPORT, folder, "-o", out], stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, env=dict(os.environ, PYTHONIOENCODING=encoding))
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+            self.assertIn(b"layers", done.stdout)
 
     def test_the_output_is_not_the_input(self):
         path = self.path("v0.bin")
@@ -1262,6 +2250,39 @@ class TestRefusals(Case):
                 archive.writestr("archive/data.pkl", program)
             self.refused(path, "refuses to run %s.%s" % (module, name))
             self.assertFalse(os.path.exists(marker))
+
+    def test_notes_of_a_training(self):
+        """Objects beside the weights that nobody needs are not made, and do not stop an export."""
+        small, path, marker = Small(False), self.path("ckpt.pt"), self.path("marker")
+        save(self.path("tokenizer.model"), sentencepiece())
+        torch_save(path, checkpoint(small))
+        want = self.export(path)
+        dtype = Call("numpy", "dtype", "f8", False, True)
+        for note, word in (
+                (Call("numpy.core.multiarray", "scalar", dtype, bytes(8)), ""),
+                (Call("argparse", "Namespace"), ""), (Call("torch", "Size", (1, 2)), ""),
+                (Call("builtins", "set", [1]), ""), (Call("pathlib", "PosixPath", "a", "b"), ""),
+                ({Call("torch", "device", "cuda"): [Call("collections", "Counter", {})]}, ""),
+                (Call("os", "system", "touch " + marker), "os.system"),
+                (Call("builtins", "eval", "open(%r, 'w')" % marker), "builtins.eval"),
+                (Call("some.where", "Thing"), "some.where.Thing")):
+            torch_save(path, checkpoint(small, note=note))
+            out = self.path()
+            done = run(path, "-o", out)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (0, bool(word)),
+                             done.stderr)
+            self.assertIn(word, done.stderr)
+            self.assertEqual(load(out), want)
+            self.assertFalse(os.path.exists(marker))
+        for name in "model", "model_args":
+            torch_save(path, dict(checkpoint(small), **{name: Call("argparse", "Namespace")}))
+            self.refused(path, "refuses to run argparse.Namespace")
+        content = checkpoint(small)
+        content["model"]["norm.weight"] = Call("numpy", "array")
+        torch_save(path, content)
+        self.refused(path, "refuses to run numpy.array")
+
+
 
 
 # ------------------------------------------------------------------------------------------------

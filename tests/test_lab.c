@@ -213,7 +213,7 @@ Test(trip, writes_its_numbers) {
     const char *prompt = prompt_of(&b.model, 12);
     Trip trip = {.model = &b.model, .site = SITE_V, .max_theta = MOST, .noise = {.seed = SEED},
                  .n_seeds = 2};
-    int *tokens = encode(&b.model, prompt, strlen(prompt), true, &trip.n_tokens);
+    int *tokens = tokens_of(&b.model, prompt, &trip.n_tokens);
     cr_assert(trip.n_tokens == 12);
     trip.tokens = tokens;
     trip_measure(&trip);
@@ -427,9 +427,9 @@ static void alone(Bench *b, const int *prompt, int n, Noise noise, const Chance 
 }
 
 // How many tokens a text has before one that ends it.
-static int ends_at(const Config *c, const int *tokens) {
+static int ends_at(const Model *m, const int *tokens) {
     int n = 0;
-    while (n < NEW && tokens[n] != c->eos && tokens[n] != c->bos)
+    while (n < NEW && !ending(m, tokens[n]))
         n++;
     return n;
 }
@@ -528,7 +528,7 @@ static void check_one(const Seven *seven, int i, const Text *text) {
     static float blank[WIDE];
     const Config *c = &seven->b.model.config;
     const Alone *want = &seven->want[i];
-    const int n = ends_at(c, want->tokens), n_read = min(n, NEW - 1);
+    const int n = ends_at(&seven->b.model, want->tokens), n_read = min(n, NEW - 1);
     const size_t n_bytes = (size_t)n * sizeof *want->tokens;
     cr_assert(text->n_tokens == n && text->sequence->length == N_PROMPT - i + n_read, "text %d", i);
     cr_assert(!memcmp(text->tokens, want->tokens, n_bytes), "text %d", i);
@@ -585,10 +585,10 @@ Test(write_texts, is_as_each_alone) {
     const FileHeader headers[] = {G, M};
     for (int model = 0; model < 2; model++) {
         open_seven(&seven, headers[model]);
-        Config *c = &seven.b.model.config;
+        Model *m = &seven.b.model;
         const Alone *want = seven.want;
         const struct {
-            int eos, bos;
+            int end, bos;
         } ends[] = {
             {-1, -1},
             {want[3].tokens[5], -1},
@@ -596,8 +596,9 @@ Test(write_texts, is_as_each_alone) {
             {want[6].tokens[NEW - 1], want[4].tokens[NEW - 2]},
         };
         for (int i = 0; i < 4; i++) {
-            c->eos = ends[i].eos;
-            c->bos = ends[i].bos;
+            never_end(m);
+            let_end(m, ends[i].end);
+            m->config.bos = ends[i].bos;
             check_seven(&seven, 1, i);
             check_seven(&seven, 3, i);
             check_seven(&seven, 64, i);
@@ -687,7 +688,7 @@ static void check_sober(Lab *lab, Bench *b) {
     int tokens[NEW];
     double log_p, angle;
     alone(b, lab->prompt, lab->n_prompt, (Noise){0}, &NO_CHANCE, &want);
-    const int n = ends_at(&b->model.config, want.tokens);
+    const int n = ends_at(&b->model, want.tokens);
     cr_assert(n > 3 && sober_continuation(lab, tokens) == n);
     cr_assert(!memcmp(tokens, want.tokens, sizeof *tokens * (size_t)n));
     const Text text = {.tokens = tokens, .n_tokens = n};
@@ -811,7 +812,7 @@ static int check_cell(Lab *lab, Bench *b, const Cell *cell, const char *sober, i
     for (int i = 0; i < K; i++) {
         const Noise noise = {SEED + (uint64_t)i, FAMILY_CENTRED, cell->theta};
         alone(b, lab->prompt, lab->n_prompt, noise, &chance, &one);
-        const Text text = {.tokens = one.tokens, .n_tokens = ends_at(&b->model.config, one.tokens)};
+        const Text text = {.tokens = one.tokens, .n_tokens = ends_at(&b->model, one.tokens)};
         cr_assert(same_text(&cell->texts[i], &text), "%s %g, text %d: %d tokens, want %d",
                   cell->name, cell->strength, i, cell->texts[i].n_tokens, text.n_tokens);
         double more_log_p, more_angle;
@@ -821,7 +822,7 @@ static int check_cell(Lab *lab, Bench *b, const Cell *cell, const char *sober, i
         n += text.n_tokens;
         n_pairs += text.n_tokens ? text.n_tokens - 1 : 0;
         n_short += text.n_tokens < n_sober;
-        written[i] = text_of(&b->model.tokenizer, text.tokens, text.n_tokens);
+        written[i] = text_of(&b->model, text.tokens, text.n_tokens);
         int same = 0;
         while (sober[same] && written[i][same] == sober[same])
             same++;
@@ -893,9 +894,9 @@ Test(explore, fills_its_cells) {
     Lab lab;
     open_lab(&lab, &b, &options, G, 64);
     sober_continuation(&lab, tokens);
-    b.model.config.eos = tokens[11];
+    let_end(&b.model, tokens[11]);
     const int n_sober = sober_continuation(&lab, tokens);
-    char *sober = text_of(&b.model.tokenizer, tokens, n_sober);
+    char *sober = text_of(&b.model, tokens, n_sober);
     cells_init(cells, &lab, texts);
     run_cells(&lab, cells, N_CELLS, sober);
 

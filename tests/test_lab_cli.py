@@ -14,7 +14,7 @@ import tempfile
 import unittest
 import xml.etree.ElementTree
 
-from test_cli import CONTEXT, HERE, MODEL, Done, run as run_drugs
+from test_cli import CONTEXT, HERE, MODEL, Done, run as run_drugs, without_numbers
 
 LAB = os.path.join(HERE, "lab")
 LAYERS = 5                              # of this model
@@ -329,6 +329,43 @@ class TestErrors(LabCase):
                 path = self.path(mode + ".csv")
                 self.bad(1, MODEL, mode, "-o", path, "-i", "x y " * CONTEXT, words=["-i"])
                 self.assertEqual([name for name in os.listdir(self.folder) if mode in name], [])
+
+    def test_a_model_that_is_not_in_order(self):
+        """What is no number ends every experiment with one line, and leaves no file."""
+        path = self.path("nan.bin")
+        with open(path, "wb") as stream:
+            stream.write(without_numbers(.5))
+        for mode, more in MODES.items():
+            with self.subTest(mode):
+                self.bad(1, path, mode, "-i", PROMPT, *more, "-o", self.path("x.csv"),
+                         words=["not finite"])
+                self.assertEqual(os.listdir(self.folder), ["nan.bin"])
+
+    def test_closed_streams(self):
+        """A stream that is closed is no place for a table: its file is as it always is."""
+        for mode, more in MODES.items():
+            _, want = self.lab(mode, out="x.csv")
+            for redirections in ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-":
+                path = self.path("y.csv")
+                subprocess.run(["sh", "-c", '"$0" "$@" ' + redirections, LAB, MODEL, mode, "-i",
+                                PROMPT, *more, "-o", path], stdin=subprocess.DEVNULL, check=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+                with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+                    self.assertEqual(stream.read(), want, (mode, redirections))
+                os.remove(path)
+
+    def test_prompts_from_files(self):
+        """-i @file and -i - are what they are for drugs."""
+        path = self.path("prompt.txt")
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(PROMPT)
+        want = self.good("probe", "-i", PROMPT, *MODES["probe"])
+        self.assertEqual(self.good("probe", "-i", "@" + path, *MODES["probe"]), want)
+        with open(path, "rb") as stream:
+            done = subprocess.run([LAB, MODEL, "probe", "-i", "-", *MODES["probe"]], stdin=stream,
+                                  stdout=subprocess.PIPE, check=True, timeout=120)
+        self.assertEqual(done.stdout, want.out)
+        self.bad(1, MODEL, "probe", "-i", "@" + path + "x", words=["-i", path, "cannot be read"])
 
     def test_nowhere(self):
         """A file that cannot be written is refused before any work."""

@@ -13,8 +13,8 @@ Test(loader, a_model_file_opens) {
     cr_assert_eq(model.config.dim, 64);
     cr_assert_eq(model.config.vocab_size, 768);
     cr_assert_eq(model.config.seq_len, 160);
-    cr_assert_eq(model.tokenizer.pieces[422].length, 3);
-    cr_assert(!memcmp(model.tokenizer.pieces[422].bytes, " To", 3));
+    cr_assert_eq(model.tokenizer->pieces[422].length, 3);
+    cr_assert(!memcmp(model.tokenizer->pieces[422].bytes, " To", 3));
     model_close(&model);
 
     cr_assert(!model_open(&model, "tests/macbeth.bin"));
@@ -24,23 +24,84 @@ Test(loader, a_model_file_opens) {
 
 // ---- small files
 
+// Files of three kinds: in the manner of SentencePiece, with an unknown piece or with bytes; and
+// byte-level, with ranges of characters and a further merge for " ab" and for "abab".
+enum { WITH_UNKNOWN, WITH_BYTES, BYTE_LEVEL, N_FILES };
+enum { N_RANGES = 4, N_MERGES = 3 };
+static const uint32_t RANGES[N_RANGES][3] = {
+    {' ', ' ', WHITE}, {'0', '9', NUMBER}, {'a', 'z', LETTER}, {0xC0, 0x24F, LETTER},
+};
+typedef struct {
+    uint32_t piece, left;
+    float score;
+} FurtherMerge;
+static const FurtherMerge MERGES[N_MERGES] = {
+    {BEHIND_BYTES + 4, 2, -3}, {BEHIND_BYTES + 5, 1, -5}, {BEHIND_BYTES + 5, 3, -6},
+};
+
 // A row of a matrix takes 64 bytes, so no wrong size can hide in the padding behind a tensor.
-static Bytes small_file(bool byte_pieces) {
-    const char *const words[] = {" ", "a", "b", "ab", " a"};
-    Bytes pieces = first_pieces(byte_pieces);
-    for (int i = 0; i < 5; i++) {
-        const int kind = i == 2 ? USER_DEFINED : NORMAL;
-        append_piece(&pieces, (float)-i, kind, words[i], (int)strlen(words[i]));
+static Bytes small_file(int kind) {
+    const char *const words[] = {" ", "a", "b", "ab", " ab", "abab"};
+    const int lefts[] = {0, 0, 0, 0, 1, 2};
+    const int n_words = kind == BYTE_LEVEL ? 6 : 5;
+    Bytes pieces = first_pieces(kind != WITH_UNKNOWN);
+    for (int i = 0; kind == BYTE_LEVEL && i < 256; i++) { // its bytes are normal pieces
+        const size_t at = pieces.n - (size_t)(256 - i) * 11;
+        pieces.data[at + 4] = NORMAL;
     }
-    const FileHeader header = {
-        .magic = "drugs.c", .version = 1, .dim = 16, .hidden_dim = 16, .n_layers = 2, .n_heads = 4,
-        .n_kv_heads = 2, .head_dim = 4, .vocab_size = 5 + (byte_pieces ? BEHIND_BYTES : FIRST_BYTE),
-        .seq_len = 16, .sliding_window = 3, .rope_theta = 100, .norm_eps = 1e-5f, .bos = 1,
-        .eos = 2, .tokenizer_flags = PREFIX_SPACE | (byte_pieces ? BYTE_PIECES : 0),
+    for (int i = 0; i < n_words; i++) {
+        const int piece_kind = i == 2 ? USER_DEFINED : NORMAL;
+        append_made_piece(&pieces, (float)-i, piece_kind, words[i], (int)strlen(words[i]),
+                          kind == BYTE_LEVEL ? lefts[i] : 0);
+    }
+    FileHeader header = {
+        .magic = "drugs.c", .version = 2, .dim = 16, .hidden_dim = 16, .n_layers = 2, .n_heads = 4,
+        .n_kv_heads = 2, .head_dim = 4,
+        .vocab_size = n_words + (kind == WITH_UNKNOWN ? FIRST_BYTE : BEHIND_BYTES), .seq_len = 16,
+        .sliding_window = 3, .norm_eps = 1e-5f, .bos = 1, .rope_theta = 100, .chat = llama2_chat(),
+        .tokenizer_flags = PREFIX_SPACE | (kind == WITH_UNKNOWN ? 0 : BYTE_PIECES),
     };
+    if (kind == BYTE_LEVEL) {
+        header.tokenizer_flags = BYTE_PIECES | IGNORE_MERGES;
+        header.cut_rule = CUT_LLAMA3;
+        header.most_digits = 3;
+        append(&header.ranges, RANGES, sizeof RANGES);
+        append(&header.merges, MERGES, sizeof MERGES);
+    }
     Bytes file = model_file(header, pieces);
     free(pieces.data);
+    free(header.ranges.data);
+    free(header.merges.data);
+    free(header.chat.data);
     return file;
+}
+
+static const FileHeader *header_of(const Bytes *file) {
+    return (const void *)file->data;
+}
+
+// Where the tables of a file lie.
+static size_t ranges_at(const Bytes *file) {
+    return 256 + (size_t)header_of(file)->head_dim / 2 * 8;
+}
+
+static size_t merges_at(const Bytes *file) {
+    return ranges_at(file) + 12 * (size_t)header_of(file)->n_ranges;
+}
+
+static size_t chat_at(const Bytes *file) {
+    return merges_at(file) + 12 * (size_t)header_of(file)->n_merges;
+}
+
+// The record of the id-th piece.
+static size_t piece_at(const Bytes *file, int id) {
+    size_t at = chat_at(file) + (size_t)header_of(file)->chat_bytes;
+    for (int i = 0; i < id; i++) {
+        uint16_t length;
+        memcpy(&length, file->data + at + 6, 2);
+        at += 10u + length;
+    }
+    return at;
 }
 
 // Lets a model read, compute and print. A context of 2^28 tokens is possible, but not every machine
@@ -53,14 +114,23 @@ static void use(Model *m) {
     size_t n_printed;
     Printer printer = {.to = open_memstream(&printed, &n_printed), .at_start = true};
     int n_tokens;
-    int *tokens = encode(m, "ab a\xC3\xA9\xFF", 7, true, &n_tokens);
+    const char text[] = "ab a\xC3\xA9\xFF 's12345\n  <s>abab</s>b \0";
+    const Source source = {.bytes = text, .n = sizeof text - 1, .bos = true, .controls = true};
+    int *tokens = encode(m, source, &n_tokens);
+    for (int i = 0; i < N_CHAT_SPANS; i++) {
+        const Span span = m->tokenizer->chat[i];
+        int n;
+        Source part = {.n = (size_t)span.length, .controls = true};
+        part.bytes = span.length ? span.bytes : "";
+        free(encode(m, part, &n));
+    }
     run_init(&run, m, 4, 1);
     const int n_read = min(n_tokens, m->config.seq_len);
     const float *logits = feed(&run, &sequence, tokens, n_read, WANTS_LOGITS);
     if (logits)
-        print_token(&printer, &m->tokenizer, argmax(logits, m->config.vocab_size));
+        print_token(&printer, m, argmax(logits, m->config.vocab_size));
     for (int i = 0; i < n_tokens; i++)
-        print_token(&printer, &m->tokenizer, tokens[i]);
+        print_token(&printer, m, tokens[i]);
     print_rest(&printer);
     fclose(printer.to);
     free(printed);
@@ -92,10 +162,10 @@ static bool parses(const char *data, size_t n, const char *reason) {
     return ok;
 }
 
-// The two files that all others are made from are good ones.
+// The three files that all others are made from are good ones.
 Test(loader, accepts_good_files) {
-    for (int byte_pieces = 0; byte_pieces < 2; byte_pieces++) {
-        Bytes file = small_file(byte_pieces);
+    for (int kind = 0; kind < N_FILES; kind++) {
+        Bytes file = small_file(kind);
         cr_assert(parses(file.data, file.n, ""), "%s", last_error);
         free(file.data);
     }
@@ -104,7 +174,7 @@ Test(loader, accepts_good_files) {
 // ---- the header
 
 // A field of the header, values that it cannot have, and the words that the reason must have;
-// where they are "", it must begin with the field's name.
+// where they are "", it must begin with the field's name; where they are " ", it may say anything.
 enum { MOST_VALUES = 7 };
 typedef struct {
     size_t at;
@@ -130,9 +200,13 @@ static void check_lie(Bytes file, const Lie *lie, int32_t value) {
 // of the file, is refused.
 Test(loader, every_header_field) {
     const char *const size = "header promises"; // so many bytes, but the file has another number
+    Bytes file = small_file(WITH_UNKNOWN);
+    const int chat_bytes = header_of(&file)->chat_bytes;
     const Lie lies[] = {
 #define FIELD(name) offsetof(FileHeader, name), #name
-        {FIELD(version), {0, 2, -1, INT32_MIN}, ""},
+        {FIELD(version), {0, 3, -1, INT32_MIN}, ""},
+        {FIELD(version), {1}, "export the checkpoint again"}, // which was the format before
+        {FIELD(version), {2 << 24}, "byte order"},
         {FIELD(dim), {0, -1, (1 << 20) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(dim), {15, 17, 32, 1 << 20}, size},
         {FIELD(hidden_dim), {0, -1, (1 << 20) + 1, INT32_MAX, INT32_MIN}, ""},
@@ -145,7 +219,7 @@ Test(loader, every_header_field) {
         {FIELD(n_kv_heads), {0, -1, 3, 8, INT32_MAX, INT32_MIN}, "n_kv_heads"},
         {FIELD(n_kv_heads), {1, 4}, size},
         {FIELD(head_dim), {0, 1, 3, 5, -2, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(head_dim), {2, 6, 1 << 12}, size},
+        {FIELD(head_dim), {2, 6, 1 << 12}, " "}, // what follows is looked for elsewhere
         {FIELD(vocab_size), {0, -1, (1 << 24) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(vocab_size), {9, 1 << 24}, "tokenizer"},
         {FIELD(vocab_size), {7, 6, 5, 3}, "left over"},
@@ -154,19 +228,22 @@ Test(loader, every_header_field) {
         {FIELD(shared_classifier), {1}, size},
         {FIELD(sliding_window), {-1, (1 << 28) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(bos), {-2, 8, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(eos), {-2, 8, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(tokenizer_flags), {4, 7, -1, BYTE_PIECES, INT32_MIN}, ""},
-        // as bits of a float: 0, -1, infinity, -infinity, NaN, another NaN, -0
-        {FIELD(rope_theta),
-         {0, (int)0xBF800000, 0x7F800000, (int)0xFF800000, 0x7FC00000, (int)0xFFC00001, INT32_MIN},
-         ""},
-        // -1, 1, infinity, NaN, hardly below 0
+        {FIELD(tokenizer_flags), {256, -1, BYTE_PIECES, BYTE_PIECES | PREFIX_SPACE, INT32_MIN}, ""},
+        {FIELD(cut_rule), {-1, 3, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(most_digits), {-1, 256, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_ranges), {-1, (1 << 16) + 1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_ranges), {1, 2, 1 << 16}, " "},
+        {FIELD(chat_bytes), {-1, (1 << 16) + 1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(chat_bytes), {1, 11, chat_bytes - 1, chat_bytes + 1}, "chat"},
+        {FIELD(chat_bytes), {0, 1 << 16}, " "},
+        {FIELD(n_merges), {-1, (1 << 24) + 1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_merges), {1, 2, 1 << 24}, " "},
+        // as bits of a float: -1, 1, infinity, NaN, hardly below 0
         {FIELD(norm_eps),
          {(int)0xBF800000, 0x3F800000, 0x7F800000, 0x7FC00000, (int)0x80000001},
          ""},
 #undef FIELD
     };
-    Bytes file = small_file(false);
     for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
         check_lie(file, &lies[i], lies[i].values[0]);
         for (int v = 1; v < MOST_VALUES && lies[i].values[v]; v++)
@@ -177,10 +254,10 @@ Test(loader, every_header_field) {
 
 // So are a wrong magic, any number in the header's unused bytes, ...
 Test(loader, rest_of_the_header) {
-    Bytes file = small_file(false);
+    Bytes file = small_file(WITH_UNKNOWN);
     for (size_t i = 0; i < 256; i++) {
         const bool magic = i < 8;
-        if (!magic && i < sizeof(FileHeader))
+        if (!magic && i < offsetof(FileHeader, zeros))
             continue;
         file.data[i] ^= 1;
         cr_assert(!parses(file.data, file.n, magic ? "export.py" : "header byte"), "%zu", i);
@@ -191,7 +268,7 @@ Test(loader, rest_of_the_header) {
 
 // ... and every other tokenizer length.
 Test(loader, tokenizer_length) {
-    Bytes file = small_file(false);
+    Bytes file = small_file(WITH_UNKNOWN);
     FileHeader *header = (void *)file.data;
     const int64_t n = (int64_t)file.n;
     const int64_t right = header->tokenizer_bytes;
@@ -212,8 +289,8 @@ Test(loader, tokenizer_length) {
 
 // A file that was cut anywhere, or that has something behind its end, is refused.
 Test(loader, every_length) {
-    for (int byte_pieces = 0; byte_pieces < 2; byte_pieces++) {
-        Bytes file = small_file(byte_pieces);
+    for (int kind = 0; kind < N_FILES; kind++) {
+        Bytes file = small_file(kind);
         for (size_t n = 0; n < file.n; n++)
             cr_assert(!parses(file.data, n, ""), "%zu of %zu bytes", n, file.n);
         for (int n = 1; n <= 64; n++) {
@@ -224,44 +301,152 @@ Test(loader, every_length) {
     }
 }
 
-// A record of the tokenizer: offset of the id-th piece in the file.
-static size_t piece_at(const Bytes *file, int id) {
-    size_t at = 256;
-    for (int i = 0; i < id; i++) {
-        uint16_t length;
-        memcpy(&length, file->data + at + 6, 2);
-        at += 8u + length;
+// Files of any kind with n other bytes at `at` are refused.
+static void check_bytes(int kind, size_t at, const void *bytes, size_t n, const char *reason) {
+    Bytes file = small_file(kind);
+    memcpy(file.data + at, bytes, n);
+    cr_assert(!parses(file.data, file.n, reason), "byte %zu, %s: accepted", at, reason);
+    free(file.data);
+}
+
+// A frequency of RoPE that no angle can be made of.
+Test(loader, frequencies) {
+    const double wrong[] = {0, -.0, -1, (1 << 20) * 1.001, INFINITY, -INFINITY, NAN, -NAN};
+    const double right[] = {1e-300, 1 << 20};
+    for (size_t pair = 0; pair < 2; pair++) {
+        const size_t at = 256 + 8 * pair;
+        for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+            for (int kind = 0; kind < N_FILES; kind++)
+                check_bytes(kind, at, &wrong[i], 8, "RoPE's frequency");
+        for (size_t i = 0; i < 2; i++) {
+            Bytes file = small_file(WITH_BYTES);
+            memcpy(file.data + at, &right[i], 8);
+            cr_assert(parses(file.data, file.n, ""), "%g: %s", right[i], last_error);
+            free(file.data);
+        }
     }
-    return at;
+}
+
+// Ranges of characters ascend, none touches another, all are letters, numbers or spaces of Unicode.
+Test(loader, ranges) {
+    const struct {
+        int i;
+        uint32_t range[3];
+        const char *reason;
+    } lies[] = {
+        {0, {' ', '0', WHITE}, "range 1"},     // reaches into the next one
+        {0, {' ', 'b', WHITE}, "range 1"},
+        {1, {' ', '9', NUMBER}, "range 1"},
+        {1, {'9', '0', NUMBER}, "range 1"},    // backwards
+        {2, {'0', '9', LETTER}, "range 2"},    // the one before once more
+        {2, {0, 1, LETTER}, "range 2"},
+        {3, {0xC0, 0x110000, LETTER}, "range 3"},
+        {3, {0xC0, UINT32_MAX, LETTER}, "range 3"},
+        {3, {UINT32_MAX, UINT32_MAX, LETTER}, "range 3"},
+        {3, {0xC0, 0x24F, 0}, "class 0"},
+        {0, {' ', ' ', 4}, "class 4"},
+        {3, {0xC0, 0x24F, UINT32_MAX}, "class"},
+    };
+    Bytes file = small_file(BYTE_LEVEL);
+    const size_t first = ranges_at(&file);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
+        check_bytes(BYTE_LEVEL, first + 12 * (size_t)lies[i].i, lies[i].range, 12, lies[i].reason);
+    const uint32_t last[3] = {0xC0, 0x10FFFF, LETTER};
+    memcpy(file.data + first + 12 * 3, last, 12);
+    cr_assert(parses(file.data, file.n, ""), "%s", last_error);
+    free(file.data);
+}
+
+// Further merges ascend, make a normal piece of two halves that are not empty, and have a score.
+Test(loader, merges) {
+    enum { AB = BEHIND_BYTES + 4, ABAB = BEHIND_BYTES + 5 };
+    const struct {
+        int i;
+        FurtherMerge merge;
+        const char *reason;
+    } lies[] = {
+        {0, {ABAB, 1, 0}, "merge 1"}, // is there twice
+        {0, {ABAB, 2, 0}, "merge 1"}, // the next one has fewer bytes on the left
+        {1, {ABAB, 3, 0}, "merge 2"},
+        {2, {AB, 1, 0}, "merge 2"},
+        {2, {ABAB + 1, 1, 0}, "merge 2"}, // no piece
+        {2, {UINT32_MAX, 1, 0}, "merge 2"},
+        {2, {ABAB, 4, 0}, "merge 2"}, // the right half is empty
+        {2, {ABAB, 65535, 0}, "merge 2"},
+        {2, {ABAB, UINT32_MAX, 0}, "merge 2"},
+        {0, {AB, 0, 0}, "merge 0"}, // the left one
+        {0, {2, 1, 0}, "merge 0"},  // makes </s>
+        {0, {BEHIND_BYTES + 2, 1, 0}, "merge 0"}, // user-defined
+        {0, {FIRST_BYTE, 1, 0}, "merge 0"}, // a byte
+        {0, {AB, 2, NAN}, "merge 0"},
+        {0, {AB, 2, INFINITY}, "merge 0"},
+        {0, {AB, 2, -INFINITY}, "merge 0"},
+    };
+    Bytes file = small_file(BYTE_LEVEL);
+    const size_t first = merges_at(&file);
+    free(file.data);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
+        check_bytes(BYTE_LEVEL, first + 12 * (size_t)lies[i].i, &lies[i].merge, 12, lies[i].reason);
+}
+
+// The six strings of a chat fill it.
+Test(loader, chat) {
+    for (int kind = 0; kind < N_FILES; kind++) {
+        Bytes file = small_file(kind);
+        size_t at = chat_at(&file);
+        for (int i = 0; i < 6; i++) {
+            uint16_t length;
+            memcpy(&length, file.data + at, 2);
+            const uint16_t wrong[] = {length + 1, length - 1, 0, 255, 65535};
+            for (int w = 0; w < 5; w++)
+                check_bytes(kind, at, &wrong[w], 2, "chat");
+            at += 2u + length;
+        }
+        free(file.data);
+    }
+    // Without a form there is nothing; and strings may be empty.
+    const int n_bytes[] = {0, 12, 11, 10, 2, 1, 13};
+    for (int i = 0; i < 7; i++) {
+        FileHeader header = G;
+        append_zeros(&header.chat, (size_t)n_bytes[i]);
+        Bytes pieces = first_pieces(true);
+        header.vocab_size = BEHIND_BYTES;
+        Bytes file = model_file(header, pieces);
+        cr_assert_eq(parses(file.data, file.n, "chat"), i < 2, "%d bytes", n_bytes[i]);
+        free(file.data);
+        free(pieces.data);
+        free(header.chat.data);
+    }
 }
 
 // Every lie that a record of the tokenizer can tell, one at a time: other bytes (n) at byte `at` of
-// piece `id`. Score, kind, a reserved byte, length and text are at 0, 4, 5, 6 and 8.
+// piece `id`. Score, kind, a reserved byte, length, left half and text are at 0, 4, 5, 6, 8 and 10.
 Test(loader, tokenizer_records) {
     const struct {
         int id, at, n;
         const char *bytes;
         const char *reason;
     } lies[] = {
-        {4, 4, 1, "\5", "kind 5"},
+        {4, 4, 1, "\6", "kind 6"},
         {4, 4, 1, "\xFF", "kind 255"},
         {4, 5, 1, "\1", "reserved"},
-        {263, 6, 2, "\3\0", "longer"},
+        {263, 6, 2, "\4\0", "longer"},
         {263, 6, 2, "\xFF\xFF", "longer"},
         {263, 6, 2, "\1\0", "left over"},
         {259, 6, 2, "\0\0", "empty"},
         {0, 0, 4, "\0\0\xC0\x7F", "score"},
         {5, 0, 4, "\0\0\x80\xFF", "score"},
-        {7, 8, 1, "\5", "same byte"},
+        {7, 10, 1, "\5", "same byte"},
+        {2, 6, 2, "\0\0", "empty"}, // an END piece
         {3, 4, 1, "\0", "byte pieces"},
         {258, 4, 1, "\1", "byte pieces"},
         {260, 4, 1, "\3", "byte"},
-        {263, 4, 1, "\3", "2 bytes"},
+        {263, 4, 1, "\3", "3 bytes"},
         {100, 6, 2, "\0\0", "empty"},
         {262, 6, 2, "\0\xFF", "longer"},
     };
     for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
-        Bytes file = small_file(true);
+        Bytes file = small_file(WITH_BYTES);
         size_t at = piece_at(&file, lies[i].id) + (size_t)lies[i].at;
         memcpy(file.data + at, lies[i].bytes, (size_t)lies[i].n);
         cr_assert(!parses(file.data, file.n, lies[i].reason), "piece %d, byte %d: accepted",
@@ -270,17 +455,34 @@ Test(loader, tokenizer_records) {
     }
 }
 
-// Without byte pieces an unknown piece is needed; and the header must know of byte pieces.
+// Without byte pieces an unknown piece is needed, unless the text is cut; and the header must know
+// of byte pieces.
 Test(loader, tokenizer_as_a_whole) {
-    Bytes file = small_file(false);
+    Bytes file = small_file(WITH_UNKNOWN);
     file.data[piece_at(&file, 0) + 4] = CONTROL; // it was the only unknown one
     cr_assert(!parses(file.data, file.n, "unknown"));
+    ((FileHeader *)(void *)file.data)->cut_rule = CUT_GPT2;
+    cr_assert(parses(file.data, file.n, ""), "%s", last_error);
     free(file.data);
 
-    file = small_file(true);
+    file = small_file(WITH_BYTES);
     FileHeader *header = (void *)file.data;
     header->tokenizer_flags = 0;
     cr_assert(!parses(file.data, file.n, "byte pieces"));
+    header->tokenizer_flags = BYTE_PIECES;
+    header->cut_rule = CUT_GPT2; // then bytes must be normal pieces
+    cr_assert(!parses(file.data, file.n, "byte pieces"));
+    free(file.data);
+
+    file = small_file(BYTE_LEVEL);
+    header = (void *)file.data;
+    header->cut_rule = CUT_NOWHERE; // then they must not be
+    cr_assert(!parses(file.data, file.n, "byte pieces"));
+    header->cut_rule = CUT_LLAMA3;
+    file.data[piece_at(&file, FIRST_BYTE + 'x') + 4] = CONTROL; // one byte is no piece
+    cr_assert(!parses(file.data, file.n, "byte pieces"));
+    header->tokenizer_flags = 0; // and that may be
+    cr_assert(parses(file.data, file.n, ""), "%s", last_error);
     free(file.data);
 }
 
@@ -293,7 +495,7 @@ static Bytes corrupted(Bytes file, size_t end, uint64_t k, int n_changed) {
         const double u = (double)unit(2, 4 * k + c);
         const bool in_header = u < .5;
         const double way = in_header ? 2 * u : 2 * u - 1; // 0 to 1
-        const size_t at = (size_t)(way * (double)(in_header ? sizeof(FileHeader) : end));
+        const size_t at = (size_t)(way * (double)(in_header ? offsetof(FileHeader, zeros) : end));
         copy.data[at] = (char)(int)(unit(3, 4 * k + c) * 256);
     }
     return copy;
@@ -304,9 +506,9 @@ static Bytes corrupted(Bytes file, size_t end, uint64_t k, int n_changed) {
 Test(loader, random_corruption) {
     int n_refused = 0;
     int n_accepted = 0;
-    for (int byte_pieces = 0; byte_pieces < 2; byte_pieces++) {
-        Bytes good = small_file(byte_pieces);
-        const size_t end = piece_at(&good, byte_pieces ? 264 : 8);
+    for (int kind = 0; kind < N_FILES; kind++) {
+        Bytes good = small_file(kind);
+        const size_t end = piece_at(&good, header_of(&good)->vocab_size);
         for (uint64_t k = 0; k < 6000; k++) {
             const int n_changed = k % 2 ? 1 : 1 + (int)(unit(1, k) * 4);
             Bytes file = corrupted(good, end, k, n_changed);
@@ -322,13 +524,14 @@ Test(loader, random_corruption) {
     cr_assert(n_accepted > 1000 && n_refused > 1000, "%d, %d", n_accepted, n_refused);
 }
 
-// Numbers that are no numbers among the weights do no harm beyond wrong logits.
-Test(loader, weights_of_any_value) {
-    Bytes file = small_file(false);
+// Numbers that are no numbers among the weights do no harm: the file opens, and computing with it
+// ends the program with a sentence and status 1.
+Test(loader, weights_that_are_no_numbers, .exit_code = 1) {
+    Bytes file = small_file(WITH_UNKNOWN);
     const size_t embedding = (piece_at(&file, 8) + 63) / 64 * 64;
     memset(file.data + embedding, 0xFF, 1024); // NaN
-    cr_assert(parses(file.data, file.n, ""));
-    free(file.data);
+    parses(file.data, file.n, "");
+    cr_assert_fail("it was used without a complaint");
 }
 
 // ---- files on a disk
@@ -354,7 +557,7 @@ static void write_file(const char *path, const char *data, size_t n) {
 Test(loader, paths) {
     char directory[] = "/tmp/drugs-test-XXXXXX";
     char path[64];
-    Bytes file = small_file(true);
+    Bytes file = small_file(WITH_BYTES);
     cr_assert_not_null(mkdtemp(directory));
     snprintf(path, sizeof path, "%s/model.bin", directory);
     cr_assert(!opens(path), "there is no such file");

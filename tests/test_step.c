@@ -962,13 +962,13 @@ static char *written_plainly(Lesson *lesson, const char *prompt) {
     int n;
     int *tokens = tokens_of(m, prompt, &n);
     for (int i = 0; i < n; i++)
-        print_token(&printer, &m->tokenizer, tokens[i]);
+        print_token(&printer, m, tokens[i]);
     const float *logits = feed(&lesson->bench.run, &sequence, tokens, n, WANTS_LOGITS);
     for (int i = 0; i < N_WRITTEN; i++) {
         int next = argmax(logits, c->vocab_size);
-        if (next == c->eos || next == c->bos)
+        if (ending(m, next))
             break;
-        print_token(&printer, &m->tokenizer, next);
+        print_token(&printer, m, next);
         logits = feed(&lesson->bench.run, &sequence, &next, 1, WANTS_LOGITS);
     }
     print_rest(&printer);
@@ -1070,7 +1070,7 @@ static void check_written(const char *path, const char *stepped_path, float step
     study(&after, stepped_path, TO_BE);
 
     const Model *m = lesson.model;
-    size_t before_weights = HEADER_BYTES + m->config.tokenizer_bytes;
+    size_t before_weights = (const char *)m->layers[0].w[TOK_EMB] - (const char *)m->file;
     cr_assert_eq(after.model->file_bytes, m->file_bytes);
     cr_assert(!memcmp(after.model->file, m->file, before_weights));
     char *text = written(&lesson, step_size, "To be");

@@ -201,6 +201,34 @@ class TestExperiment(Case):
         out = self.good(*one, "-l", "be", "-f", lesson, "-y", "")
         self.assertNotIn("cure", out)
         self.assertNotEqual(losses(out)["0"][3], losses(self.good(*one))["0"][3])
+        for option in "-i", "-g", "-y":
+            self.assertEqual(self.good(*one, option, "@" + lesson), self.good(*one, option, text))
+        with open(lesson, "rb") as stream:
+            done = run(MODEL, *one, "-l", "-", stdin=stream)
+        self.assertEqual(done.out, self.good(*one, "-l", text))
+        marked = self.path("marked.txt", "\ufeff" + text)      # as some editors do
+        for option in "-l", "-f":
+            path = ["@" + marked, "@" + lesson] if option == "-l" else [marked, lesson]
+            self.assertEqual(*(self.good(*one, option, name) for name in path))
+        zero = self.path("zero.txt", text + "\0" + text)
+        for option, name in ("-l", "@" + zero), ("-i", "@" + zero), ("-f", zero):
+            self.bad(1, *one, option, name, words=[option, zero, "zero byte"])
+
+    def test_closed_streams(self):
+        """A stream that is closed is no place for a file: that is as it always is."""
+        one = ["-e", "0,1e-3", "-n", "3"]
+
+        def files(redirections):
+            paths = self.path("x.csv"), self.path("x.bin")
+            done = subprocess.run(["sh", "-c", '"$0" "$@" ' + redirections, STEP, MODEL, *one,
+                                   "-e", "1e-3", "-t", paths[0], "-o", paths[1]], timeout=120,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
+            self.assertEqual((done.returncode, done.stderr), (0, b""), redirections)
+            return [self.content(path) for path in paths]
+        want = files("")
+        for redirections in ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-":
+            self.assertEqual(files(redirections), want, redirections)
 
     def test_a_text_without_a_prediction_has_a_dash(self):
         empty = self.path("empty.txt", "")
