@@ -4,6 +4,7 @@
 # make trip     how far a glitch carries; make explore: whole texts; make probe: does it survive?
 # make pretrain raises such a model anew, tests/fresh.bin; SEED=5 for another one
 # make test     all tests
+# make golden   computes anew what tests compare with, after a change that is meant
 # make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench    speed, as ratios against this machine's limits
 # make clean    removes what was built
@@ -90,10 +91,14 @@ c_tests: $(C_TESTS)
 test: $(PROGRAMS) c_tests
 	python3 -m unittest discover tests
 
+golden:
+	python3 tests/reference.py > tests/golden.tmp
+	mv tests/golden.tmp tests/golden.h
+
 debug:
 	ASAN_OPTIONS=detect_leaks=0 $(MAKE) test CFLAGS='$(SANITIZE)'
 
 clean:
 	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin
 
-.PHONY: all test c_tests debug demo lesson trip explore probe pretrain bench clean criterion always
+.PHONY: all test c_tests golden debug demo lesson trip explore probe pretrain bench clean criterion always
