@@ -21,7 +21,7 @@ accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
 # not in another.
 FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wno-unknown-pragmas \
          -Wno-psabi $(CFLAGS) $(OPENMP)
-C_TESTS = tests/test_drugs tests/test_loader tests/test_step tests/test_lab
+C_TESTS = tests/test_drugs tests/test_properties tests/test_loader tests/test_step tests/test_lab
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 PROGRAMS = drugs train_step tests/lab tests/logits tests/tokens tests/pretrain tests/bench
@@ -84,6 +84,7 @@ bench: tests/bench
 
 c_tests: $(C_TESTS)
 	tests/test_drugs
+	tests/test_properties
 	tests/test_loader
 	tests/test_step
 	tests/test_lab
