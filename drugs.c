@@ -36,6 +36,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -103,8 +104,7 @@
  *
  * token            a piece of text, a word or part of one, and its number in the vocabulary.
  * weight           a number of the model (attention's weights, below, are others). They come in matrices and
- *                  vectors; both are called
- *                  tensors. A norm's vector of weights is its gain.
+ *                  vectors; both are called tensors. A norm's vector of weights is its gain.
  * embedding        the table in which each token has a row of dim numbers: its first x.
  * residual stream  the x on the left. Nothing replaces it, each half of a layer only adds to it:
  *                  so it is the memory that all layers share.
@@ -1125,7 +1125,7 @@ typedef struct {
 // A piece of the file that is text.
 typedef struct {
     const char *bytes; // (length)
-    int length;
+    ptrdiff_t length;
 } Span;
 enum { OPENING, BEFORE_SYSTEM, AFTER_SYSTEM, BEFORE_QUESTION, AFTER_QUESTION, AFTER_ANSWER,
        N_CHAT_SPANS };
@@ -1692,6 +1692,13 @@ static int *encode(const Model *m, Source source, int *n_tokens) {
 
 // ---- decoding
 
+// Writes n bytes. A stream into memory may find none. What standard output
+// could not take is flush_output's business.
+static void write_bytes(FILE *to, const char *bytes, size_t n) {
+    if (fwrite(bytes, 1, n, to) < n && to != stdout)
+        die(1, "out of memory");
+}
+
 // Tokens on their way to a stream. A character may be spread over several
 // tokens; it is printed when it is whole.
 typedef struct {
@@ -1717,13 +1724,14 @@ static void print_rest(Printer *printer) {
     control = control || (point >= 127 && point < 160);
     // A terminal would obey a control character: move its cursor, change
     // its title.
+    char name[8];
     printer->n_waiting = 0;
     if (valid && control && printer->terminal)
-        fprintf(printer->to, "<%02X>", point);
+        write_bytes(printer->to, name, sprintf(name, "<%02X>", point));
     else if (valid)
-        fwrite(printer->waiting, 1, n, printer->to);
+        write_bytes(printer->to, printer->waiting, n);
     for (int i = 0; i < n && !valid; i++)
-        fputs("\xEF\xBF\xBD", printer->to);
+        write_bytes(printer->to, "\xEF\xBF\xBD", 3);
 }
 
 static void print_byte(Printer *printer, char byte) {
@@ -1757,7 +1765,6 @@ static void print_token(Printer *printer, const Model *m, int token) {
             print_byte(printer, bytes[i]);
     }
     printer->at_start = false;
-    fflush(printer->to); // so that the text appears as it is written
 }
 
 /* ================================================================================================
@@ -2127,6 +2134,15 @@ static bool model_parse(Model *m,
         && find_tensors(m, data, first, n_bytes);
 }
 
+static const char *mapped; // the file that model_open mapped last, for lost_page
+
+// SIGBUS: a page of the file that was mapped is no longer there. The signal comes
+// while we read it, and not at any odd moment, so the program may end here
+// as it does elsewhere.
+static void lost_page(int number) {
+    die(1, "%s can be read no longer (signal %d); was it cut short?", mapped, number);
+}
+
 // Maps the file at path and parses it. False: m->error says why; close it
 // even so.
 static bool model_open(Model *m, const char *path) {
@@ -2145,6 +2161,8 @@ static bool model_open(Model *m, const char *path) {
     close(fd); // the mapping stays
     if (file == MAP_FAILED)
         return broken(m, "cannot be mapped into memory");
+    mapped = path;
+    signal(SIGBUS, lost_page);
     bool ok = model_parse(m, file, n_bytes); // which empties m first
     m->file = file;
     m->file_bytes = n_bytes;
@@ -2278,6 +2296,13 @@ typedef struct {
     const char *stopped_at; // why the last answer ended, NULL: it has not
 } Talk;
 
+// Sends on what was printed. A text that did not reach its file is no
+// success; it is said at once, and not after hours of work.
+static void flush_output(void) {
+    if (ferror(stdout) || fflush(stdout))
+        die(1, "standard output cannot be written; disk full?");
+}
+
 // The time in seconds, for differences.
 static double now(void) {
     struct timespec time;
@@ -2315,10 +2340,13 @@ static void reply(Talk *talk, const int *tokens, int n) {
         // The loop of every language model: choose a token, let the model
         // read it, choose again.
         int token = choose(logits, c->vocab_size, &options->dice, s->noise.seed, s->length);
+        if (!isfinite(logits[token])) // of what is no number, none is the largest
+            die(1, "the model computes numbers that are not finite; is its file damaged?");
         talk->stopped_at = ending(talk->run.model, token);
         if (talk->stopped_at)
             break;
         print_token(&talk->printer, talk->run.model, token);
+        flush_output(); // so that the text appears as it is written
         talk->n_new++; // the token is written, but not read yet
         if (i == most)
             talk->stopped_at = i == options->n_new ? "-n" : "the end of the context";
@@ -2333,7 +2361,7 @@ static void reply(Talk *talk, const int *tokens, int n) {
         logits = feed(&talk->run, s, &token, 1, DRUGGED | WANTS_LOGITS);
     }
     print_rest(&talk->printer); // half a character, if the text broke off there
-    fflush(stdout);
+    flush_output();
     talk->prompt_seconds += prompt_done - start;
     talk->new_seconds += now() - prompt_done;
 }
@@ -2358,6 +2386,7 @@ static void generate(Talk *talk) {
     // read.
     for (int i = 0; i < n; i++)
         print_token(&talk->printer, m, tokens[i]);
+    flush_output();
     reply(talk, tokens, n);
     puts("");
     free(tokens);
@@ -2366,15 +2395,18 @@ static void generate(Talk *talk) {
 // A conversation in the making: its bytes, and for each of them whether a
 // person typed it. What is typed never becomes a control piece.
 typedef struct {
-    FILE *bytes;
-    FILE *typed;
+    char *bytes, *typed; // (n) each
+    ptrdiff_t n;
 } Writer;
 
 // Adds a span to a conversation.
-static void write_span(Writer writer, Span span, bool typed) {
-    fwrite(span.bytes, 1, span.length, writer.bytes);
-    for (int i = 0; i < span.length; i++)
-        fputc(typed, writer.typed);
+static void write_span(Writer *writer, Span span, bool typed) {
+    ptrdiff_t first = writer->n;
+    writer->n += span.length;
+    writer->bytes = resize(writer->bytes, writer->n, 1);
+    writer->typed = resize(writer->typed, writer->n, 1);
+    memcpy(writer->bytes + first, span.bytes, span.length);
+    memset(writer->typed + first, typed, span.length);
 }
 
 // What the model is to read in a round. Every family writes conversations
@@ -2390,7 +2422,7 @@ static void write_span(Writer writer, Span span, bool typed) {
 // it has the end piece of the answer, because the program stops at that and
 // does not feed it. For Llama 2, OPENING is "[INST] " and AFTER_QUESTION "
 // [/INST]".
-static void write_round(Writer writer, const Talk *talk, Span question) {
+static void write_round(Writer *writer, const Talk *talk, Span question) {
     const Span *chat = talk->run.model->tokenizer->chat;
     const char *system = talk->options->system;
     // What the template spells is meant as control pieces, what was typed
@@ -2399,7 +2431,7 @@ static void write_round(Writer writer, const Talk *talk, Span question) {
         write_span(writer, chat[BEFORE_QUESTION], false);
     } else if (system) {
         write_span(writer, chat[BEFORE_SYSTEM], false);
-        write_span(writer, (Span){system, (int)strlen(system)}, true);
+        write_span(writer, (Span){system, strlen(system)}, true);
         write_span(writer, chat[AFTER_SYSTEM], false);
     } else {
         write_span(writer, chat[OPENING], false);
@@ -2408,33 +2440,20 @@ static void write_round(Writer writer, const Talk *talk, Span question) {
     write_span(writer, chat[AFTER_QUESTION], false);
 }
 
-// A stream that writes into memory. *bytes and *n are set when it is
-// closed.
-static FILE *open_memory(char **bytes, size_t *n) {
-    FILE *stream = open_memstream(bytes, n);
-    if (!stream)
-        die(1, "out of memory");
-    return stream;
-}
-
 // One round of a conversation. What was said before is in the cache.
 // Returns false when the context is full.
 static bool chat_round(Talk *talk, Span question) {
     const Model *m = talk->run.model;
     Sequence *s = &talk->sequence;
-    char *bytes, *typed;
-    size_t n_bytes, n_typed;
-    Writer writer = {open_memory(&bytes, &n_bytes), open_memory(&typed, &n_typed)};
-    write_round(writer, talk, question);
-    fclose(writer.bytes); // now bytes and typed are there
-    fclose(writer.typed);
+    Writer writer = {0};
+    write_round(&writer, talk, question);
     Source round = {
-        .bytes = bytes,
-        .n = n_bytes,
+        .bytes = writer.bytes,
+        .n = writer.n,
         .start = s->length ? BEHIND_PIECE : AT_START,
         .bos = !s->length,
         .controls = true,
-        .typed = typed,
+        .typed = writer.typed,
     };
     Span after = m->tokenizer->chat[AFTER_ANSWER];
     Source closing = {after.bytes, after.length, CONTINUED, .controls = true};
@@ -2443,8 +2462,8 @@ static bool chat_round(Talk *talk, Span question) {
     int n, n_closing;
     int *tokens = encode(m, round, &n);
     int *closing_tokens = encode(m, closing, &n_closing);
-    free(bytes);
-    free(typed);
+    free(writer.bytes);
+    free(writer.typed);
 
     int room = m->config.seq_len - s->length - n_closing;
     if (room < 1) {
@@ -2475,6 +2494,8 @@ static void chat(Talk *talk) {
         if (talk->options->shower_every)
             talk->n_showers += cold_shower(&talk->run, &talk->sequence) > 0;
         ssize_t n = getline(&line, &line_size, stdin);
+        if (n < 0 && !feof(stdin)) // a disk failed, or a line is longer than memory
+            die(1, "standard input cannot be read");
         if (n < 0) { // Ctrl-D
             talk->stopped_at = NULL;
             break;
@@ -2482,7 +2503,7 @@ static void chat(Talk *talk) {
         while (n > 0 && (line[n - 1] == '\n' || line[n - 1] == '\r'))
             n--; // the end of the line is not part of what was said
         if (n)
-            goes_on = chat_round(talk, (Span){line, (int)n});
+            goes_on = chat_round(talk, (Span){line, n});
     }
     fputs("\n", stderr);
     free(line);
@@ -2552,20 +2573,20 @@ static int64_t whole_number(int option, const char *what, const char *text, doub
 // The whole of a stream that an option named, as a string. The caller frees
 // it, or keeps it until the program ends.
 static char *read_stream(int option, const char *name, FILE *stream) {
+    enum { BLOCK = 1 << 16 };
     char *text = NULL;
-    size_t n = 0, room;
-    FILE *to = open_memory(&text, &room);
-    char block[4096];
-    while (stream && (n = fread(block, 1, sizeof block, stream)) > 0)
-        fwrite(block, 1, n, to);
+    size_t n = 0;
+    for (size_t n_read = stream != NULL; n_read > 0; n += n_read) {
+        text = resize(text, n + BLOCK + 1, 1);
+        n_read = fread(text + n, 1, BLOCK, stream);
+    }
     if (!stream || ferror(stream)) // it could not be opened, or a disk failed
         die(1, "-%c: %s cannot be read: %s", option, name, strerror(errno));
-    if (fclose(to))
-        die(1, "out of memory");
-    if (strlen(text) != room) // UTF-16, most likely
+    text[n] = '\0';
+    if (strlen(text) != n) // UTF-16, most likely
         die(1, "-%c: %s has a zero byte in it; save it as UTF-8 text", option, name);
     if (!strncmp(text, "\xEF\xBB\xBF", 3)) // the mark that some editors put in front
-        memmove(text, text + 3, room - 2);
+        memmove(text, text + 3, n - 2);
     return text;
 }
 
@@ -2610,7 +2631,8 @@ static bool parse_shape(Dose *dose, const char *text) {
         int n_read = 0;
         if (sscanf(text, "%f=%f%n", &point->depth, &point->ratio, &n_read) != 2)
             return false;
-        if (!isfinite(point->depth) || !isfinite(point->ratio) || point->ratio < 0)
+        // So small that no theta becomes infinite, and not nan.
+        if (!(fabsf(point->depth) <= 1000 && point->ratio >= 0 && point->ratio <= 1000))
             return false;
         text += n_read;
         if (*text != ',')
@@ -2706,6 +2728,7 @@ static Noise noise_of(const NoiseOptions *options, const Model *m) {
 __attribute__((noreturn))
 static void show_help(const char *usage, bool asked) {
     fputs(usage, asked ? stdout : stderr);
+    flush_output();
     exit(asked ? 0 : 2);
 }
 
@@ -2812,9 +2835,7 @@ int main(int argc, char **argv) {
         die(1, "%s: %s", argv[1], model.error);
     const Noise noise = noise_of(&options.noise, &model);
     converse(&model, &options, noise);
-    // A text that did not reach its file is no success.
-    if (ferror(stdout) || fflush(stdout))
-        die(1, "standard output cannot be written; disk full?");
+    flush_output();
     free((float *)noise.theta); // which noise_of made
     model_close(&model);
     return 0;
@@ -3009,12 +3030,15 @@ static void exp_all(float *x, int n) {
 static void die(int status, const char *format, ...) {
     char line[1024];
     va_list args; // what the caller wants to have printed
+    flockfile(stderr); // for good: of several threads only one has the last word
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    for (char *c = line; *c; c++) // an option that is quoted may hold line feeds
-        if (*c == '\n' || *c == '\r')
-            *c = ' ';
+    // What is quoted of a file or an option may hold line feeds, or what a
+    // terminal would obey: control characters, of one byte or of two.
+    for (unsigned char *c = (unsigned char *)line; *c; c++)
+        if (*c < ' ' || *c == 127 || (*c == 0xC2 && c[1] < 160))
+            *c = '?';
     fflush(stdout); // what was said so far comes before the complaint
     fprintf(stderr, "%s: %s\n", program, line);
     exit(status);

@@ -1055,15 +1055,19 @@ static int *tokens_of(const Model *m, const char *text, int *n_tokens) {
     return encode(m, (Source){text, strlen(text), AT_START, .bos = true}, n_tokens);
 }
 
-// The text of tokens (n). The caller frees it.
+// The text of tokens (n), with <1B> and the like for what a terminal would
+// obey. The caller frees it.
 static char *text_of(const Model *m, const int *tokens, int n) {
     char *text;
     size_t size;
-    Printer printer = {.to = open_memory(&text, &size), .at_start = true};
+    Printer printer = {.to = open_memstream(&text, &size), .at_start = true, .terminal = true};
+    if (!printer.to)
+        die(1, "out of memory");
     for (int i = 0; i < n; i++)
         print_token(&printer, m, tokens[i]);
     print_rest(&printer);
-    fclose(printer.to); // which sets text
+    if (fclose(printer.to) || !text) // which sets text
+        die(1, "out of memory");
     return text;
 }
 
@@ -1103,16 +1107,24 @@ static char *visible(const Model *m, int token) {
 typedef struct {
     FILE *to;
     const char *path;
-    char *beside;
+    char *place;  // memory of path, if links were followed
+    char *beside; // one of unfinished
 } Output;
 
-static const char *unfinished[2]; // what would be left behind if the program ended now
+static char unfinished[2][PATH_MAX]; // of -t and -o: what would be left behind
 
-// Runs at every exit of the program, not when it is killed.
+// Runs at every exit of the program, also by a signal. A file that was
+// moved to its place no longer has such a name.
 static void remove_unfinished(void) {
     for (int i = 0; i < 2; i++)
-        if (unfinished[i])
-            remove(unfinished[i]);
+        unlink(unfinished[i]);
+}
+
+// Ctrl-C and its kin: first the files, then what the signal does otherwise.
+static void interrupted(int number) {
+    remove_unfinished();
+    signal(number, SIG_DFL);
+    raise(number);
 }
 
 // Whether a file's name has this ending.
@@ -1145,23 +1157,31 @@ static Output output_open(int option, const char *path, const char *endings,
         die(2, "-%c takes a file that ends in one of: %s; got '%s'", option, endings, path);
     if (is_same_file(path, model_path))
         die(2, "-%c would overwrite the model, %s", option, path);
-    struct stat info;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode)) // a folder, a device
-        die(1, "%s cannot be written: it is not a regular file", path);
-    // mkstemp makes a name that no file has, and opens it for the owner
-    // alone.
-    output.beside = resize(NULL, strlen(path) + sizeof ".XXXXXX", 1);
-    sprintf(output.beside, "%s.XXXXXX", path);
-    int file = mkstemp(output.beside);
-    if (file < 0)
-        die(1, "%s cannot be written: %s", path, strerror(errno));
-    output.to = fdopen(file, "wb");
     mode_t mask = umask(0); // what the user does not want others to do
     umask(mask);
-    fchmod(file, 0666 & ~mask);
-    if (!unfinished[0]) // the first of them
-        atexit(remove_unfinished);
-    unfinished[unfinished[0] ? 1 : 0] = output.beside;
+    struct stat info = {.st_mode = S_IFREG | (0666 & ~mask)}; // of a new file
+    // A link stays, and what it leads to is replaced.
+    output.place = realpath(path, NULL);
+    if (output.place)
+        output.path = output.place;
+    if (!lstat(output.path, &info) && !output.place) // a link to nowhere
+        die(1, "%s cannot be written: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) // a folder, a device
+        die(1, "%s cannot be written: it is not a regular file", path);
+    static const int signals[] = {SIGHUP, SIGINT, SIGPIPE, SIGTERM, 0};
+    atexit(remove_unfinished);
+    for (const int *one = signals; *one; one++)
+        if (signal(*one, interrupted) == SIG_IGN)
+            signal(*one, SIG_IGN); // as nohup wants it
+    // mkstemp makes a name that no file has, and opens it for the owner
+    // alone.
+    output.beside = unfinished[option == 'o'];
+    snprintf(output.beside, PATH_MAX, "%s.XXXXXX", output.path);
+    int file = mkstemp(output.beside);
+    if (file >= 0)
+        output.to = fdopen(file, "wb");
+    if (!output.to || fchmod(file, info.st_mode & 0777))
+        die(1, "%s cannot be written: %s", path, strerror(errno));
     return output;
 }
 
@@ -1176,8 +1196,7 @@ static void output_close(Output *output) {
     failed = fclose(output->to) || failed;
     if (failed || rename(output->beside, output->path))
         die(1, "%s cannot be written: %s", output->path, strerror(errno));
-    unfinished[unfinished[0] == output->beside ? 0 : 1] = NULL;
-    free(output->beside);
+    free(output->place);
 }
 
 // A table in the making: for a terminal, as CSV, or as Markdown.
@@ -1336,10 +1355,10 @@ static char **write_columns(Stepped *t, const Experiment *e,
     const Model *m = t->run.model;
     const int n = e->n_sizes;
     const int n_new = min(e->n_new, m->config.seq_len - n_prompt);
-    const int length = n_prompt + n_new; // of a whole text, in tokens
+    const ptrdiff_t length = n_prompt + n_new; // of a whole text, in tokens
     Sequence *sequences = resize(NULL, n, sizeof *sequences);
     Text *texts = resize(NULL, n, sizeof *texts);
-    int *tokens = resize(NULL, (ptrdiff_t)n * length, sizeof *tokens); // (n, length)
+    int *tokens = resize(NULL, n * length, sizeof *tokens); // (n, length)
     char **written = resize(NULL, n, sizeof *written);                 // (n) strings
     // Each column reads the prompt by itself: with its own step, no two
     // remember it alike.
@@ -1693,6 +1712,7 @@ int main(int argc, char **argv) {
     stepped_init(&stepped, &step, MEASURE_ROWS);
     print_lesson(&step);
     double norm2 = print_gradient(&step);
+    flush_output();
     char **texts = write_columns(&stepped, &e, prompt, n_prompt);
     show_table(&e, texts);
     save_table(&table_file, &e, texts);
@@ -1700,8 +1720,7 @@ int main(int argc, char **argv) {
     if (cure)
         print_cure(&stepped, &e, cure, n_cure);
     write_stepped(&step, e.step_sizes[0], &model_file);
-    if (ferror(stdout) || fflush(stdout))
-        die(1, "standard output cannot be written; disk full?");
+    flush_output();
 
     for (int i = 0; i < e.n_sizes; i++)
         free(texts[i]);

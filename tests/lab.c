@@ -56,6 +56,7 @@ static void progress(const char *what, int done, int of) {
         fprintf(stderr, "\r%s %d of %d", what, done, of);
     else
         fputs("\r\033[K", stderr);
+    fflush(stderr);
 }
 
 // The noise of repetition number i. Only its seed is another one, and
@@ -1689,8 +1690,7 @@ int main(int argc, char **argv) {
     if (!model_open(&model, argv[1]))
         die(1, "%s: %s", argv[1], model.error);
     EXPERIMENTS[i].run(&model, &options);
-    if (ferror(stdout) || fflush(stdout))
-        die(1, "standard output cannot be written; disk full?");
+    flush_output();
     model_close(&model);
     return 0;
 }

@@ -23,6 +23,7 @@ int main(int argc, char **argv) {
             printf("%.9g ", (double)logits[t]);
         puts("");
     }
+    flush_output();
     run_free(&run);
     sequence_free(&model, &sequence);
     model_close(&model);

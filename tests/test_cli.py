@@ -364,7 +364,7 @@ class TestErrors(Case):
         self.bad(2, MODEL, "--", "-n", "5", words=["'-n' is not an option"])
         self.bad(2, MODEL, "--help", words=["is not an option"])
         self.bad(2, MODEL, "-uz", words=["'-z' is not an option"])
-        self.bad(2, MODEL, "two\nlines", words=["'two lines' is not an option"])
+        self.bad(2, MODEL, "two\nlines", words=["'two?lines' is not an option"])
 
     def test_options_may_be_written_together(self):
         want = self.text("-n", "5", "-V", ".7", "-u")

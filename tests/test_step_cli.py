@@ -406,7 +406,7 @@ class TestErrors(Case):
         self.bad(2, "--", "5", words=["'5' is not an option"])
         self.bad(2, "--", "-n", "5", words=["'-n' is not an option"])
         self.bad(2, "--help", words=["is not an option"])
-        self.bad(2, "two\nlines", words=["'two lines' is not an option"])
+        self.bad(2, "two\nlines", words=["'two?lines' is not an option"])
 
     def test_options_may_be_written_together(self):
         want = self.good("-e", "0", "-n", "3", "-A", ".5")

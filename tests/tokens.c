@@ -25,6 +25,9 @@ int main(int argc, char **argv) {
         puts("");
         free(tokens);
     }
+    if (!feof(stdin))
+        die(1, "standard input cannot be read: %s", strerror(errno));
+    flush_output();
     free(text);
     model_close(&model);
     return 0;
