@@ -81,6 +81,7 @@ import pickle
 import pickletools
 import re
 import shutil
+import signal
 import stat
 import struct
 import sys
@@ -126,7 +127,7 @@ def reading(path):
     except Refused as error:
         error.path = error.path or path
         raise
-    except OSError:
+    except (OSError, MemoryError):
         raise                           # main() explains it
     except Exception as error:
         found = " ".join(str(error).split())[:200]
@@ -150,10 +151,15 @@ def refuse_pointer(start):
            "pointer to it; fetch the file with: git lfs pull")
 
 
+def visible(text):
+    """On one line, and nothing that a terminal would obey: names in a checkpoint hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def warn(path, what):
     # Python has no sys.stderr if the caller closed it, and print() would take sys.stdout instead.
     if sys.stderr:
-        print(f"export.py: {path}: warning: {what}", file=sys.stderr)
+        print(visible(f"export.py: {path}: warning: {what}"), file=sys.stderr)
 
 
 def some(names, most=3):
@@ -1802,7 +1808,7 @@ CHUNK_BYTES = 1 << 18               # of fp32, at a time: what stays in the cach
 
 def write_flat(config, tensors, tokenizer, output):
     begin = front(config, tokenizer)
-    with replacing(output) as temporary, open(temporary, "wb") as stream:
+    with replacing(output) as temporary, open(temporary, "xb") as stream:
         stream.write(begin)
         return write_tensors(stream, config, tensors, ALIGNMENT)
 
@@ -1845,15 +1851,19 @@ def write_tensors(stream, c, tensors, alignment=1):
 def replacing(output, folder=False):
     """The name of a file, or a folder, that takes the place of `output` once it is complete."""
     output = os.path.realpath(output)   # a link stays one, and what it points to is replaced
-    temporary = output + ".tmp"
-    if folder:
-        os.mkdir(temporary)             # if it exists already, it is not ours to remove
+    temporary = f"{output}.{os.urandom(4).hex()}"   # a name of our own: another run has another one
     try:
+        if folder:
+            os.mkdir(temporary)
         yield temporary
+        if os.path.exists(output):      # who may read it remains as it was
+            os.chmod(temporary, stat.S_IMODE(os.stat(output).st_mode))
         os.replace(temporary, output)
-    except BaseException:               # even if someone presses ^C
+    except BaseException as error:      # even if someone presses ^C
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if folder else os.remove(temporary)
+        if isinstance(error, OSError) and str(error.filename).startswith(temporary):
+            error.filename = output     # the name that the user knows
         raise
 
 
@@ -2221,6 +2231,10 @@ def main():
         if stream and hasattr(stream, "reconfigure"):
             # A name of a file may have characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
+    for name in "SIGTERM", "SIGHUP":    # like ^C, so that what was begun is removed
+        number = getattr(signal, name, None)            # Windows has no SIGHUP
+        if number and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         with reading(output):
             check_output(output, path, folder=bool(arguments.to))
@@ -2231,6 +2245,8 @@ def main():
         stop(f"{error.path}: {error}")
     except OSError as error:
         stop(f"{error.filename or output}: {error.strerror}{ADVICE.get(type(error), '')}")
+    except MemoryError:
+        stop("out of memory; nothing was written")
     except KeyboardInterrupt:
         stop("interrupted; nothing was written")
     c = model[0]
@@ -2259,13 +2275,13 @@ def check_output(output, path, folder):
 
 
 def stop(why):
-    sys.exit(f"export.py: {why}")
+    sys.exit(visible(f"export.py: {why}"))
 
 
 def report(output, line):
     """The last line.  If it cannot be shown, that is no fault of the model."""
     try:
-        print(line)
+        print(visible(line))
         if sys.stdout:
             sys.stdout.flush()
     except OSError as error:
