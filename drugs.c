@@ -1582,7 +1582,7 @@ static int normalise(const Model *m,
     bool wanted = flags & PREFIX_SPACE && n_to > 1 && start != CONTINUED;
     if (start == BEHIND_PIECE && !(flags & PREFIX_EACH))
         wanted = false;
-    if (flags & PREFIX_UNLESS_SPACE && to[1] == ' ')
+    if (wanted && flags & PREFIX_UNLESS_SPACE && to[1] == ' ')
         wanted = false;
     *to = ' ';
     if (!wanted)
@@ -2136,9 +2136,9 @@ static bool model_parse(Model *m,
 
 static const char *mapped; // the file that model_open mapped last, for lost_page
 
-// SIGBUS: a page of the file that was mapped is no longer there. The signal comes
-// while we read it, and not at any odd moment, so the program may end here
-// as it does elsewhere.
+// SIGBUS: a page of the file that was mapped is no longer there. The signal
+// comes while we read it, and not at any odd moment, so the program may end
+// here as it does elsewhere.
 static void lost_page(int number) {
     die(1, "%s can be read no longer (signal %d); was it cut short?", mapped, number);
 }
@@ -2340,8 +2340,6 @@ static void reply(Talk *talk, const int *tokens, int n) {
         // The loop of every language model: choose a token, let the model
         // read it, choose again.
         int token = choose(logits, c->vocab_size, &options->dice, s->noise.seed, s->length);
-        if (!isfinite(logits[token])) // of what is no number, none is the largest
-            die(1, "the model computes numbers that are not finite; is its file damaged?");
         talk->stopped_at = ending(talk->run.model, token);
         if (talk->stopped_at)
             break;
@@ -2416,18 +2414,18 @@ static void write_span(Writer *writer, Span span, bool typed) {
 //     first round:    OPENING                              question AFTER_QUESTION
 //     with a system
 //     prompt:         BEFORE_SYSTEM system AFTER_SYSTEM    question AFTER_QUESTION
-//     later:          BEFORE_QUESTION                      question AFTER_QUESTION
+//     later:          AFTER_ANSWER BEFORE_QUESTION         question AFTER_QUESTION
 //
-// BOS comes before the first round, and AFTER_ANSWER before each later one:
-// it has the end piece of the answer, because the program stops at that and
-// does not feed it. For Llama 2, OPENING is "[INST] " and AFTER_QUESTION "
-// [/INST]".
+// BOS comes before the first round. AFTER_ANSWER has the end piece of the
+// answer before, because the program stops at that and does not feed it.
+// For Llama 2, OPENING is "[INST] " and AFTER_QUESTION " [/INST]".
 static void write_round(Writer *writer, const Talk *talk, Span question) {
     const Span *chat = talk->run.model->tokenizer->chat;
     const char *system = talk->options->system;
     // What the template spells is meant as control pieces, what was typed
     // is not.
     if (talk->sequence.length) {
+        write_span(writer, chat[AFTER_ANSWER], false);
         write_span(writer, chat[BEFORE_QUESTION], false);
     } else if (system) {
         write_span(writer, chat[BEFORE_SYSTEM], false);
@@ -2450,33 +2448,34 @@ static bool chat_round(Talk *talk, Span question) {
     Source round = {
         .bytes = writer.bytes,
         .n = writer.n,
-        .start = s->length ? BEHIND_PIECE : AT_START,
+        .start = s->length ? CONTINUED : AT_START,
         .bos = !s->length,
         .controls = true,
         .typed = writer.typed,
     };
-    Span after = m->tokenizer->chat[AFTER_ANSWER];
-    Source closing = {after.bytes, after.length, CONTINUED, .controls = true};
-    if (!s->length)
-        closing.n = 0; // there is no answer yet that it could close
-    int n, n_closing;
+    int n;
     int *tokens = encode(m, round, &n);
-    int *closing_tokens = encode(m, closing, &n_closing);
     free(writer.bytes);
     free(writer.typed);
 
+    // What closes the answer before, up to its end piece, is not counted as
+    // read.
+    int n_closing = 0;
+    for (int i = 0; i < n && s->length && !n_closing; i++)
+        if (m->tokenizer->pieces[tokens[i]].kind == END)
+            n_closing = i + 1;
+    n -= n_closing;
     int room = m->config.seq_len - s->length - n_closing;
     if (room < 1) {
         fprintf(stderr, "%s: the context is full, the conversation ends here\n", program);
     } else if (n > room) {
         fprintf(stderr, "%s: that is %d tokens, the context has room for %d\n", program, n, room);
     } else {
-        feed(&talk->run, s, closing_tokens, n_closing, 0);
+        feed(&talk->run, s, tokens, n_closing, 0);
         talk->printer.at_start = true;
-        reply(talk, tokens, n);
+        reply(talk, tokens + n_closing, n);
         puts("");
     }
-    free(closing_tokens);
     free(tokens);
     return room >= 1;
 }
