@@ -6,10 +6,11 @@
 # make test     all tests
 # make golden   computes anew what tests compare with, after a change that is meant
 # make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
+# make digest   what small models compute, as hashes; make portability: is it the same everywhere?
 # make bench    speed, as ratios against this machine's limits
 # make clean    removes what was built
 
-CFLAGS = -O3 $(call accepts,-march=native)
+CFLAGS = -O3 $(call accepts,-march=native -mtune=generic)
 OPENMP = $(call accepts,-fopenmp)
 
 # A flag, if the compiler can build a program with it, else nothing.
@@ -24,12 +25,12 @@ FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wno-unk
 C_TESTS = tests/test_drugs tests/test_properties tests/test_loader tests/test_step tests/test_lab
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-PROGRAMS = drugs train_step tests/lab tests/logits tests/tokens tests/pretrain tests/bench
+PROGRAMS = drugs train_step tests/lab tests/logits tests/tokens tests/pretrain tests/bench tests/digest
 SEED = 2
 
 all: drugs train_step
 
-$(PROGRAMS): %: %.c drugs.c train_step.c .flags
+$(PROGRAMS): %: %.c drugs.c train_step.c tests/testing.h .flags
 	$(CC) $(FLAGS) $< -o $@ -lm
 
 $(C_TESTS): %: %.c drugs.c train_step.c tests/lab.c $(wildcard tests/*.h) .flags | criterion
@@ -79,10 +80,18 @@ probe: tests/lab
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)
 
+digest: tests/digest
+	tests/digest > tests/digest.txt
+	cat tests/digest.txt
+
+portability:
+	sh tests/portability.sh
+
 bench: tests/bench
 	tests/bench
 
-c_tests: $(C_TESTS)
+c_tests: $(C_TESTS) tests/digest
+	tests/digest | diff tests/digest.txt -
 	tests/test_drugs
 	tests/test_properties
 	tests/test_loader
@@ -102,4 +111,4 @@ debug:
 clean:
 	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin
 
-.PHONY: all test c_tests golden debug demo lesson trip explore probe pretrain bench clean criterion always
+.PHONY: all test c_tests golden debug demo lesson trip explore probe pretrain digest portability bench clean criterion always

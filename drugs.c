@@ -222,6 +222,8 @@ typedef struct {
 // "#pragma omp parallel for" (OpenMP) shares a loop out among the cores. Threads
 // cost some microseconds to wake. Below this many multiply-adds one core is faster.
 enum { WORTH_THREADS = 1000000 };
+// Whether so many multiply-adds are worth all threads, see section 12.
+static bool worth_threads(ptrdiff_t work);
 
 // The sum of a[i] * b[i], for i < n.
 static float dot(const float *a, const float *b, int n);
@@ -245,6 +247,9 @@ static float sum_of(const float *x, int n);
 // x[i] = exp(x[i]), for i < n: to within 2 units of the last digit. 0 below -87,
 // and exp(88) above 88.
 static void exp_all(float *x, int n);
+
+// The cosine and the sine of an angle of up to 2^28 radians, to within 1e-15.
+static void cos_sin_of(double angle, double *cosine, double *sine);
 
 // RMSNorm (Zhang and Sennrich 2019), for one vector:
 //
@@ -292,22 +297,16 @@ static void rope(float *x,             // (head_dim)
     }
 }
 
-// The cosines and sines of a position, for rope. In double precision: an angle of
-// thousands of radians leaves a float only three digits behind the point.
-static void rope_angles(const Model *m, int position, float *cos_sin) {
-    for (int i = 0; i < m->config.head_dim / 2; i++) {
-        double angle = position * m->rope_freq[i];
-        cos_sin[2 * i] = (float)cos(angle);
-        cos_sin[2 * i + 1] = (float)sin(angle);
-    }
-}
+// The cosines and sines of a position, for rope.
+static void rope_angles(const Model *m, int position, float *cos_sin);
 
 // softmax: x[i] = exp(scale * x[i]) / the sum of all exp(scale * x[j]), with a
 // positive scale. What comes out is positive and adds up to 1. The largest x is
 // taken off first, which changes nothing in the quotient but keeps exp from
 // overflowing. Returns the logarithm of that sum (as if nothing had been taken
 // off), because -log(probability of i) = log(sum) - scale * x[i], and that is what
-// a loss needs: the mean of -log(probability) over a text (train_step.c).
+// a loss needs: the mean of -log(probability) over a text (train_step.c). The loss
+// is only shown, and nothing is computed from it, so this log may be libm's.
 static double softmax(float *x, int n, float scale) {
     float max = x[0];
     for (int i = 1; i < n; i++)
@@ -329,7 +328,7 @@ static void swiglu(float *h, const float *gate, const float *up, // (n_rows, hid
                    int n_rows, int hidden_dim) {
     ptrdiff_t size = (ptrdiff_t)n_rows * hidden_dim;
     // An exp takes as long as some 16 multiply-adds.
-#pragma omp parallel for schedule(static) if (size * 16 > WORTH_THREADS)
+#pragma omp parallel for schedule(static) if (worth_threads(size * 16))
     for (ptrdiff_t first = 0; first < size; first += hidden_dim) {
         for (ptrdiff_t i = first; i < first + hidden_dim; i++)
             h[i] = -gate[i];
@@ -470,8 +469,10 @@ static Glitch rotation(const float *x, const float *u, int n, float angle) {
     double oo = uu - ux * ux / xx;
     if (!(xx > 0 && oo > 0))
         return (Glitch){1, 0};
-    double s = sin(angle) * sqrt(xx / oo);
-    return (Glitch){(float)(cos(angle) - s * ux / xx), (float)s};
+    double cosine, sine;
+    cos_sin_of(angle, &cosine, &sine);
+    double s = sine * sqrt(xx / oo);
+    return (Glitch){(float)(cosine - s * ux / xx), (float)s};
 }
 
 // Draws the glitch of a place for x (n). u (n) is filled with the direction.
@@ -723,9 +724,8 @@ static void attend(const Head *h, int head_dim,
 static void attention(Run *run, int layer) {
     const Config *c = &run->model->config;
     const Slot *s = &run->slots[layer % run->n_slots];
-    const ptrdiff_t n_rows = run->n_rows;
-    // If a query sees some 64 keys.
-#pragma omp parallel for schedule(static) if (n_rows * c->q_dim * 64 > WORTH_THREADS)
+    const ptrdiff_t n_rows = run->n_rows; // each query may see some 64 keys
+#pragma omp parallel for schedule(static) if (worth_threads(n_rows * c->q_dim * 64))
     for (int head = 0; head < c->n_heads; head++)
         for (ptrdiff_t r = 0; r < n_rows; r++) {
             float *scratch = run->heads + head * head_scratch(c);
@@ -2233,7 +2233,8 @@ static int sample(const float *logits, // (n)
     float max = logits[argmax(logits, n)];
     double total = 0;
     for (int i = 0; i < n; i++) { // relative to the largest, so that exp cannot overflow
-        float p = (float)exp((logits[i] - max) / dice->temperature);
+        float p = (float)((logits[i] - max) / dice->temperature);
+        exp_all(&p, 1); // not libm's exp, so that a seed draws the same on every machine
         candidates[i] = (Candidate){p, i};
         total += p;
     }
@@ -2846,7 +2847,8 @@ int main(int argc, char **argv) {
  *
  * A core multiplies far faster than memory delivers numbers. So the art of
  * a fast product is to use each number often once it is in a register.
- * matmul works on tiles of 4 rows of x and 4 rows of w:
+ * matmul works on tiles, of 4 rows of x and 4 rows of w where there are
+ * registers enough:
  *
  *                     w[o]   w[o+1]  w[o+2]  w[o+3]        each row of w is an output
  *                   +-------+-------+-------+-------+
@@ -2857,32 +2859,52 @@ int main(int argc, char **argv) {
  *                   +-------+-------+-------+-------+
  *
  * With 8 numbers of each row in registers, 8 loads serve 16 multiplications
- * and additions, where a single dot product needs 2 loads for one. For one
- * row of x there is nothing to use again, and the speed is that of the
- * memory.
+ * and additions, where a single dot product needs 2 loads for one. It also
+ * has to wait for its one sum after each addition; 16 sums keep the adders
+ * busy.
+ *
+ * For a single row of x there is nothing to use again, and the speed is
+ * that of the memory. Memory is fastest when it is read from one end to the
+ * other, so then the rows of w are taken one by one: four at a time are
+ * read half as fast.
  *
  * Why the results are the same everywhere. Floating-point addition depends
  * on its order, so the order is fixed: number i of a dot product always
  * goes to partial sum i mod 8, and in the end the 8 are added as 4 + 4, 2 +
  * 2, 1 + 1. That holds in every shape of tile, so a row that comes alone
- * has the bits it would have in a block, and on every machine, because
- * `vec` is 8 floats even where the registers are shorter. And a product is
- * always rounded before it is added. Some machines can do both with one
- * rounding, and compilers use that here and not there, unless they are told
- * not to: -ffp-contract=off, as the Makefile does.
+ * has the bits it would have in a block, and on every machine: where a
+ * register holds 4 floats, two of them are a sum. And a product is always
+ * rounded before it is added. Some machines can do both with one rounding,
+ * and compilers use that here and not there, unless they are told not to:
+ * -ffp-contract=off, as the Makefile does.
  */
-enum { LANES = 8, TILE = 4 };
+#if FLT_EVAL_METHOD != 0
+#error "this compiler rounds sums to more digits than a float has; for x86 use -msse2 -mfpmath=sse"
+#endif
 
-// Eight floats that + - * / treat one by one: an extension of gcc and
-// clang, which make of it whatever the machine has. aligned: it may lie
-// anywhere; may_alias: also where floats lie.
+// What the processor has: the floats in a register, and how many rows of x
+// a tile can have before the registers, 16 or 32, run out.
+#if defined __AVX512VL__
+enum { WIDTH = 8, TILE_X = 4 };
+#elif defined __AVX__
+enum { WIDTH = 8, TILE_X = 2 };
+#elif defined __aarch64__
+enum { WIDTH = 4, TILE_X = 2 };
+#else
+enum { WIDTH = 4, TILE_X = 1 };
+#endif
+enum { LANES = 8, PARTS = LANES / WIDTH, TILE_W = 4 };
+
+// A register of floats that + - * / treat one by one: an extension of gcc
+// and clang. aligned: it may lie anywhere; may_alias: also where floats
+// lie.
 typedef float vec
-    __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+    __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-// The first n floats at p, at most 8. The others are zero and add nothing
-// to a sum of products.
+// The first n floats at p, at most WIDTH. The others are zero and add
+// nothing to a sum of products.
 static inline vec load(const float *p, ptrdiff_t n) {
-    if (n >= LANES)
+    if (n >= WIDTH)
         return *(const vec *)p;
     vec v = {0};
     for (int i = 0; i < n; i++)
@@ -2890,60 +2912,88 @@ static inline vec load(const float *p, ptrdiff_t n) {
     return v;
 }
 
-static inline void store(float *p, vec v, ptrdiff_t n) {
-    if (n >= LANES) {
-        *(vec *)p = v;
-        return;
+// The sum of the 8 partial sums, halving them: 8, 4, 2, 1.
+static inline float sum_lanes(const vec sum[PARTS]) {
+    typedef float four __attribute__((vector_size(4 * sizeof(float))));
+    four half[2];
+    memcpy(half, sum, sizeof half);
+    half[0] += half[1];
+    return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
+}
+
+// One step of a tile: sum[r][o] += x[r] * w[o] for the first n numbers of
+// n_x rows of x and n_w rows of w, n at most 8.
+static inline __attribute__((always_inline)) void
+add_products(vec sum[TILE_X][TILE_W][PARTS],
+             const float *x, ptrdiff_t x_stride, int n_x,
+             const float *w, ptrdiff_t w_stride, int n_w, ptrdiff_t n) {
+    for (int part = 0; part < PARTS; part++) {
+        ptrdiff_t at = part * WIDTH;
+        vec w_part[TILE_W];
+        for (int o = 0; o < n_w; o++)
+            w_part[o] = load(w + o * w_stride + at, n - at);
+        for (int r = 0; r < n_x; r++) {
+            vec x_part = load(x + r * x_stride + at, n - at);
+            for (int o = 0; o < n_w; o++)
+                sum[r][o][part] += x_part * w_part[o];
+        }
     }
-    for (int i = 0; i < n; i++)
-        p[i] = v[i];
 }
 
-// The sum of the lanes, halving them: 8, 4, 2, 1.
-static inline float sum_lanes(vec v) {
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++)
-            v[i] += v[i + half];
-    return v[0];
-}
-
-// A tile: out[r][o] = x[r] . w[o] for 4 rows of x and 4 rows of w. All
-// loops over r and o run 4 times, so the compiler writes them out and keeps
-// as many sums as it can in registers.
-static void tile(float *out,     // (TILE, TILE), rows n_out apart
-                 const float *x, // (TILE, n_in)
-                 const float *w, // (TILE, n_in)
-                 ptrdiff_t n_in, ptrdiff_t n_out) {
-    vec sum[TILE][TILE] = {{{0}}};
+// A tile: out[r][o] = x[r] . w[o]. Wherever it is called n_x and n_w are
+// constants. As it becomes part of its callers (always_inline), the
+// compiler writes the loops over r and o out, and each sum gets a register
+// of its own.
+static inline __attribute__((always_inline)) void
+tile(float *out, ptrdiff_t out_stride, // (n_x, n_w)
+     const float *x, int n_x,          // (n_x, n)
+     const float *w, ptrdiff_t w_stride,
+     int n_w,                          // (n_w, n)
+     ptrdiff_t n) {
+    vec sum[TILE_X][TILE_W][PARTS] = {{{{0}}}};
     ptrdiff_t i = 0;
-    for (; i + LANES <= n_in; i += LANES)
-        for (int r = 0; r < TILE; r++)
-            for (int o = 0; o < TILE; o++)
-                sum[r][o] += *(const vec *)(x + r * n_in + i)
-                           * *(const vec *)(w + o * n_in + i);
-    if (i < n_in) // the rest, shorter than a vec
-        for (int r = 0; r < TILE; r++)
-            for (int o = 0; o < TILE; o++)
-                sum[r][o] += load(x + r * n_in + i, n_in - i)
-                           * load(w + o * n_in + i, n_in - i);
-    for (int r = 0; r < TILE; r++)
-        for (int o = 0; o < TILE; o++)
-            out[r * n_out + o] = sum_lanes(sum[r][o]);
+    for (; i + LANES <= n; i += LANES)
+        add_products(sum, x + i, n, n_x, w + i, w_stride, n_w, LANES);
+    if (i < n) // the rest
+        add_products(sum, x + i, n, n_x, w + i, w_stride, n_w, n - i);
+    for (int r = 0; r < n_x; r++)
+        for (int o = 0; o < n_w; o++)
+            out[r * out_stride + o] = sum_lanes(sum[r][o]);
 }
 
 static float dot(const float *a, const float *b, int n) {
-    vec sum = {0};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        sum += *(const vec *)(a + i) * *(const vec *)(b + i);
-    if (i < n)
-        sum += load(a + i, n - i) * load(b + i, n - i);
-    return sum_lanes(sum);
+    float out;
+    tile(&out, 0, a, 1, b, 0, 1, n);
+    return out;
 }
 
 static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride, int n, int n_out) {
-    for (int o = 0; o < n_out; o++)
+    int o = 0;
+    for (; o + TILE_W <= n_out; o += TILE_W)
+        tile(out + o, 0, x, 1, w + o * w_stride, w_stride, TILE_W, n);
+    for (; o < n_out; o++)
         out[o] = dot(x, w + o * w_stride, n);
+}
+
+// All threads, or one alone? On an idle machine all are faster. But when
+// another program has one of the cores, the thread there stands still half
+// of the time, and all others wait for it after each product. So large
+// products are timed, and as long as one thread is faster it works alone;
+// after some 200 of these products all try once more.
+static struct { // what was measured so far
+    double pace[2]; // seconds for a multiply-add, of one thread and of all
+    int n_alone;    // large products that one thread computed
+} race;
+enum { RETRY = 200 };
+
+static bool worth_threads(ptrdiff_t work) {
+    return work > WORTH_THREADS && race.pace[1] <= race.pace[0];
+}
+
+// A fast product is believed at once, a slow one by an eighth: it may be
+// chance.
+static void note_pace(double *pace, double measured) {
+    *pace += (measured - *pace) / (measured < *pace ? 1 : 8);
 }
 
 // The rows of w are shared out among the threads in fours. Each four is
@@ -2951,27 +3001,39 @@ static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride,
 // the processor's cache.
 static void matmul(float *out, const float *x, const float *w, ptrdiff_t n_rows, ptrdiff_t n_in,
                    ptrdiff_t n_out) {
-#pragma omp parallel for schedule(static) if (n_rows * n_in * n_out > WORTH_THREADS)
-    for (ptrdiff_t o = 0; o < n_out; o += TILE) {
+    const double work = (double)n_rows * (double)n_in * (double)n_out;
+    const bool large = work > WORTH_THREADS;
+    const bool all = worth_threads(work) || (large && ++race.n_alone % RETRY == 0);
+    const double start = large ? now() : 0;
+#pragma omp parallel for schedule(static) if (all)
+    for (ptrdiff_t o = 0; o < n_out; o += TILE_W) {
         const float *rows = w + o * n_in;
+        int n_w = min(n_out - o, TILE_W);
         ptrdiff_t r = 0;
-        if (o + TILE <= n_out)
-            for (; r + TILE <= n_rows; r += TILE)
-                tile(out + r * n_out + o, x + r * n_in, rows, n_in, n_out);
+        if (n_rows > 1 && n_w == TILE_W)
+            for (; r + TILE_X <= n_rows; r += TILE_X)
+                tile(out + r * n_out + o, n_out, x + r * n_in, TILE_X, rows, n_in, TILE_W, n_in);
+        if (r == 0 && n_rows > 0) { // nobody has fetched the rows yet: one after the other
+            for (int k = 0; k < n_w; k++)
+                out[o + k] = dot(x, rows + k * n_in, n_in);
+            r = 1;
+        }
         for (; r < n_rows; r++) // what fills no tile
-            dots(out + r * n_out + o, x + r * n_in, rows, n_in, n_in, min(n_out - o, TILE));
+            dots(out + r * n_out + o, x + r * n_in, rows, n_in, n_in, n_w);
     }
+    if (large)
+        note_pace(&race.pace[all], (now() - start) / work);
 }
 
 static void add_scaled(float *y, float a, const float *x, int n) {
-    for (int i = 0; i < n; i += LANES)
-        store(y + i, load(y + i, n - i) + a * load(x + i, n - i), n - i);
+    for (int i = 0; i < n; i++)
+        y[i] += a * x[i];
 }
 
 static float sum_of(const float *x, int n) {
-    vec sum = {0};
-    for (int i = 0; i < n; i += LANES)
-        sum += load(x + i, n - i);
+    vec sum[PARTS] = {{0}};
+    for (int i = 0; i < n; i += WIDTH)
+        sum[i / WIDTH % PARTS] += load(x + i, n - i);
     return sum_lanes(sum);
 }
 
@@ -3017,6 +3079,47 @@ static inline float exp_of(float x) {
 static void exp_all(float *x, int n) {
     for (int i = 0; i < n; i++)
         x[i] = exp_of(x[i]);
+}
+
+// cos and sin, likewise without libm. With n quarter turns taken off, |r|
+// <= pi/4 is left, and the first terms of the series are enough: the next
+// ones are below 1e-16.
+//
+//     angle = n pi/2 + r      cos r = 1 - r²/2! + r⁴/4! - ...      sin r = r (1 - r²/3! + ...)
+//
+// In large angles the digits of r are those that pi/2 has far behind the
+// point. So it comes in three pieces; the first two are so short, 25 bits
+// each, that for up to 28 bits of n their products with n are exact, and so
+// are the differences.
+static void cos_sin_of(double angle, double *cosine, double *sine) {
+    double shift = 0x1.8p52; // as above, for a double
+    double n = (angle * 0x1.45f306dc9c883p-1 + shift) - shift; // 2 / pi
+    double r = angle - n * 0x1.921fb5p0 - n * 0x1.110b46p-26 - n * 0x1.1a62633145c07p-54;
+    double c = 1;
+    double s = 1;
+    for (int k = 16; k > 0; k -= 2) { // Horner's rule
+        c = 1 - r * r * (1.0 / (k * (k - 1))) * c;
+        s = 1 - r * r * (1.0 / (k * (k + 1))) * s;
+    }
+    s *= r;
+    int quarter = (int)n & 3; // each makes (-s, c) of (c, s)
+    *cosine = quarter & 1 ? s : c;
+    *sine = quarter & 1 ? c : s;
+    if (quarter == 1 || quarter == 2)
+        *cosine = -*cosine;
+    if (quarter >= 2)
+        *sine = -*sine;
+}
+
+// In double precision: an angle of thousands of radians leaves a float only
+// three digits behind the point.
+static void rope_angles(const Model *m, int position, float *cos_sin) {
+    for (int i = 0; i < m->config.head_dim / 2; i++) {
+        double cosine, sine;
+        cos_sin_of(position * m->rope_freq[i], &cosine, &sine);
+        cos_sin[2 * i] = (float)cosine;
+        cos_sin[2 * i + 1] = (float)sine;
+    }
 }
 
 /* ================================================================================================

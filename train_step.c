@@ -156,11 +156,10 @@ static void softmax_backward(float *dp,      // (n)
 // product rule its derivative is S + gate S (1 - S) = S (1 + gate (1 - S)).
 static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) each
                             const float *gate, const float *up, ptrdiff_t n) {
-#pragma omp parallel for schedule(static) if (n * 16 > WORTH_THREADS)
+#pragma omp parallel for schedule(static) if (worth_threads(n * 16))
     for (ptrdiff_t i = 0; i < n; i++) {
         float z = gate[i];
-        // Nothing that goes forward depends on this exp, so libm's will do.
-        float sigmoid = 1.0f / (1.0f + expf(-z));
+        float sigmoid = 1.0f / (1.0f + exp_of(-z));
         float rest = 1.0f - sigmoid;
         dup[i] = dh[i] * z * sigmoid;
         dgate[i] = dh[i] * up[i] * sigmoid * (1.0f + z * rest);
@@ -536,7 +535,7 @@ static void attention_backward(const Step *s, int layer) {
     clear(g->q, n_rows * c->q_dim);
     clear(g->k, n_rows * c->kv_dim);
     clear(g->v, n_rows * c->kv_dim);
-#pragma omp parallel for schedule(static) if (n_rows * c->q_dim * 64 > WORTH_THREADS)
+#pragma omp parallel for schedule(static) if (worth_threads(n_rows * c->q_dim * 64))
     for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++) {
         // One thread does all that adds to this kv head, so nobody else
         // writes there.
@@ -565,7 +564,7 @@ static void attention_backward(const Step *s, int layer) {
 static void loss_backward(Step *s) {
     const ptrdiff_t vocab_size = s->model->config.vocab_size;
     double *losses = resize(NULL, s->n_loss, sizeof *losses);
-#pragma omp parallel for schedule(static) if (s->n_loss * vocab_size * 16 > WORTH_THREADS)
+#pragma omp parallel for schedule(static) if (worth_threads(s->n_loss * vocab_size * 16))
     for (int i = 0; i < s->n_loss; i++) {
         const float *logits = s->acts.logits + i * vocab_size;
         float *dlogits = s->vocab_dy + i * vocab_size;
@@ -1756,33 +1755,33 @@ int main(int argc, char **argv) {
 enum {
     TILE_ROWS = 3, // with 4 vecs: 12 sums, so that some of the 16 registers of AVX2 are left for a, b and products
     VECS = 4,
-    COLUMNS = VECS * LANES,
+    COLUMNS = VECS * WIDTH,
     STRIP = 4 * COLUMNS,
     BLOCK = 32,     // rows of b: with a strip of 128 columns 16 KB, half of a first-level cache
     MANY_ROWS = 32, // of out
 };
 
-// out[r] += the sum over k of a[r][k] * b[k], for TILE_ROWS rows and
-// COLUMNS columns.
-static void sum_tile(float *out,     // (TILE_ROWS, COLUMNS), rows out_stride apart
-                     ptrdiff_t out_stride,
-                     const float *a, // (TILE_ROWS, n_k)
-                     ptrdiff_t a_row, ptrdiff_t a_k,
-                     const float *b, // (n_k, COLUMNS), rows b_stride apart
-                     ptrdiff_t b_stride, int n_k) {
+// out[r] += the sum over k of a[r][k] * b[k], for COLUMNS columns and n_rows rows:
+// TILE_ROWS or 1, a constant wherever this is inlined.
+static inline __attribute__((always_inline)) void
+sum_tile(float *out, ptrdiff_t out_stride, // (n_rows, COLUMNS)
+         int n_rows,
+         const float *a, ptrdiff_t a_row, ptrdiff_t a_k, // (n_rows, n_k)
+         const float *b, ptrdiff_t b_stride,             // (n_k, COLUMNS)
+         int n_k) {
     vec sum[TILE_ROWS][VECS]; // they begin with what is in out, and go back there
-    for (int r = 0; r < TILE_ROWS; r++)
+    for (int r = 0; r < n_rows; r++)
         for (int v = 0; v < VECS; v++)
-            sum[r][v] = *(const vec *)(out + r * out_stride + v * LANES);
+            sum[r][v] = load(out + r * out_stride + v * WIDTH, WIDTH);
     for (int k = 0; k < n_k; k++)
-        for (int r = 0; r < TILE_ROWS; r++)
+        for (int r = 0; r < n_rows; r++)
             for (int v = 0; v < VECS; v++) {
-                vec part = *(const vec *)(b + k * b_stride + v * LANES);
+                vec part = load(b + k * b_stride + v * WIDTH, WIDTH);
                 sum[r][v] += a[r * a_row + k * a_k] * part;
             }
-    for (int r = 0; r < TILE_ROWS; r++)
+    for (int r = 0; r < n_rows; r++)
         for (int v = 0; v < VECS; v++)
-            *(vec *)(out + r * out_stride + v * LANES) = sum[r][v];
+            *(vec *)(out + r * out_stride + v * WIDTH) = sum[r][v];
 }
 
 // A block of n_k rows of b, and n of their columns, for all rows of out.
@@ -1803,10 +1802,13 @@ static void add_block(float *out,     // (n_rows, n), rows n_cols apart
         b = packed;
         stride = COLUMNS;
     }
-    if (n == COLUMNS)
+    if (n == COLUMNS) {
         for (; r + TILE_ROWS <= n_rows; r += TILE_ROWS)
-            sum_tile(out + r * n_cols, n_cols, a + r * a_row, a_row, a_k, b, stride, n_k);
-    for (; r < n_rows; r++) // what fills no tile
+            sum_tile(out + r * n_cols, n_cols, TILE_ROWS, a + r * a_row, a_row, a_k, b, stride, n_k);
+        for (; r < n_rows; r++) // the rest of the rows
+            sum_tile(out + r * n_cols, n_cols, 1, a + r * a_row, a_row, a_k, b, stride, n_k);
+    }
+    for (; r < n_rows; r++) // columns that fill no tile
         for (int k = 0; k < n_k; k++)
             add_scaled(out + r * n_cols, a[r * a_row + k * a_k], b + k * stride, n);
 }
@@ -1815,7 +1817,7 @@ static void add_product(float *out,
                         const float *a, ptrdiff_t a_row, ptrdiff_t a_k,
                         const float *b,
                         ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols) {
-#pragma omp parallel for schedule(static) if (n_rows * n_k * n_cols > WORTH_THREADS)
+#pragma omp parallel for schedule(static) if (worth_threads(n_rows * n_k * n_cols))
     for (ptrdiff_t first = 0; first < n_cols; first += STRIP)
         for (ptrdiff_t k = 0; k < n_k; k += BLOCK)
             for (ptrdiff_t c = first; c < min(first + STRIP, n_cols); c += COLUMNS)

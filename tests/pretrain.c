@@ -493,11 +493,25 @@ static void put_pieces(void) {
         put_piece((float)-i, NORMAL, symbols[i], strlen(symbols[i]));
 }
 
+// log x without libm, whose last digits differ from machine to machine: x = m 2^e, and
+// log m = 2 (t + t³/3 + t⁵/5 + ...) with t = (m - 1) / (m + 1), which is a third at most.
+static double log_of(double x) {
+    int e;
+    double m = frexp(x, &e);
+    double t = (m - 1) / (m + 1);
+    double sum = 0;
+    for (int k = 35; k > 0; k -= 2)
+        sum = sum * t * t + 1.0 / k;
+    return 2 * t * sum + e * 0.69314718055994531;
+}
+
 // A number with mean 0 and variance 1, by the method of Box and Muller.
 static double normal(void) {
     double u = 1 - dice();
     double v = dice();
-    return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+    double cosine, sine;
+    cos_sin_of(6.283185307179586 * v, &cosine, &sine);
+    return sqrt(-2 * log_of(u)) * cosine;
 }
 
 // Random weights: outputs are as large as inputs. What is added to the residual stream is smaller,
@@ -646,8 +660,11 @@ static int words_recited(const char *text) {
 // mean of the first and the last of them; 0 if even the untouched model says "To be," at once.
 static int window(const Model *m, double *middle) {
     Experiment e = {.n_sizes = 19, .n_new = 64}; // the first is 0
-    for (int i = 1; i < e.n_sizes; i++)
-        e.step_sizes[i] = 1e-4 * pow(2, (i - 1) / 2.0);
+    double size = 1e-4;
+    for (int i = 1; i < e.n_sizes; i++) {
+        e.step_sizes[i] = size;
+        size *= sqrt(2);
+    }
     int n_lesson, n_prompt;
     int *lesson = tokens_of(m, PHRASE, &n_lesson);
     int *prompt = tokens_of(m, "To be", &n_prompt);

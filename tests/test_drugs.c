@@ -525,6 +525,28 @@ Test(maths, rope_far_away) {
     bench_close(&b);
 }
 
+// A float made of our cosine or sine is the one that is made of libm's, or its neighbour; next to
+// multiples of pi / 2, where little is left of either, and for angles as large as positions get.
+Test(maths, cosines_and_sines) {
+    for (int i = 0; i < 200000; i++) {
+        const double u = unit(7, (uint64_t)i) + unit(8, (uint64_t)i) * 0x1p-24;
+        const double angle[] = {
+            u * 7 - 3.5, u * 10000, u * 0x1p28, -u * 0x1p28,
+            i * 1.5707963267948966, i * 1342 * 1.5707963267948966,
+        };
+        for (int k = 0; k < 6; k++) {
+            double hand[2];
+            cos_sin_of(angle[k], &hand[0], &hand[1]);
+            for (int j = 0; j < 2; j++) {
+                const float got = (float)hand[j];
+                const float want = (float)(j ? sin(angle[k]) : cos(angle[k]));
+                cr_assert(got == want || nextafterf(got, want) == want, "%s of %.17g: %.9g, not %.9g",
+                          j ? "sine" : "cosine", angle[k], (double)got, (double)want);
+            }
+        }
+    }
+}
+
 // ---- the noise
 
 // The generator is the documented one: these values were computed from the description in Python;

@@ -1,0 +1,123 @@
+# Whether the digest is the same everywhere: builds tests/digest for every machine that this one can
+# be or stand in for, and compares with tests/digest.txt. What it needs it installs, if it may; what
+# cannot be had is skipped by name. Status 1 if a digest differs.
+cd "$(dirname "$0")/.." || exit 1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+n_same=0
+
+as_root=
+[ "$(id -u)" = 0 ] || as_root='sudo -n'
+install() {
+    command -v apt-get > /dev/null && $as_root true 2> /dev/null &&
+        $as_root apt-get install -y -qq --no-install-recommends "$@" > /dev/null 2>&1
+}
+have() { command -v "$1" > /dev/null; }
+
+# The same digest? compare NAME COMMAND...
+compare() {
+    name=$1
+    shift
+    if "$@" > "$work/digest.txt" 2> "$work/errors" && cmp -s "$work/digest.txt" tests/digest.txt; then
+        n_same=$((n_same + 1))
+        echo "same     $name"
+    else
+        failed=1
+        echo "DIFFERS  $name"
+        diff tests/digest.txt "$work/digest.txt" | head -n 3
+        head -n 3 "$work/errors"
+    fi
+}
+
+# build COMPILER FLAGS...: $work/digest. Quietly, as it may be impossible.
+build() {
+    "$@" -std=gnu11 -ffp-contract=off -w tests/digest.c -o "$work/digest" -lm 2> "$work/errors"
+}
+
+# Builds and compares, or says that it cannot be built. try COMPILER FLAGS...
+try() {
+    if build "$@"; then compare "$*" $run "$work/digest"; else echo "skipped  $*"; fi
+}
+
+# Can this processor do what is asked? supports NAME...
+supports() {
+    for feature in "$@"; do
+        echo "int main(void) { return !__builtin_cpu_supports(\"$feature\"); }" > "$work/cpu.c"
+        cc "$work/cpu.c" -o "$work/cpu" 2> /dev/null && "$work/cpu" || return 1
+    done
+}
+
+[ -n "$as_root" ] || install gcc clang libomp-dev
+marches=native
+if [ "$(uname -m)" = x86_64 ]; then
+    marches="native x86-64"
+    supports avx2 fma && marches="$marches haswell znver2"
+    supports avx512f avx512bw avx512cd avx512dq avx512vl && marches="$marches skylake-avx512"
+fi
+
+run=
+for compiler in gcc clang; do
+    if ! have $compiler; then echo "skipped  $compiler"; continue; fi
+    for march in $marches; do
+        try $compiler -O3 -march=$march
+        try $compiler -O3 -march=$march -fopenmp
+    done
+    for level in -O0 -O1 -O2; do
+        try $compiler $level
+        try $compiler $level -march=native -fopenmp
+    done
+    for threads in 1 2 3 4 5; do
+        build $compiler -O3 -march=native -fopenmp &&
+            compare "$compiler, $threads threads" env OMP_NUM_THREADS=$threads "$work/digest"
+    done
+    # A product and a sum in one rounding are one instruction, vfmadd or the like.
+    if build $compiler -O3 -march=native && have objdump; then
+        if objdump -d "$work/digest" | grep -q 'vfn*m'; then
+            failed=1
+            echo "FUSED    $compiler -O3 -march=native"
+            objdump -d "$work/digest" | grep -m 3 'vfn*m'
+        else
+            echo "unfused  $compiler -O3 -march=native"
+        fi
+    fi
+done
+
+if [ "$(uname -m)" = x86_64 ]; then
+    echo 'int main(void) { return 0; }' > "$work/empty.c"
+    gcc -m32 "$work/empty.c" -o "$work/empty" 2> /dev/null || install gcc-multilib ||
+        install libc6-dev-i386 "gcc-$(gcc -dumpversion)-multilib"
+    m32="-m32 -idirafter /usr/include/x86_64-linux-gnu" # the kernel's headers serve both
+    for compiler in gcc clang; do
+        try $compiler -O3 $m32 -msse2 -mfpmath=sse
+        try $compiler -O1 $m32 -msse2 -mfpmath=sse
+    done
+    # x87 keeps more digits than a float has: such a build must be refused.
+    if gcc -m32 "$work/empty.c" -o "$work/empty" 2> /dev/null; then
+        build gcc -O1 $m32 -mfpmath=387
+        if grep -q '#error' "$work/errors"; then
+            echo 'refused  gcc -m32 -mfpmath=387'
+        else
+            failed=1
+            echo 'BUILT    gcc -m32 -mfpmath=387, which rounds otherwise'
+        fi
+    fi
+fi
+
+have musl-gcc || install musl-tools
+try musl-gcc -O3 -static
+
+if [ "$(uname -m)" != aarch64 ]; then
+    have qemu-aarch64 && have aarch64-linux-gnu-gcc ||
+        install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+    run=qemu-aarch64
+    if have qemu-aarch64; then
+        for level in -O0 -O3; do try aarch64-linux-gnu-gcc $level -static; done
+        try clang --target=aarch64-linux-gnu -O3 -static
+    else
+        echo 'skipped  aarch64'
+    fi
+fi
+
+echo "$n_same builds and runs with the same digest"
+exit $failed
