@@ -812,7 +812,7 @@ static void correct(const Stepped *t,
                     float *y,       // (n_out) what w gave
                     const float *x, // (n_in)
                     float step_size, Factors f) {
-    matmul(t->products, x, f.x, 1, f.n_in, f.n);
+    dots(t->products, x, f.x, f.n_in, f.n_in, f.n);
     for (int i = 0; i < f.n; i++)
         t->products[i] *= -step_size;
     // The dy are the rows, and the products say how much of each is added.
