@@ -99,6 +99,15 @@ static double cosine_distance(const float *a, const float *b, int n) {
     return fmax(0, 1 - ab / sqrt(aa * bb));
 }
 
+// A token as the next cell of a CSV file that is otherwise written by hand. It
+// is a cell of text, with quotes; numbers have none.
+static void token_cell(FILE *to, const Model *m, int token) {
+    char *text = visible(m, token);
+    Table table = {.to = to, .n_cells = 1}; // so that a comma comes first
+    print_cell(&table, text, (int)strlen(text));
+    free(text);
+}
+
 // A prompt that was read once, soberly: what probe and explore begin with.
 typedef struct {
     const LabOptions *options;
@@ -292,6 +301,10 @@ enum { N_THETAS = 31 };
 // memory and are hardly faster.
 enum { TRIP_ROWS = 512 };
 
+// Of so many next tokens the probabilities are kept, or of all, if the
+// vocabulary is smaller.
+enum { N_TOP = 10 };
+
 // What is asked for, and what came out.
 typedef struct {
     const Model *model;
@@ -302,6 +315,9 @@ typedef struct {
     Noise noise;       // seed and family; theta is not used
     int n_seeds;
     float *distance;   // out: (N_TRIP_KINDS, n_layers places, N_THETAS, n_layers + 1 levels)
+    int n_top;         // out: how many next tokens there are
+    Candidate top[N_TOP]; // out: those that are most probable soberly, the first one most
+    float *drugged;    // out: (N_TRIP_KINDS, n_layers places, N_THETAS, n_top) their probability
 } Trip;
 
 // Which layers does an injection dose? This is the only place that says so. Of
@@ -326,12 +342,22 @@ static double trip_theta(const Trip *trip, int i) {
     return trip->max_theta * i / (N_THETAS - 1);
 }
 
+// Injections are numbered, the dose running fastest: kind, place, dose.
+static ptrdiff_t injection_number(const Trip *trip, int kind, int place, int i_theta) {
+    ptrdiff_t n_layers = trip->model->config.n_layers;
+    return (kind * n_layers + place) * N_THETAS + i_theta;
+}
+
 // The distances (n_layers + 1) of one injection with dose number i_theta, level
-// by level. They lie one injection behind the other, the dose running fastest.
+// by level.
 static float *trip_levels(const Trip *trip, int kind, int place, int i_theta) {
-    int n_layers = trip->model->config.n_layers;
-    ptrdiff_t injection = ((ptrdiff_t)kind * n_layers + place) * N_THETAS + i_theta;
-    return trip->distance + injection * (n_layers + 1);
+    int n_levels = trip->model->config.n_layers + 1;
+    return trip->distance + injection_number(trip, kind, place, i_theta) * n_levels;
+}
+
+// The probabilities (n_top) of the next tokens after this injection.
+static float *trip_drugged(const Trip *trip, int kind, int place, int i_theta) {
+    return trip->drugged + injection_number(trip, kind, place, i_theta) * trip->n_top;
 }
 
 // ---- measuring
@@ -354,9 +380,23 @@ typedef struct {
     float *sober;        // (n_layers + 1, n_tokens, dim) what the sober twin has at each level
 } TripWork;
 
-// Takes the twin through all layers and keeps what it has at each level. As
-// long as all doses are 0, the first sequence is sober.
-static void read_soberly(const Trip *trip, TripWork *work) {
+// Notes the most probable next tokens, by the logits (vocab_size) of the twin,
+// which become probabilities here.
+static void note_top(Trip *trip, float *logits) {
+    int vocab_size = trip->model->config.vocab_size;
+    Candidate *candidates = resize(NULL, vocab_size, sizeof *candidates);
+    softmax(logits, vocab_size, 1);
+    for (int token = 0; token < vocab_size; token++)
+        candidates[token] = (Candidate){logits[token], token};
+    qsort(candidates, vocab_size, sizeof *candidates, by_probability);
+    trip->n_top = min(N_TOP, vocab_size);
+    memcpy(trip->top, candidates, trip->n_top * sizeof *candidates);
+    free(candidates);
+}
+
+// Takes the twin through all layers, keeps what it has at each level, and what
+// it would say next. As long as all doses are 0, the first sequence is sober.
+static void read_soberly(Trip *trip, TripWork *work) {
     const Config *c = &trip->model->config;
     ptrdiff_t size = (ptrdiff_t)trip->n_tokens * c->dim;
     float *x = work->run.slots[0].x;
@@ -367,12 +407,14 @@ static void read_soberly(const Trip *trip, TripWork *work) {
         layer_forward(&work->run, l);
         memcpy(work->sober + (l + 1) * size, x, size * sizeof *x);
     }
+    classify(&work->run, work->rows);
+    note_top(trip, work->rows[trip->n_tokens - 1].logits);
 }
 
 // Makes room, sets up rows and sequences, and lets the sober twin go first.
 // Each sequence has a table of doses of its own, which inject fills; until then
 // all of it is 0.
-static TripWork trip_prepare(const Trip *trip) {
+static TripWork trip_prepare(Trip *trip) {
     const Config *c = &trip->model->config;
     int n_tokens = trip->n_tokens;
     int fit = TRIP_ROWS / n_tokens;
@@ -399,6 +441,7 @@ static TripWork trip_prepare(const Trip *trip) {
                 .position = t,
                 .sequence = &work.sequences[i],
                 .drugged = true,
+                .wants_logits = t == n_tokens - 1,
             };
     }
     read_soberly(trip, &work);
@@ -414,6 +457,23 @@ static void trip_clean_up(const Trip *trip, TripWork *work) {
     free(work->sequences);
     free(work->doses);
     free(work->sober);
+}
+
+// What the injection has made of the next token, for all doses that are there:
+// the last row of each sequence has logits. Adds this seed's share to the
+// means.
+//
+// A state that has strayed far may still lead to the same word, and one that is
+// near to another one, if two words were close: so both are measured.
+static void note_next_token(const Trip *trip, TripWork *work, int kind, int place) {
+    classify(&work->run, work->rows);
+    for (int i = 0; i < work->n_thetas; i++) {
+        float *p = work->rows[(i + 1) * trip->n_tokens - 1].logits;
+        float *drugged = trip_drugged(trip, kind, place, work->first_theta + i);
+        softmax(p, trip->model->config.vocab_size, 1);
+        for (int n = 0; n < trip->n_top; n++)
+            drugged[n] += p[trip->top[n].token] / trip->n_seeds;
+    }
 }
 
 // Takes one injection through the layers, all doses that are there side by
@@ -440,6 +500,7 @@ static void inject(const Trip *trip, TripWork *work, int kind, int place) {
     float *x = work->run.slots[0].x;
 
     // all doses start where the twin is when it comes to the first dosed layer
+    enter_rows(&work->run, work->rows, work->n_thetas * trip->n_tokens);
     int first_layer = 0;
     while (!is_dosed(kind, place, first_layer))
         first_layer++;
@@ -460,11 +521,12 @@ static void inject(const Trip *trip, TripWork *work, int kind, int place) {
             levels[l + 1] += (float)(distance / trip->n_seeds);
         }
     }
+    note_next_token(trip, work, kind, place);
 }
 
-// Fills trip->distance for every kind, place and dose, as the mean over the
-// seeds. The caller frees it. Memory grows with TRIP_ROWS or n_tokens,
-// whichever is more.
+// Fills trip->distance and trip->drugged for every kind, place and dose, as the
+// mean over the seeds, and trip->top. Whoever has seen them calls trip_free.
+// Memory grows with TRIP_ROWS or n_tokens, whichever is more.
 //
 // A window at place p passes n_layers - p + 1 layers, a full stack all of them.
 // Over all places that is about 3/2 n_layers², for each dose and seed: a model
@@ -479,6 +541,7 @@ static void trip_measure(Trip *trip) {
     ptrdiff_t n_injections = (ptrdiff_t)N_TRIP_KINDS * n_layers * N_THETAS;
     trip->distance = resize(NULL, n_injections * (n_layers + 1), sizeof *trip->distance);
     TripWork work = trip_prepare(trip);
+    trip->drugged = resize(NULL, n_injections * trip->n_top, sizeof *trip->drugged);
 
     // the seeds one after the other, with each the doses batch by batch
     for (int seed = 0; seed < trip->n_seeds; seed++)
@@ -488,7 +551,6 @@ static void trip_measure(Trip *trip) {
             work.n_thetas = min(work.n_beside, N_THETAS - first);
             for (int i = 0; i < work.n_thetas; i++)
                 work.sequences[i].noise.seed = trip->noise.seed + seed;
-            enter_rows(&work.run, work.rows, work.n_thetas * trip->n_tokens);
             for (int kind = 0; kind < N_TRIP_KINDS; kind++)
                 for (int place = 0; place < n_layers; place++)
                     inject(trip, &work, kind, place);
@@ -497,57 +559,18 @@ static void trip_measure(Trip *trip) {
     trip_clean_up(trip, &work);
 }
 
+// Frees what was measured.
+static void trip_free(Trip *trip) {
+    free(trip->distance);
+    free(trip->drugged);
+}
+
 // The largest of n distances.
 static float peak_of(const float *x, ptrdiff_t n) {
     float peak = 0;
     for (ptrdiff_t i = 0; i < n; i++)
         peak = x[i] > peak ? x[i] : peak;
     return peak;
-}
-
-// The probability p (vocab_size) of each token behind the prompt, if this noise
-// acts on all of it. The result belongs to the run and is valid until its next
-// forward.
-static const float *next_probabilities(Run *run, const Trip *trip, Noise noise) {
-    Sequence s = sequence_new(noise);
-    float *p = feed(run, &s, trip->tokens, trip->n_tokens, DRUGGED | WANTS_LOGITS);
-    softmax(p, trip->model->config.vocab_size, 1);
-    sequence_free(trip->model, &s);
-    return p;
-}
-
-// What becomes of the next token when the window in the middle gets theta. A
-// state that has strayed far may still lead to the same word, and one that is
-// near to another one, if two words were close: so both are shown.
-//
-// sober (vocab_size): each token with its sober probability, the most probable
-// ones first. drugged (vocab_size): the drugged probability of each token, as
-// the mean over the seeds.
-static void next_token(const Trip *trip, double theta, Candidate *sober, double *drugged) {
-    const Config *c = &trip->model->config;
-    Run run;
-    run_init(&run, trip->model, min(trip->n_tokens, 64), 1);
-    float *doses = resize(NULL, N_SITES * c->n_layers, sizeof *doses);
-    trip_doses(trip, WINDOW, c->n_layers / 2, theta, doses);
-
-    // the sober pass
-    const float *p = next_probabilities(&run, trip, (Noise){0});
-    for (int token = 0; token < c->vocab_size; token++) {
-        sober[token] = (Candidate){p[token], token};
-        drugged[token] = 0;
-    }
-    qsort(sober, c->vocab_size, sizeof *sober, by_probability);
-
-    // a drugged one for each seed
-    for (int i = 0; i < trip->n_seeds; i++) {
-        Noise noise = repeated(trip->noise, i);
-        noise.theta = doses;
-        p = next_probabilities(&run, trip, noise);
-        for (int token = 0; token < c->vocab_size; token++)
-            drugged[token] += (double)p[token] / trip->n_seeds;
-    }
-    run_free(&run);
-    free(doses);
 }
 
 // ---- what is shown
@@ -668,173 +691,66 @@ static char bar_sign(double percent, double sober, double drugged) {
     return percent > 100 * drugged ? '-' : '|';
 }
 
-// The ten most probable tokens of the sober model with both probabilities, a
-// sign for every 2 %.
-static void print_next_token(const Model *m, double theta, const Candidate *sober,
-                             const double *drugged) {
+// The most probable tokens of the sober model with both probabilities, a sign
+// for every 2 %: what becomes of them when the window in the middle gets dose
+// number i_theta.
+static void print_next_token(const Trip *trip, int i_theta) {
+    const Model *m = trip->model;
+    const float *drugged = trip_drugged(trip, WINDOW, m->config.n_layers / 2, i_theta);
     printf("\nThe next token, theta %.4g in that window: | kept, - lost, + won, 2 %% each\n"
-           "                   sober  drugged\n", theta);
-    for (int i = 0; i < min(10, m->config.vocab_size); i++) {
-        double p = sober[i].p;
-        double q = drugged[sober[i].token];
-        char *text = visible(m, sober[i].token);
+           "                   sober  drugged\n", trip_theta(trip, i_theta));
+    for (int i = 0; i < trip->n_top; i++) {
+        double p = trip->top[i].p;
+        double q = drugged[i];
+        char *text = visible(m, trip->top[i].token);
         printf("%-16s %5.1f %%  %5.1f %%  ", text, 100 * p, 100 * q);
         free(text);
-        for (double percent = 1; percent < 100 * fmax(p, q); percent += 2)
+        double longest = 100 * fmax(p, q);
+        for (double percent = 1; percent < longest; percent += 2)
             putchar(bar_sign(percent, p, q));
         puts("");
     }
 }
 
-// Measures what becomes of the next token and shows it.
-static void trip_next_token(const Trip *trip, double theta) {
-    int vocab_size = trip->model->config.vocab_size;
-    Candidate *sober = resize(NULL, vocab_size, sizeof *sober);
-    double *drugged = resize(NULL, vocab_size, sizeof *drugged);
-    next_token(trip, theta, sober, drugged);
-    print_next_token(trip->model, theta, sober, drugged);
-    free(sober);
-    free(drugged);
-}
-
 // ---- what is written to a file
 
+// The lines of one injection, which all begin alike: see trip_csv.
+static void injection_csv(FILE *to, const Trip *trip, int kind, int place, int i_theta) {
+    const float *levels = trip_levels(trip, kind, place, i_theta);
+    const float *drugged = trip_drugged(trip, kind, place, i_theta);
+    char name[64];
+    snprintf(name, sizeof name, "%c,%s,%d,%.9g", SITES[trip->site],
+             kind == WINDOW ? "window" : "stack", place, trip_theta(trip, i_theta));
+    for (int level = 0; level <= trip->model->config.n_layers; level++)
+        fprintf(to, "%s,%d,%.9g,,,\n", name, level, (double)levels[level]);
+    for (int n = 0; n < trip->n_top; n++) {
+        fprintf(to, "%s,,", name);
+        const Candidate *candidate = &trip->top[n];
+        token_cell(to, trip->model, candidate->token);
+        fprintf(to, ",%.9g,%.9g\n", (double)candidate->p, (double)drugged[n]);
+    }
+}
+
 // A line for every number of the trip, with 9 digits: enough to read back the
-// very same float.
+// very same float. Each injection has a line for each level, and then one for
+// each of the next tokens; what a line is not about stays empty.
 //
+//     site          the letter of what is dosed
 //     kind          window or stack
 //     place         the layer of the injection
 //     theta         the dose, radians
 //     level         0: the embedding, l + 1: what leaves layer l
 //     distance      1 - cosine to the sober twin
+//     token         one of the most probable next tokens of the sober model
+//     sober         the probability that it gives to this token
+//     drugged       what is left of it
 static void trip_csv(FILE *to, const Trip *trip) {
     int n_layers = trip->model->config.n_layers;
-    fputs("kind,place,theta,level,distance\n", to);
+    fputs("site,kind,place,theta,level,distance,token,sober,drugged\n", to);
     for (int kind = 0; kind < N_TRIP_KINDS; kind++)
         for (int place = 0; place < n_layers; place++)
-            for (int i = 0; i < N_THETAS; i++) {
-                const float *levels = trip_levels(trip, kind, place, i);
-                for (int level = 0; level <= n_layers; level++)
-                    fprintf(to, "%s,%d,%.9g,%d,%.9g\n",
-                            kind == WINDOW ? "window" : "stack", place,
-                            trip_theta(trip, i), level, (double)levels[level]);
-            }
-}
-
-// A picture of the whole trip, a row of panels for each kind of injection. Each
-// panel is a map as on the terminal, at a dose of its own:
-//
-//     title
-//     windows         theta 1/5    theta 2/5    theta 3/5    theta 4/5    theta 5/5    legend
-//       layer        +---------+  +---------+  +---------+  +---------+  +---------+   [ ] largest
-//         |          |         |  |    -    |  |   --    |  |   ---   |  |  ----   |   [ ]
-//         v          |         |  |         |  |    --   |  |    ---  |  |   ----  |   [ ]
-//                    +---------+  +---------+  +---------+  +---------+  +---------+   [ ] 0
-//                      level ->
-//     full stacks    likewise
-//
-// The picture is 1000 units wide, a panel is a square of SIDE units.
-enum { PANELS = 5, SIDE = 150 };
-
-// The title and the sentences around the panels. A drawing is looked at without
-// the command that made it, so it says all that was asked for.
-static void svg_head(FILE *to, const Trip *trip) {
-    fprintf(to,
-            "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1000 550' "
-            "font-family='sans-serif' font-size='12'>\n<rect width='1000' height='550' "
-            "fill='#fff'/>\n<text x='20' y='26' font-size='17'>How far does a glitch carry? "
-            "1 − cosine between the last token and its sober twin</text>\n<text x='20' y='46'>"
-            "Site %c, %s directions, a prompt of %d tokens, mean of %d seed%s from %llu. Level "
-            "0 is the embedding, level l + 1 what leaves layer l.</text>\n<text x='20' y='540'>"
-            "The gray is the square root of 1 − cosine: twice as dark is about twice the angle."
-            " Each row has its own scale.</text>\n",
-            SITES[trip->site], trip->noise.family == FAMILY_CENTRED ? "centred" : "upstream",
-            trip->n_tokens, trip->n_seeds, plural(trip->n_seeds),
-            (unsigned long long)trip->noise.seed);
-}
-
-// The legend beside a row of panels: six grays and their distances, the largest
-// on top. Gray number i is 51 * i of 255, and stands for an angle of (5 - i) /
-// 5 of the largest one. A colour in SVG is red, green and blue, one byte each:
-// a gray is the same byte three times, 0x10101 * byte.
-static void svg_legend(FILE *to, float peak) {
-    fprintf(to, "<text x='838' y='-7'>1 − cosine</text>\n");
-    for (int i = 0; i <= 5; i++)
-        fprintf(to,
-                "<rect x='838' y='%d' width='20' height='25' stroke='#000' fill='#%06x'/>"
-                "<text x='864' y='%d'>%.3g</text>\n",
-                25 * i, 51 * i * 0x10101, 25 * i + 17,
-                (double)peak * (5 - i) * (5 - i) / 25);
-}
-
-// Labels the first, the middle and the last level of a panel. Layers are
-// labelled at the first panel only, as all have the same.
-static void svg_axes(FILE *to, int n_layers, bool first_panel) {
-    double wide = (double)SIDE / (n_layers + 1); // of a cell
-    double high = (double)SIDE / n_layers;
-    for (int i = 0; i < 3; i++) {
-        int level = i * n_layers / 2;
-        int layer = i * (n_layers - 1) / 2;
-        fprintf(to, "<text x='%.1f' y='164'>%d</text>\n", (level + .5) * wide, level);
-        if (first_panel)
-            fprintf(to, "<text x='-12' y='%.1f'>%d</text>\n", (layer + .5) * high + 4, layer);
-    }
-}
-
-// The cells of a panel, place down and level across, 1 wide and 1 high: the
-// panel is stretched to its size as a whole.
-static void svg_cells(FILE *to, const Trip *trip, int kind, int i_theta, float peak) {
-    int n_layers = trip->model->config.n_layers;
-    fprintf(to, "<g transform='scale(%.6f %.6f)' shape-rendering='crispEdges'>\n",
-            (double)SIDE / (n_layers + 1), (double)SIDE / n_layers);
-    for (int place = 0; place < n_layers; place++) {
-        const float *levels = trip_levels(trip, kind, place, i_theta);
-        for (int level = 0; level <= n_layers; level++) {
-            float dark = peak > 0 ? 255 * sqrtf(levels[level] / peak) + .5f : 0;
-            int gray = 255 - (int)dark;
-            fprintf(to,
-                    "<rect class='cell' x='%d' y='%d' width='1' height='1' fill='#%06x'/>\n",
-                    level, place, gray * 0x10101);
-        }
-    }
-    fputs("</g>", to);
-}
-
-// The row of panels of one kind, each a map at another dose, all in the grays
-// of one scale.
-static void svg_row(FILE *to, const Trip *trip, int kind) {
-    int n_layers = trip->model->config.n_layers;
-    ptrdiff_t n_distances = (ptrdiff_t)n_layers * N_THETAS * (n_layers + 1);
-    float peak = peak_of(trip_levels(trip, kind, 0, 0), n_distances);
-    fprintf(to,
-            "<g transform='translate(62 %d)'><text x='-42' y='-26' font-size='14'>%s</text>"
-            "<text transform='translate(-30 75) rotate(-90)' text-anchor='middle'>layer of "
-            "injection</text>",
-            105 + 230 * kind,
-            kind == WINDOW ? "Windows of 3 layers, centred on the layer of injection"
-                           : "Full stack, from layer 0 to the layer of injection");
-    svg_legend(to, peak);
-    for (int i = 0; i < PANELS; i++) {
-        int i_theta = (i + 1) * (N_THETAS - 1) / PANELS;
-        fprintf(to,
-                "<g transform='translate(%d)' text-anchor='middle'><text x='75' y='-7'>θ = "
-                "%.3g rad</text><text x='75' y='178'>level</text>\n",
-                168 * i, trip_theta(trip, i_theta));
-        svg_axes(to, n_layers, i == 0);
-        svg_cells(to, trip, kind, i_theta, peak);
-        fprintf(to, "<rect width='%d' height='%d' fill='none' stroke='#000'/></g>\n", SIDE, SIDE);
-    }
-    fputs("</g>\n", to);
-}
-
-// A drawing that stands on its own. The gray follows the square root of the
-// distance, as the shades of print_shades do, so one picture shows small doses
-// and large ones.
-static void trip_svg(FILE *to, const Trip *trip) {
-    svg_head(to, trip);
-    for (int kind = 0; kind < N_TRIP_KINDS; kind++)
-        svg_row(to, trip, kind);
-    fputs("</svg>\n", to);
+            for (int i = 0; i < N_THETAS; i++)
+                injection_csv(to, trip, kind, place, i);
 }
 
 // ---- the experiment
@@ -883,13 +799,16 @@ static void trip(const Model *m, const LabOptions *options) {
         .model = m,
         .site = trip_site(options, &theta),
         .max_theta = options->max_theta,
-        .noise = {.seed = options->noise.seed, .family = options->noise.family},
+        .noise = {
+            .seed = options->noise.seed,
+            .family = options->noise.family,
+        },
         .n_seeds = options->n_seeds,
     };
     int *tokens = tokens_of(m, options->prompt, &trip.n_tokens);
     trip.tokens = tokens;
     check_trip(&m->config, trip.n_tokens);
-    Output output = output_open('o', options->out, ".csv .svg", options->model);
+    Output output = output_open('o', options->out, ".csv", options->model);
 
     trip_measure(&trip);
 
@@ -898,14 +817,12 @@ static void trip(const Model *m, const LabOptions *options) {
     int shown = nearest < 1 ? 1 : nearest; // number 0 would show nothing
     print_maps(&trip, shown);
     print_doses(&trip);
-    trip_next_token(&trip, trip_theta(&trip, shown));
-    if (options->out && ends_with(options->out, ".svg"))
-        trip_svg(output.to, &trip);
-    else if (options->out)
+    print_next_token(&trip, shown);
+    if (options->out)
         trip_csv(output.to, &trip);
     output_close(&output);
     free(tokens);
-    free(trip.distance);
+    trip_free(&trip);
 }
 
 /* ================================================================================================
@@ -983,22 +900,19 @@ static void print_probe(const Model *m, const Probe *probe) {
     printf("%-20s %10s %12s\n", "token", "agreement", "probability");
     for (int i = 0; i < probe->n_tokens; i++) {
         char *text = visible(m, probe->tokens[i]);
-        printf("%-20s %9.0f%% %12.4f\n", text, 100 * probe->agreement[i], probe->probability[i]);
+        double percent = 100 * probe->agreement[i];
+        printf("%-20s %9.0f%% %12.4f\n", text, percent, probe->probability[i]);
         free(text);
     }
 }
 
 // The same as CSV, with all digits. `position` is where the first token stands.
-// Only the token is a cell of text; numbers have no quotes.
 static void probe_csv(FILE *to, const Model *m, const Probe *probe, int position) {
     fputs("position,token,agreement,probability\n", to);
     for (int i = 0; i < probe->n_tokens; i++) {
-        char *text = visible(m, probe->tokens[i]);
         fprintf(to, "%d", position + i);
-        Table table = {.to = to, .n_cells = 1}; // the one before
-        print_cell(&table, text, (int)strlen(text));
+        token_cell(to, m, probe->tokens[i]);
         fprintf(to, ",%.9g,%.9g\n", probe->agreement[i], probe->probability[i]);
-        free(text);
     }
 }
 
@@ -1073,7 +987,8 @@ static void probe(const Model *m, const LabOptions *options) {
  *     cells   | H .01 | H .05 | ... | Q .01 | ... | temperature .1 | ... | logit noise 4 |
  *     texts   |k texts|k texts| ... |k texts| ... |    k texts     | ... |    k texts    |
  *
- * with one text for each of the k seeds. The texts of all cells lie in one
+ * with one text for each of the k seeds. One cell more comes last, the sober
+ * one: the same text k times, as all others are its variations. The texts of all cells lie in one
  * array, in this order, so that any number of neighbouring cells can be written
  * at once.
  */
@@ -1091,8 +1006,9 @@ enum { EXPLORE_ROWS = 256 };
 //     LOGIT_NOISE
 enum { TEMPERATURE = N_SITES, LOGIT_NOISE, N_METHODS };
 
-// The strengths of each method, from hardly anything to too much.
-enum { N_STRENGTHS = 9, N_CELLS = N_METHODS * N_STRENGTHS };
+// The strengths of each method, from hardly anything to too much. The sober
+// cell has none.
+enum { N_STRENGTHS = 9, SOBER_CELL = N_METHODS * N_STRENGTHS, N_CELLS };
 static const double ANGLES[] = { // of every site, radians
     .01, .05, .1, .15, .2, .35, .5, .8, 1,
 };
@@ -1150,7 +1066,9 @@ static void add_logit_noise(float *logits, int n, double width, uint64_t seed, i
     for (int i = 0; i < n; i++) {
         double u = 1 - uniform(key, 2 * (uint32_t)i + 1); // in (0, 1], which has a logarithm
         double v = uniform(key, 2 * (uint32_t)i + 2);
-        logits[i] += (float)(width * sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
+        double radius = sqrt(-2 * log(u));
+        double normal = radius * cos(6.283185307179586 * v);
+        logits[i] += (float)(width * normal);
     }
 }
 
@@ -1180,7 +1098,8 @@ static float *states_of(const Cell *cell, const Text *text) {
 static void watch_text(Text *text, const float *state, float *logits) {
     const Cell *cell = text->owner;
     ptrdiff_t dim = cell->lab->config->dim;
-    memcpy(states_of(cell, text) + (text->n_tokens - 1) * dim, state, dim * sizeof *state);
+    float *kept = states_of(cell, text) + (text->n_tokens - 1) * dim;
+    memcpy(kept, state, dim * sizeof *state);
     disturb(cell, text, logits);
 }
 
@@ -1199,12 +1118,25 @@ static int first_token(const Cell *cell, const Text *text) {
     return token;
 }
 
-// Sets up a cell for strength number i of a method, with room for its texts,
-// which must be zero. The caller frees it.
+// Sets up a cell with room for its texts, which must be zero, but without a
+// method: temperature 0, which is to be sober. The caller frees it.
+static void sober_cell_init(Cell *cell, const Lab *lab, Text *texts) {
+    *cell = (Cell){
+        .lab = lab,
+        .method = TEMPERATURE,
+        .name = "sober",
+        .texts = texts,
+    };
+    for (int k = 0; k < lab->options->n_seeds; k++)
+        texts[k].tokens = resize(NULL, lab->n_new, sizeof(int));
+}
+
+// The same for strength number i of a method.
 static void cell_init(Cell *cell, const Lab *lab, int method, int i, Text *texts) {
     const LabOptions *options = lab->options;
     int n_layers = lab->config->n_layers;
-    *cell = (Cell){.lab = lab, .method = method, .texts = texts};
+    sober_cell_init(cell, lab, texts);
+    cell->method = method;
     if (method == TEMPERATURE) {
         cell->strength = TEMPERATURES[i];
         strcpy(cell->name, "temperature");
@@ -1213,7 +1145,7 @@ static void cell_init(Cell *cell, const Lab *lab, int method, int i, Text *texts
         strcpy(cell->name, "logit noise");
     } else {
         cell->strength = ANGLES[i];
-        cell->name[0] = SITES[method];
+        sprintf(cell->name, "%c", SITES[method]);
         // If the options have a shape for this site it is kept; the angle is
         // the cell's.
         Dose doses[N_SITES] = {{0}};
@@ -1222,12 +1154,10 @@ static void cell_init(Cell *cell, const Lab *lab, int method, int i, Text *texts
         cell->theta = resize(NULL, N_SITES * n_layers, sizeof *cell->theta);
         dose_layers(cell->theta, doses, n_layers);
     }
-    for (int k = 0; k < options->n_seeds; k++)
-        cell->texts[k].tokens = resize(NULL, lab->n_new, sizeof(int));
 }
 
-// Sets up all cells (N_METHODS, N_STRENGTHS). texts (N_CELLS, n_seeds), all
-// zero, are handed out to them, to each its n_seeds.
+// Sets up all cells (N_METHODS, N_STRENGTHS) and the sober one behind them.
+// texts (N_CELLS, n_seeds), all zero, are handed out to them, to each its n_seeds.
 static void cells_init(Cell *cells, const Lab *lab, Text *texts) {
     int n_seeds = lab->options->n_seeds;
     for (int method = 0; method < N_METHODS; method++)
@@ -1235,6 +1165,7 @@ static void cells_init(Cell *cells, const Lab *lab, Text *texts) {
             int cell = method * N_STRENGTHS + i;
             cell_init(&cells[cell], lab, method, i, texts + cell * n_seeds);
         }
+    sober_cell_init(&cells[SOBER_CELL], lab, texts + SOBER_CELL * n_seeds);
 }
 
 // Frees what the cell owns. The array of texts is somebody else's, but not what
@@ -1255,7 +1186,11 @@ static void begin_texts(Cell *cell) {
     const NoiseOptions *options = &lab->options->noise;
     int n_seeds = lab->options->n_seeds;
     ptrdiff_t n_states = (ptrdiff_t)n_seeds * lab->n_new;
-    Noise noise = {options->seed, options->family, cell->theta};
+    Noise noise = {
+        .seed = options->seed,
+        .family = options->family,
+        .theta = cell->theta,
+    };
     cell->states = resize(NULL, n_states * lab->config->dim, sizeof *cell->states);
     for (int i = 0; i < n_seeds; i++) {
         Text *text = &cell->texts[i];
@@ -1322,7 +1257,9 @@ static double diversity(const Text *texts, int n) {
     int64_t *seen = resize(NULL, most, sizeof *seen);
     for (int i = 0; i < n; i++)
         for (int j = 0; j + 1 < texts[i].n_tokens; j++) {
-            int64_t pair = (int64_t)texts[i].tokens[j] << 32 | texts[i].tokens[j + 1];
+            int64_t first = texts[i].tokens[j];
+            int64_t second = texts[i].tokens[j + 1];
+            int64_t pair = first << 32 | second;
             int at = 0;
             while (at < n_different && seen[at] != pair)
                 at++;
@@ -1392,7 +1329,8 @@ static void measure_texts(Lab *lab, Cell *cell, const char *sober) {
 static void run_cells(Lab *lab, Cell *cells, int n, const char *sober) {
     for (int i = 0; i < n; i++)
         begin_texts(&cells[i]);
-    write_texts(&lab->run, cells[0].texts, n * lab->options->n_seeds, lab->n_new);
+    int n_texts = n * lab->options->n_seeds;
+    write_texts(&lab->run, cells[0].texts, n_texts, lab->n_new);
     for (int i = 0; i < n; i++) {
         measure_texts(lab, &cells[i], sober);
         end_texts(&cells[i]);
@@ -1449,7 +1387,7 @@ static double gain_of(const Cell *method, const Cell *temperature, int *n) {
 
 // ---- what is shown, and written to a file
 
-// What all cells (N_METHODS, N_STRENGTHS) are like, one line each. For example
+// What all cells are like, one line each. For example
 //
 //     method  strength distinct   prefix    angle  diversity  log-probability
 //     V            0.8     5/5        92    0.214      0.276          -0.1667
@@ -1547,9 +1485,8 @@ static int cells_at_once(const Lab *lab) {
     return n;
 }
 
-// Writes and measures all cells (N_METHODS, N_STRENGTHS), as many at once as
-// fit. For texts see cells_init; sober is the text that is written without any
-// method.
+// Writes and measures all cells, as many at once as fit. For texts see
+// cells_init; sober is the text that is written without any method.
 static void explore_measure(Lab *lab, Cell *cells, Text *texts, const char *sober) {
     int at_once = cells_at_once(lab);
     cells_init(cells, lab, texts);
@@ -1606,7 +1543,7 @@ static const char USAGE[] =
     "  -n <tokens>  how many to write, 0: until the text ends or the context is full (256)\n"
     "  -k <seeds>   how often all is repeated (5)\n"
     "  -x <theta>   trip: the largest angle, in radians (1.5)\n"
-    "  -o <file>    the numbers as .csv (explore also .md, trip also .svg)\n"
+    "  -o <file>    the numbers as .csv, which tests/page.py draws (explore also .md)\n"
     "  -H -Q -K -V -A <theta>  doses in radians: norm output, query, key, value, attention output;\n"
     "               trip looks at one of them and sets the depth itself, of a dose only the angle\n"
     "               counts; explore sets the angle itself, of a dose only the shape counts\n"

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import tempfile
 import unittest
-import xml.etree.ElementTree
 
 from test_cli import CONTEXT, HERE, MODEL, Done, run as run_drugs, without_numbers
 
@@ -72,7 +71,10 @@ class TestModes(LabCase):
     def test_a_dose_of_nothing_changes_nothing(self):
         _, rows = self.table("trip")
         sober = [row for row in rows if row["theta"] == "0"]
-        self.assertEqual({row["distance"] for row in sober}, {"0"})
+        self.assertEqual({row["distance"] for row in sober if row["level"]}, {"0"})
+        for row in sober:
+            if row["token"]:
+                self.assertAlmostEqual(float(row["drugged"]), float(row["sober"]), 6)
 
     def test_quiet_and_repeatable(self):
         """Without a terminal there are no colours and no progress; a run can be repeated, and what
@@ -157,7 +159,16 @@ class TestTrip(LabCase):
         """The file has every passage; without a dose, and below the first dosed layer, the distance
         is exactly 0, above it is not; the table that is shown is made of it."""
         shown, rows = self.table("trip", "-K", ".6", "-x", "3")
+        tokens = [row for row in rows if row["token"]]
+        rows = [row for row in rows if row["level"]]
+        self.assertEqual({row["site"] for row in rows + tokens}, {"K"})
         self.assertEqual(len(rows), 2 * LAYERS * 31 * (LAYERS + 1))
+        self.assertEqual(len(tokens), 2 * LAYERS * 31 * 10)
+        here = [row for row in tokens if row["theta"] == "0.6" and row["kind"] == "window"
+                and row["place"] == str(LAYERS // 2)]
+        bars = re.findall(r"^(.{16}) +(\S+) %  +(\S+) %", shown.split("The next token")[1], re.M)
+        self.assertEqual(bars, [("%-16s" % row["token"], "%.1f" % (100 * float(row["sober"])),
+                                 "%.1f" % (100 * float(row["drugged"]))) for row in here])
         middle = {}
         for row in rows:
             place, level, theta = int(row["place"]), int(row["level"]), float(row["theta"])
@@ -180,25 +191,6 @@ class TestTrip(LabCase):
         self.assertEqual(self.lab("trip", "-x", "1"), self.lab("trip", "-x", "1", "-A", ".5"))
         self.assertEqual(self.lab("trip", "-Q", "1"), self.lab("trip", "-Q", "1", "-H", "0"))
 
-    def test_drawing(self):
-        """The drawing is XML; each cell has the gray of its distance, on its kind's own scale."""
-        _, rows = self.table("trip", "-H", "1")
-        _, drawing = self.lab("trip", "-H", "1", out="x.svg")
-        cells = [cell.attrib for cell in xml.etree.ElementTree.fromstring(drawing).iter()
-                 if cell.get("class") == "cell"]
-        self.assertEqual(len(cells), 2 * 5 * LAYERS * (LAYERS + 1))
-        for kind in "window", "stack":
-            mine = [row for row in rows if row["kind"] == kind]
-            peak = max(float(row["distance"]) for row in mine)
-            for theta in range(6, 31, 6):
-                for i, row in enumerate(x for x in mine if x["theta"] == "%.9g" % (theta / 20)):
-                    cell = cells.pop(0)
-                    self.assertEqual((int(cell["x"]), int(cell["y"])), divmod(i, LAYERS + 1)[::-1])
-                    gray = 255 - 255 * (float(row["distance"]) / peak) ** .5
-                    fill = cell["fill"]
-                    self.assertTrue(fill[1:3] == fill[3:5] == fill[5:], fill)
-                    self.assertLess(abs(int(fill[1:3], 16) - gray), .51)
-
 
 class TestExplore(LabCase):
     def test_numbers(self):
@@ -206,9 +198,9 @@ class TestExplore(LabCase):
         against temperature follow from them."""
         shown, rows = self.table("explore")
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        self.assertEqual(methods[:5] + methods[-2:],
-                         ["H", "Q", "K", "V", "A", "temperature", "logit noise"])
-        self.assertEqual(len(rows), len(methods) * 9 * 2)       # strengths, seeds
+        self.assertEqual(methods[:5] + methods[-3:],
+                         ["H", "Q", "K", "V", "A", "temperature", "logit noise", "sober"])
+        self.assertEqual(len(rows), ((len(methods) - 1) * 9 + 1) * 2)   # strengths, seeds
         sober, table, verdict = re.fullmatch(
             r"sober: (.*?)\n\nmethod [^\n]*\n(.*)\n\nAt the [^\n]*\n[^\n]*\n\n(.*)\n", shown,
             re.S).groups()
@@ -227,6 +219,8 @@ class TestExplore(LabCase):
             self.assertAlmostEqual(numbers[1], prefix)
         self.assertEqual({row["text"] for row in rows if row["strength"] in ("0.01", "0.1")
                           and row["method"] != "H"}, {sober})
+        self.assertEqual({row["text"] for row in rows if row["method"] == "sober"}, {sober})
+        del cells["sober"]
         chance = list(cells.pop("temperature").values())
         want = []
         for method, doses in cells.items():
@@ -256,7 +250,7 @@ class TestExplore(LabCase):
         _, rows = self.table("explore", "-V", ".1@ceil:0=0", "-A", ".7")
         _, plain = self.table("explore")
         for row, other in zip(rows, plain):
-            sober = row["method"] in ("V", "temperature", "logit noise")
+            sober = row["method"] in ("V", "temperature", "logit noise", "sober")
             self.assertEqual(row["angle"] == "0", sober, row)
             self.assertTrue(row["method"] == "V" or row == other, row)
 
@@ -304,7 +298,7 @@ class TestErrors(LabCase):
 
     def test_endings(self):
         """Each experiment writes its own kinds of files."""
-        for mode, endings in {"trip": (".txt", ".md", ""), "probe": (".svg", ".md", ""),
+        for mode, endings in {"trip": (".svg", ".md", ""), "probe": (".svg", ".md", ""),
                               "explore": (".svg", ".txt", "")}.items():
             for name in *("x" + ending for ending in endings), "csv":
                 path = self.path(name)
