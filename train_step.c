@@ -938,7 +938,8 @@ static double mean_loss(const double *losses, int from, int to) {
     double sum = 0;
     for (int i = from; i < to; i++)
         sum += losses[i];
-    return from < to ? sum / (to - from) : NAN;
+    // ruin that is not even a number counts as infinite
+    return from < to ? fmin(sum / (to - from), INFINITY) : NAN;
 }
 
 // |dW|², the sum of the squares of a tensor's gradient, without dW. As dW
@@ -1110,12 +1111,13 @@ typedef struct {
     char *beside; // one of unfinished
 } Output;
 
-static char unfinished[2][PATH_MAX]; // of -t and -o: what would be left behind
+static char unfinished[3][PATH_MAX]; // of -t, -a and -o: what would be left behind
+static int n_opened;                 // of these
 
 // Runs at every exit of the program, also by a signal. A file that was
 // moved to its place no longer has such a name.
 static void remove_unfinished(void) {
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < n_opened; i++)
         unlink(unfinished[i]);
 }
 
@@ -1174,7 +1176,7 @@ static Output output_open(int option, const char *path, const char *endings,
             signal(*one, SIG_IGN); // as nohup wants it
     // mkstemp makes a name that no file has, and opens it for the owner
     // alone.
-    output.beside = unfinished[option == 'o'];
+    output.beside = unfinished[n_opened++];
     snprintf(output.beside, PATH_MAX, "%s.XXXXXX", output.path);
     int file = mkstemp(output.beside);
     if (file >= 0)
@@ -1282,7 +1284,7 @@ typedef struct {
     const char *lesson; // what is taught
     const char *sequel; // how it goes on: measured, not taught
     const char *other;  // something else, measured too
-    const char *table_path, *model_path; // of files to write, NULL: none
+    const char *table_path, *loss_path, *model_path; // of files to write, NULL: none
     double step_sizes[MAX_STEP_SIZES];
     int n_sizes;
     int n_new;          // tokens to write
@@ -1435,28 +1437,24 @@ static void save_table(Output *output, const Experiment *e, char *const *texts) 
     output_close(output);
 }
 
-// A loss in a column of its own. Ruin may well be infinite.
-static void print_loss(double loss) {
-    if (isfinite(loss))
-        printf(" %12.4f", loss);
-    else
-        printf(" %12s", "not finite");
-}
-
-// The mean of losses[from] to losses[to - 1], a dash if there are none.
-static void print_mean(const double *losses, int from, int to) {
-    if (from < to)
-        print_loss(mean_loss(losses, from, to));
-    else
+// A loss in a column of its own, and in a cell of a file if there is one,
+// with nine digits. NAN is the mean of nothing; ruin may be infinite, "inf".
+static void print_loss(double loss, FILE *to) {
+    if (isnan(loss))
         printf(" %12s", "-");
+    else
+        printf(" %12.4f", loss);
+    if (to)
+        fprintf(to, ",%.9g", loss);
 }
 
 // Plasticity against stability: what the lesson gained, and what everything
 // else paid for it. norm2 is |g|²: if the loss were a straight line, a step
 // would lower it by step_size * |g|². Losses are sober ones, but "first
 // order" starts from the loss of the lesson, which may be drugged; then the
-// two columns differ at step 0.
-static void print_after(Stepped *t, const Experiment *e, double norm2) {
+// two columns differ at step 0. A file, if there is one, gets all that is
+// shown, as CSV.
+static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to) {
     const Model *m = t->run.model;
     size_t n_bytes = strlen(e->lesson) + strlen(e->sequel);
     char *whole = resize(NULL, n_bytes + 1, 1);
@@ -1477,19 +1475,25 @@ static void print_after(Stepped *t, const Experiment *e, double norm2) {
     printf("\nAfter the step, losses in nats a token:\n\n");
     printf("    %-10s %12s %12s %12s %12s\n", "step size", "lesson", "first order", "its sequel",
            "other text");
+    if (to)
+        fputs("step size,lesson,first order,its sequel,other text\n", to);
     for (int i = 0; i < e->n_sizes; i++) {
         float step_size = (float)e->step_sizes[i];
         token_losses(t, step_size, passage, n_whole, of_passage);
         token_losses(t, step_size, other, n_other, of_other);
-        printf("    %-10g", e->step_sizes[i]);
+        printf("    %-10g", step_size);
+        if (to)
+            fprintf(to, "%g", step_size);
         int first = e->counting ? n_lesson - 1 : 1; // LAST_ONLY, or all
         // the lesson, as far as it counted; the straight line; what
         // follows; all else
-        print_mean(of_passage, first, min(n_lesson, n_whole));
-        print_loss(t->step->loss - e->step_sizes[i] * norm2);
-        print_mean(of_passage, n_lesson, n_whole);
-        print_mean(of_other, 1, n_other);
+        print_loss(mean_loss(of_passage, first, min(n_lesson, n_whole)), to);
+        print_loss(t->step->loss - step_size * norm2, to);
+        print_loss(mean_loss(of_passage, n_lesson, n_whole), to);
+        print_loss(mean_loss(of_other, 1, n_other), to);
         puts("");
+        if (to)
+            fputs("\n", to);
     }
     free(whole);
     free(lesson);
@@ -1556,6 +1560,7 @@ static const char STEP_USAGE[] =
     "  -f <file>    other text, measured too (a built-in paragraph)\n"
     "  -y <text>    the other cure: a prompt for the untouched model (Here is one of ...)\n"
     "  -t <file>    the whole table as .csv or .md\n"
+    "  -a <file>    the losses after the step as .csv; tests/page.py draws both\n"
     "  -o <file>    the stepped model, a .bin, for one step size\n"
     "  -H -Q -K -V -A <theta>, -d, -w, -r, -s  doses for the lesson, as in drugs\n"
     "  -h           this help\n";
@@ -1626,6 +1631,9 @@ static void take_option(Experiment *e, int letter, const char *value) {
     case 't':
         e->table_path = value;
         break;
+    case 'a':
+        e->loss_path = value;
+        break;
     case 'o':
         e->model_path = value;
         break;
@@ -1643,7 +1651,7 @@ static Experiment parse_experiment(int argc, char **argv) {
     int letter;
     parse_step_sizes(&e, "0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1");
     optind = 2; // behind the model
-    while ((letter = next_option(argc, argv, ":hl:i:e:n:x:g:f:y:t:o:" NOISE_OPTIONS,
+    while ((letter = next_option(argc, argv, ":hl:i:e:n:x:g:f:y:t:a:o:" NOISE_OPTIONS,
                                  STEP_USAGE)) >= 0)
         if (!take_noise_option(&e.noise, letter, optarg))
             take_option(&e, letter, optarg);
@@ -1694,6 +1702,7 @@ int main(int argc, char **argv) {
     // First whatever can fail without any work: the files to be written,
     // the model to be read.
     Output table_file = output_open('t', e.table_path, ".csv .md", argv[1]);
+    Output loss_file = output_open('a', e.loss_path, ".csv", argv[1]);
     Output model_file = output_open('o', e.model_path, ".bin", argv[1]);
     Model model;
     if (!model_open(&model, argv[1]))
@@ -1715,7 +1724,8 @@ int main(int argc, char **argv) {
     char **texts = write_columns(&stepped, &e, prompt, n_prompt);
     show_table(&e, texts);
     save_table(&table_file, &e, texts);
-    print_after(&stepped, &e, norm2);
+    print_after(&stepped, &e, norm2, loss_file.to);
+    output_close(&loss_file);
     if (cure)
         print_cure(&stepped, &e, cure, n_cure);
     write_stepped(&step, e.step_sizes[0], &model_file);

@@ -90,7 +90,7 @@ def table(out):
 def losses(out):
     """Step size -> lesson, first order, sequel, other text: as printed after the step."""
     rows = out.split("After the step, ")[1].split("\n\n")[1].splitlines()[1:]
-    cells = [row.replace("not finite", "not_finite").split() for row in rows]
+    cells = [row.split() for row in rows]
     return {row[0]: row[1:] for row in cells}
 
 
@@ -140,6 +140,24 @@ class TestExperiment(Case):
             lines = stream.read().splitlines()
         self.assertEqual(lines.pop(1).count("---"), len(STEP_SIZES))
         self.assertEqual([[c.strip() for c in line[1:-1].split("|")] for line in lines], rows)
+
+    def test_losses_in_a_file(self):
+        """They are those that are shown, with more digits; of no sequel there is no loss; and all
+        three files can be written by one run."""
+        path = self.path("losses.csv")
+        for lesson in [], ["-l", "To be"], ["-g", ""]:
+            out = self.good("-n", "1", "-a", path, *lesson)
+            with open(path, newline="", encoding="utf-8") as stream:
+                rows = list(csv.reader(stream))
+            self.assertEqual(rows.pop(0), ["step size", "lesson", "first order", "its sequel",
+                                           "other text"])
+            shown = {row[0]: ["%.4f" % float(cell) for cell in row[1:]] for row in rows}
+            self.assertEqual({size: ["nan" if cell == "-" else cell for cell in cells]
+                              for size, cells in losses(out).items()}, shown)
+        self.good("-n", "1", "-e", "1e-3", "-a", path, "-t", self.path("x.md"),
+                  "-o", self.path("x.bin"))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["losses.csv", "x.bin", "x.md"])
+        self.bad(2, "-a", self.path("x.md"), words=["-a", "x.md", ".csv"])
 
     def test_the_first_order_is_a_straight_line(self):
         out = self.good("-n", "1")
@@ -387,7 +405,7 @@ class TestErrors(Case):
 
     def test_the_help_names_every_option(self):
         help_text = run("-h").out
-        for option in "lienxgfytoHQKVAdwrsh":
+        for option in "lienxgfytaoHQKVAdwrsh":
             self.assertRegex(help_text, r"(?m)^  .*-%s\b" % option)
 
     def test_the_model_comes_first(self):
