@@ -2,6 +2,7 @@
 # make demo     what DRµGS does to a small model that is included
 # make lesson   what one gradient step does to it
 # make trip     how far a glitch carries; make explore: whole texts; make probe: does it survive?
+# make page     a page of all of these to look at, lab.html; MODEL=model.bin: of another model
 # make pretrain raises such a model anew, tests/fresh.bin; SEED=5 for another one
 # make test     all tests
 # make golden   computes anew what tests compare with, after a change that is meant
@@ -67,15 +68,30 @@ demo: drugs
 lesson: train_step
 	./train_step tests/hamlet.bin
 
-LAB = tests/lab tests/hamlet.bin
+MODEL = tests/hamlet.bin
+ADVICE = Here is some advice: To be a good leader, you must
+TRIP = tests/lab $(MODEL) trip -i "$(ADVICE)" -V 1
+EXPLORE = tests/lab $(MODEL) explore -i "To be" -n 64
+PROBE = tests/lab $(MODEL) probe -i "To be" -n 40 -V .5 -k 20
 trip: tests/lab
-	$(LAB) trip -i "Here is some advice: To be a good leader, you must" -V 1
+	$(TRIP)
 
 explore: tests/lab
-	$(LAB) explore -i "To be" -n 64
+	$(EXPLORE)
 
 probe: tests/lab
-	$(LAB) probe -i "To be" -n 40 -V .5 -k 20
+	$(PROBE)
+
+# The numbers stay in the folder lab.
+TABLES = $(patsubst %,lab/%.csv,trip explore probe words losses)
+page: tests/lab train_step
+	mkdir -p lab
+	$(TRIP) -o lab/trip.csv > lab/trip.txt
+	$(EXPLORE) -o lab/explore.csv > lab/explore.txt
+	$(PROBE) -o lab/probe.csv > lab/probe.txt
+	./train_step $(MODEL) -t lab/words.csv -a lab/losses.csv > lab/step.txt
+	python3 tests/page.py $(TABLES) -o lab.html \
+		-n 'The model is $(MODEL). The trip follows "$(ADVICE)", all else "To be".'
 
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)
@@ -109,6 +125,8 @@ debug:
 	ASAN_OPTIONS=detect_leaks=0 $(MAKE) test CFLAGS='$(SANITIZE)'
 
 clean:
-	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin
+	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin lab.html
+	rm -rf lab
 
-.PHONY: all test c_tests golden debug demo lesson trip explore probe pretrain digest portability bench clean criterion always
+.PHONY: all test c_tests golden debug demo lesson trip explore probe page pretrain digest portability \
+        bench clean criterion always
