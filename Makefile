@@ -8,6 +8,8 @@
 # make golden   computes anew what tests compare with, after a change that is meant
 # make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make digest   what small models compute, as hashes; make portability: is it the same everywhere?
+# make mutate   changes one thing at a time and asks whether the tests notice; N=40 SEED=1
+# make coverage the lines of the two books that no test runs
 # make bench    speed, as ratios against this machine's limits
 # make clean    removes what was built
 
@@ -23,7 +25,8 @@ accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
 # not in another.
 FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wno-unknown-pragmas \
          -Wno-psabi $(CFLAGS) $(OPENMP)
-C_TESTS = tests/test_drugs tests/test_properties tests/test_loader tests/test_step tests/test_lab
+C_TESTS = tests/test_drugs tests/test_properties tests/test_loader tests/test_step tests/test_lab \
+          tests/test_more
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 PROGRAMS = drugs train_step tests/lab tests/logits tests/tokens tests/pretrain tests/bench tests/digest
@@ -113,6 +116,7 @@ c_tests: $(C_TESTS) tests/digest
 	tests/test_loader
 	tests/test_step
 	tests/test_lab
+	tests/test_more
 
 test: $(PROGRAMS) c_tests
 	python3 -m unittest discover tests
@@ -124,9 +128,17 @@ golden:
 debug:
 	ASAN_OPTIONS=detect_leaks=0 $(MAKE) test CFLAGS='$(SANITIZE)'
 
+# The tree that is changed is a copy. SEED says which changes, 1 unless it is given.
+N = 40
+mutate: criterion
+	python3 tests/mutate.py -n $(N) --seed $(if $(filter file,$(origin SEED)),1,$(SEED))
+
+coverage: criterion
+	python3 tests/coverage.py
+
 clean:
 	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin lab.html
 	rm -rf lab
 
 .PHONY: all test c_tests golden debug demo lesson trip explore probe page pretrain digest portability \
-        bench clean criterion always
+        mutate coverage bench clean criterion always

@@ -1,0 +1,442 @@
+#!/usr/bin/env python3
+"""Changes one thing in the code at a time and asks whether the tests notice.
+
+    make mutate                     40 changes, seed 1
+    make mutate N=400 SEED=2
+    python3 tests/mutate.py --file train_step.c --lines 600-700 -n 20
+    python3 tests/mutate.py --survivors         once more those that no test noticed, after new tests
+
+A mutant is the code with one operator, constant, index, statement or argument changed. It is
+killed if a test fails, does not end in time, or does not build against it; otherwise it survived,
+and a test is missing (or the change changes nothing: then it goes into tests/equivalent.txt, with
+the reason). Lines are drawn at random, and one of the changes that a line offers; the seed says
+which. What is known already stands in mutants.tsv and is not tried again, so a run may be stopped at
+any time. Two mutants are tried at once, each in a copy of the tree of its own.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+RESULTS = os.path.join(ROOT, "mutants.tsv")
+EQUIVALENT = os.path.join(HERE, "equivalent.txt")
+
+# What a compiler complains about needs no test.
+FLAGS = ["-std=gnu11", "-ffp-contract=off", "-O1", "-fopenmp", "-Wall", "-Werror=int-conversion",
+         "-Werror=incompatible-pointer-types", "-Werror=discarded-qualifiers", "-Werror=format"]
+SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+PROGRAMS = "drugs", "train_step", "tests/lab", "tests/logits", "tests/tokens"
+
+# Which tests can see a change in which file, the cheapest first.
+C_TESTS = {
+    "drugs.c": ("test_more", "test_loader", "test_drugs", "test_step", "test_lab"),
+    "train_step.c": ("test_more", "test_step", "test_lab"),
+    "tests/lab.c": ("test_lab",),
+}
+CLI_TESTS = {
+    "drugs.c": ("test_cli", "test_tokenizer", "test_figures", "test_step_cli", "test_lab_cli"),
+    "train_step.c": ("test_figures", "test_step_cli", "test_lab_cli"),
+    "tests/lab.c": ("test_figures", "test_lab_cli"),
+}
+# What is run with sanitizers and leak detection: everything here ends well and gives all back.
+SMALL = "tests/hamlet.bin -i 'To be' -n 9 -H .7 "
+WITH_SANITIZERS = {
+    "drugs.c": ("./drugs " + SMALL + "-c 3 -u", "./drugs " + SMALL + "-t 1",
+                "printf 'hello\\nyou\\n' | ./drugs " + SMALL + "-m chat -y be",
+                "./train_step " + SMALL + "-e 0,1e-3"),
+    "train_step.c": ("./train_step " + SMALL + "-e 1e-3 -o s.bin -t s.csv -K .5 -V .5",
+                     "./train_step " + SMALL + "-x last -t s.md -Q .5 -A .5"),
+    "tests/lab.c": ("tests/lab tests/hamlet.bin trip -i 'To be, or not to be' -k 1 -o s.svg",
+                    "tests/lab tests/hamlet.bin trip -i 'To be, or not to be' -k 1 -o s.csv",
+                    "tests/lab tests/hamlet.bin probe " + SMALL[17:] + "-k 2 -o s.csv",
+                    "tests/lab tests/hamlet.bin explore " + SMALL[17:] + "-k 2 -o s.md"),
+}
+# A change that only they may notice.
+MEMORY = re.compile(r"free|close|clear|memset|resize|reserve|munmap|\[")
+
+
+# ---- what can be changed
+
+def blank(text):
+    """The code with comments, strings and preprocessor lines as spaces, everything in its place."""
+    pattern = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'"""
+                         r"""|^[ \t]*\#(?:\\\n|[^\n])*""", re.S | re.M)
+
+    def spaces(match):
+        # A literal leaves its quotes, so that an argument stays one.
+        keep = match.group()[0] if match.group()[0] in "\"'" else " "
+        inner = "".join(c if c == "\n" else " " for c in match.group()[1:-1])
+        return keep + inner + (keep if len(match.group()) > 1 else "")
+    return pattern.sub(spaces, text)
+
+
+OPERATORS = {
+    "+": "-", "-": "+", "*": "/", "/": "*", "%": "*", "<": "<=", "<=": "<", ">": ">=", ">=": ">",
+    "==": "!=", "!=": "==", "&&": "||", "||": "&&", "<<": ">>", ">>": "<<", "&": "|", "|": "&",
+    "^": "|", "+=": "-=", "-=": "+=", "*=": "/=", "/=": "*=", "|=": "&=", "<<=": ">>=",
+}
+# Binary operators stand between spaces in these files, pointers and signs do not.
+OPERATOR = re.compile(r"(?<=[\w)\]\"'] )(%s)(?= [\w(\-*&!.~\"'{])" % "|".join(
+    re.escape(one) for one in sorted(OPERATORS, key=len, reverse=True)))
+NUMBER = re.compile(r"(?<![\w.])(0[xX][\da-fA-F.]+(?:p\d+)?|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)([uUlLfF]*)"
+                    r"(?![\w.])")
+INDEX = re.compile(r"(?<=[\w)\]])\[([^][]+)\]")
+DECLARATION = re.compile(r"^\s*(?:(?:static|const|unsigned|struct|enum|extern|inline)\s+)*"
+                         r"(?:\w+\s+|\w+\s*\*+\s*)(?:const\s+)?\**\w+\s*(?:[=;,\[]|\()")
+KEYWORD = re.compile(r"^\s*(?:return|goto|else|case|do|typedef|sizeof|if|for|while|switch)\b")
+STATEMENT = re.compile(r"^(\s+)([^{}]*[^{};]);\s*$")
+CALL = re.compile(r"\b([a-z_]\w*)\(")
+
+
+def other_number(number, suffix):
+    """The numbers that a number is changed to."""
+    if "." in number or "e" in number.lower() and not number.lower().startswith("0x"):
+        if number.lower().startswith("0x"):
+            value = float.fromhex(number)
+        else:
+            value = float(number)
+        return ["%r%s" % (value * 2 if value else 1., suffix)]
+    if "p" in number:
+        return ["%r%s" % (float.fromhex(number) * 2, suffix)]
+    value = int(number, 0) if number.lower().startswith("0x") or number == "0" else int(number)
+    return [str(value + 1) + suffix] + ([str(value - 1) + suffix] if value > 0 else [])
+
+
+def arguments_of(line, start):
+    """The places (from, to) of a call's arguments, if it ends on this line."""
+    depth, places, begin = 0, [], start
+    for i in range(start, len(line)):
+        if line[i] in "([{":
+            depth += 1
+        elif line[i] in ")]}" and depth:
+            depth -= 1
+        elif line[i] == ")" or line[i] == "," and not depth:
+            places.append((begin, i))
+            begin = i + 1
+            if line[i] == ")":
+                return places
+    return []
+
+
+def changes_of(line, code, before):
+    """All changed forms of a line, by kind. code: the line with blanks; before: the code above."""
+    forms = []
+
+    def put(kind, start, end, new):
+        forms.append((kind, line[:start] + new + line[end:]))
+    declares = bool(DECLARATION.match(code)) and not KEYWORD.match(code)
+    for match in OPERATOR.finditer(code):
+        put("operator", *match.span(), OPERATORS[match.group()])
+    for match in re.finditer(r"!(?=[\w(*])", code):
+        put("operator", *match.span(), "")
+    for match in re.finditer(r"\b(true|false)\b", code):
+        put("constant", *match.span(), "false" if match.group() == "true" else "true")
+    for match in re.finditer(r"(\w)(\+\+|--)", code):
+        if "for (" not in code and "while (" not in code:
+            put("operator", *match.span(2), "--" if match.group(2) == "++" else "++")
+    arrays = declares and [m.span() for m in INDEX.finditer(code)] or []
+    for match in NUMBER.finditer(code):
+        if any(a <= match.start() < b for a, b in arrays):
+            continue                                # the length of an array
+        for other in other_number(*match.groups()):
+            put("constant", *match.span(), other)
+    if not declares or "=" in code:
+        for match in INDEX.finditer(code):
+            if not (declares and match.start() < code.find("=")):
+                put("index", *match.span(1), match.group(1) + " + 1")
+    match = STATEMENT.match(code)
+    whole = before.rstrip()[-1:] in ";{}:)" or before.rstrip().endswith("else")
+    if match and whole and not declares and not KEYWORD.match(code):
+        put("statement", len(match.group(1)), match.end(), ";")
+    if not declares or "=" in code:
+        for match in CALL.finditer(code):
+            if match.group(1) in ("if", "for", "while", "switch", "sizeof", "return"):
+                continue
+            places = arguments_of(code, match.end())
+            for (a, b), (c, d) in zip(places, places[1:]):
+                left, right = line[a:b].strip(), line[c:d].strip()
+                if left != right and not {left[:1], right[:1]} & {'"', "'"} and left and right:
+                    put("argument", a, d, "%s%s, %s" % (" " if line[a] == " " else "", right, left))
+    return [form for form in dict.fromkeys(forms) if form[1] != line]
+
+
+def all_changes(path):
+    """Line number (from 1) -> what it offers. Only what stands in functions and in enums."""
+    with open(os.path.join(ROOT, path), encoding="utf-8") as stream:
+        text = stream.read()
+    lines, code = text.split("\n"), blank(text).split("\n")
+    depth, inside, before, found = 0, False, "", {}
+    for i, (line, plain) in enumerate(zip(lines, code)):
+        starts = not depth and plain.strip()
+        if starts and not plain[:1].isspace():      # what begins here, at the margin?
+            inside = not re.match(r"(typedef|struct|union)\b", plain)
+        body = depth > 0 or re.match(r"enum\b", plain)
+        if inside and body and plain.strip() and "_Static_assert" not in plain:
+            forms = changes_of(line, plain, before)
+            if forms:
+                found[i + 1] = (line, forms)
+        depth += plain.count("{") - plain.count("}")
+        if plain.strip():
+            before = plain
+    return found
+
+
+class Mutant:
+    def __init__(self, path, number, kind, before, after):
+        self.path, self.number, self.kind = path, number, kind
+        self.before, self.after = before, after
+
+    def key(self):
+        return self.path, self.before.strip(), self.after.strip()
+
+    def __str__(self):
+        return "%s:%d  %s  ->  %s" % (self.path, self.number, self.before.strip(),
+                                      self.after.strip())
+
+
+def sample(files, n, seed, lines):
+    """n mutants, each of another line as long as there are enough."""
+    dice = random.Random(seed)
+    places = [(path, number, *what) for path in files for number, what in all_changes(path).items()
+              if not lines or lines[0] <= number <= lines[1]]
+    dice.shuffle(places)
+    mutants = []
+    for path, number, line, forms in places[:n]:
+        # First the kind, so that constants, of which there are most, do not crowd out the others.
+        kind = dice.choice(sorted({kind for kind, _ in forms}))
+        mutants.append(Mutant(path, number, kind, line,
+                              dice.choice([new for one, new in forms if one == kind])))
+    return mutants
+
+
+# ---- trying one
+
+class Tree:
+    """A copy of the tree that mutants are built in."""
+    limits = {}                                     # seconds, for each step; measured beforehand
+    broken = {}                                     # steps that fail without any change, and how
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="mutants")
+        for name in ("drugs.c", "train_step.c", "export.py", "tests"):
+            source, to = os.path.join(ROOT, name), os.path.join(self.folder, name)
+            if os.path.isdir(source):
+                shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, to)
+
+    def write(self, path, lines):
+        with open(os.path.join(self.folder, path), "w", encoding="utf-8") as stream:
+            stream.write("\n".join(lines))
+
+    def run(self, command, limit, **more):
+        """Whether a command succeeds in time. Whatever it started ends with it."""
+        environment = dict(os.environ, OMP_NUM_THREADS="1", TMPDIR=self.folder + "/tmp", **more)
+        os.makedirs(self.folder + "/tmp", exist_ok=True)
+        child = subprocess.Popen(command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 start_new_session=True)
+        try:
+            return "" if child.wait(limit) == 0 else "fails"
+        except subprocess.TimeoutExpired:
+            return "does not end"
+        finally:
+            try:
+                os.killpg(child.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            child.wait()
+
+    def step(self, name):
+        """Builds and runs one step: a C test, tests of a command line, or commands with sanitizers.
+        Returns what went wrong."""
+        kind, test = name.split(":", 1)
+        more = {}
+        if kind == "sanitized":
+            wrong = self.programs(SANITIZE)
+            command = ["sh", "-e", "-c", "\n".join(WITH_SANITIZERS[test])]
+            more = {"ASAN_OPTIONS": "detect_leaks=1"}
+        elif kind == "C":
+            wrong = self.build("tests/" + test, [], ["-lcriterion"])
+            command = ["tests/" + test, "-j1", "--fail-fast"]
+        else:
+            wrong = self.programs([])
+            command = [sys.executable, "-m", "unittest", "discover", "-f", "tests", test + ".py"]
+        if wrong:
+            return wrong
+        return self.run(command, self.limits.get(name, 600), **more)
+
+    def build(self, name, flags, libraries):
+        wrong = self.run(["gcc", *FLAGS, *flags, name + ".c", "-o", name, *libraries, "-lm"], 120)
+        return wrong and "does not build"
+
+    built = None                                    # flags of the programs that are there
+
+    def programs(self, flags):
+        if self.built != flags:
+            for name in PROGRAMS:
+                if self.build(name, flags, []):
+                    return "does not build"
+            self.built = flags
+        return ""
+
+
+def steps_of(path, mutant=None):
+    steps = ["C:" + test for test in C_TESTS[path]
+             if os.path.exists(os.path.join(HERE, test + ".c"))]
+    steps += ["line:" + test for test in CLI_TESTS[path]]
+    if mutant and MEMORY.search(mutant.before) and mutant.kind in ("statement", "index", "constant"):
+        steps.append("sanitized:" + path)
+    return [step for step in steps if step not in Tree.broken]
+
+
+def measure(tree, steps):
+    """Runs the steps without any change: how long may they take, and do they succeed?"""
+    for step in steps:
+        start = time.monotonic()
+        wrong = tree.step(step)
+        Tree.limits[step] = 20 + 4 * (time.monotonic() - start)
+        if wrong:
+            Tree.broken[step] = wrong
+            print("%s %s without any change: left out" % (step, wrong), flush=True)
+
+
+def attempt(tree, mutant):
+    """Returns "killed", "survived" or "stillborn", and by what."""
+    with open(os.path.join(ROOT, mutant.path), encoding="utf-8") as stream:
+        good = stream.read().split("\n")
+    lines = list(good)
+    lines[mutant.number - 1] = mutant.after
+    tree.built = None
+    tree.write(mutant.path, lines)
+    try:
+        alone = mutant.path[:-2]                    # does it compile at all?
+        if tree.build(alone, [], []):
+            return "stillborn", "does not build"
+        for step in steps_of(mutant.path, mutant):
+            wrong = tree.step(step)
+            if wrong:
+                return "killed", "%s %s" % (step, wrong)
+        return "survived", ""
+    finally:
+        tree.write(mutant.path, good)
+        tree.built = None
+
+
+# ---- what is known
+
+def known_results():
+    """Key of a mutant -> (verdict, by what, number of the line); the last word counts."""
+    known = {}
+    if os.path.exists(RESULTS):
+        with open(RESULTS, encoding="utf-8") as stream:
+            for row in stream:
+                verdict, path, number, kind, before, after, why = row.rstrip("\n").split("\t")
+                known[path, before, after] = verdict, why, int(number), kind
+    return known
+
+
+def equivalent_mutants():
+    """From blocks of four lines: file, "- before", "+ after", reason."""
+    found = {}
+    if os.path.exists(EQUIVALENT):
+        with open(EQUIVALENT, encoding="utf-8") as stream:
+            for block in stream.read().split("\n\n"):
+                lines = [line for line in block.strip().split("\n") if not line.startswith("#")]
+                if len(lines) >= 4:
+                    found[lines[0], lines[1][2:].strip(), lines[2][2:].strip()] = lines[3]
+    return found
+
+
+def find(path, before, after, number):
+    """The mutant once more, though its line may have moved."""
+    places = [(abs(at - number), at, line, kind) for at, (line, forms) in all_changes(path).items()
+              for kind, new in forms if line.strip() == before and new.strip() == after]
+    if not places:
+        return None
+    _, at, line, kind = min(places)
+    indent = line[:len(line) - len(line.lstrip())]
+    return Mutant(path, at, kind, line, indent + after)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-n", type=int, default=40, help="how many (40)")
+    parser.add_argument("--seed", type=int, default=1, help="which ones (1)")
+    parser.add_argument("--file", action="append", choices=sorted(C_TESTS), help="of this file only")
+    parser.add_argument("--lines", help="of these lines only, as 10-20")
+    parser.add_argument("--survivors", action="store_true", help="those that survived, once more")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once (2)")
+    parser.add_argument("--list", action="store_true", help="only say which they would be")
+    options = parser.parse_args()
+    files = options.file or list(C_TESTS)
+    lines = [int(one) for one in options.lines.split("-")] if options.lines else None
+    known, equivalent = known_results(), equivalent_mutants()
+    if options.survivors:
+        mutants = [find(*key, known[key][2]) for key in known
+                   if known[key][0] == "survived" and key not in equivalent and key[0] in files]
+        mutants = [mutant for mutant in mutants if mutant]
+    else:
+        mutants = sample(files, options.n, options.seed, lines)
+    todo = [mutant for mutant in mutants if mutant.key() not in equivalent
+            and (options.survivors or mutant.key() not in known)]
+    if options.list:
+        for mutant in mutants:
+            print("%-10s %s" % (mutant.kind, mutant))
+        return 0
+
+    trees = queue.Queue()
+    if todo:
+        first = Tree()
+        measure(first, list(dict.fromkeys(step for mutant in todo
+                                          for step in steps_of(mutant.path, mutant))))
+        trees.put(first)
+        for _ in range(options.jobs - 1):
+            trees.put(Tree())
+    lock = threading.Lock()
+
+    def one(mutant):
+        tree = trees.get()
+        try:
+            verdict, why = attempt(tree, mutant)
+        finally:
+            trees.put(tree)
+        with lock:
+            with open(RESULTS, "a", encoding="utf-8") as stream:
+                stream.write("\t".join([verdict, mutant.path, str(mutant.number), mutant.kind,
+                                        mutant.before.strip(), mutant.after.strip(), why]) + "\n")
+            print("%-9s %s  (%s)" % (verdict, mutant, why or mutant.kind), flush=True)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(one, todo))
+    finally:
+        while not trees.empty():
+            shutil.rmtree(trees.get().folder, ignore_errors=True)
+
+    # How many of those that were asked for, in all, with those known before.
+    known, total = known_results(), {}
+    for mutant in mutants:
+        verdict = "equivalent" if mutant.key() in equivalent else known[mutant.key()][0]
+        total.setdefault(mutant.path, []).append(verdict)
+    for path, verdicts in sorted(total.items()):
+        killed, survived = verdicts.count("killed"), verdicts.count("survived")
+        print("%-14s %3d killed, %3d survived: %.0f %%; %d equivalent, %d do not compile" % (
+            path, killed, survived, 100 * killed / max(1, killed + survived),
+            verdicts.count("equivalent"), verdicts.count("stillborn")))
+    return int(any("survived" in verdicts for verdicts in total.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""Tests of the figures that the programs print: each is computed once more, from other outputs.
+
+The logits of a model come from tests/logits, its tokens from tests/tokens, and what a step changed
+from the file that -o writes. So a printed number that means something else than it says is found.
+"""
+
+import array
+import fcntl
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import tempfile
+import termios
+import unittest
+
+import test_cli
+import test_step_cli
+from test_cli import CONTEXT, HERE, MODEL
+from test_step_cli import losses, norm, table
+
+LAB, LOGITS, TOKENS = (os.path.join(HERE, name) for name in ("lab", "logits", "tokens"))
+LESSON = "To be, or not to be, that is the question:"
+SEQUEL = "\nWhether 'tis nobler in the mind to suffer\nThe slings and arrows"
+OTHER = "You need to be able to set clear goals. The weather is nice today."
+KINDS = ["att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3", "w2", "embedding", "final norm"]
+
+# -d and -w, and the shape that they are short for. All of these dose layer 0: the layers above it
+# correct so much that this small model writes the same with doses in its middle.
+SHAPES = ((["-d", "0"], "ceil:-.1=0,0=1,.1=0"), (["-d", ".1"], "ceil:0=0,.1=1,.2=0"),
+          (["-w", ".4"], "ceil:0=0,.4=1,.8=0"), (["-d", ".3", "-w", ".3"], "ceil:0=0,.3=1,.6=0"))
+
+
+def output(*command, **more):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
+                          timeout=120, **more).stdout.decode("utf-8", "surrogateescape")
+
+
+def tokens_of(text):
+    return [int(one) for one in output(TOKENS, MODEL, input=text.encode()).split()]
+
+
+class Known:
+    """What a model thinks of each token of a text: probability, rank, and surprise in nats."""
+
+    def __init__(self, model, text):
+        self.tokens = tokens_of(text)
+        rows = output(LOGITS, model, *map(str, self.tokens[:CONTEXT])).splitlines()
+        self.rows = [list(map(float, row.split())) for row in rows]
+        self.surprise = []
+        for row, token in zip(self.rows, self.tokens[1:]):
+            largest = max(row)
+            total = math.log(sum(math.exp(x - largest) for x in row)) + largest
+            self.surprise.append(total - row[token])
+
+    def rank(self, i):
+        return 1 + sum(x > self.rows[i][self.tokens[i + 1]] for x in self.rows[i])
+
+    def mean(self, first=0, last=None):
+        part = self.surprise[first:last]
+        return sum(part) / len(part)
+
+
+def tensors(path):
+    """Name of a kind, layer -> the floats of hamlet.bin or of what a step made of it."""
+    with open(path, "rb") as stream:
+        data = stream.read()
+    _, dim, hidden, layers, heads, kv_heads, head_dim, vocab = struct.unpack_from("<8i", data, 8)
+    q_dim, kv_dim = heads * head_dim, kv_heads * head_dim
+    sizes = [vocab * dim] + layers * [
+        dim, q_dim * dim, kv_dim * dim, kv_dim * dim, dim * q_dim, dim, hidden * dim, hidden * dim,
+        dim * hidden] + [dim]
+    names = [("embedding", 0)] + [(kind, layer) for layer in range(layers) for kind in KINDS[:9]]
+    found, end = {}, len(data)
+    for name, size in zip(reversed(names + [("final norm", 0)]), reversed(sizes)):
+        start = (end - 4 * size) // 64 * 64         # each begins at a multiple of 64
+        found[name] = array.array("f", data[start:start + 4 * size])
+        end = start
+    return found
+
+
+def on_a_terminal(width, *command):
+    """What a program prints on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL) as child:
+        os.close(theirs)
+        got = b""
+        try:
+            while True:
+                got += os.read(ours, 4096)
+        except OSError:                             # the other end is closed
+            os.close(ours)
+    return child.returncode, got.decode().replace("\r\n", "\n")
+
+
+@unittest.skipUnless(os.path.exists(LOGITS) and os.path.exists(TOKENS), "run make test")
+class TestStep(test_step_cli.Case):
+    def close(self, printed, want, places=4):
+        """Printed with four digits behind the point; logits were printed with nine."""
+        self.assertAlmostEqual(float(printed), want, delta=.6 * 10 ** -places)
+
+    def test_the_lesson_token_by_token(self):
+        """Loss, and token, probability and rank in every row, the first included."""
+        out = self.good("-e", "0", "-n", "1")
+        known = Known(MODEL, LESSON)
+        self.close(re.search(r"loss of (\S+):", out).group(1), known.mean())
+        rows = re.findall(r"^ {4}(.{16}) +(\S+) +(\d+)$", out.split("rank\n")[1].split("\n\n")[0],
+                          re.M)
+        self.assertEqual(len(rows), len(known.tokens) - 1)
+        self.assertEqual("".join(row[0].rstrip(" ") for row in rows), " " + LESSON)
+        for i, (_, probability, rank) in enumerate(rows):
+            self.close(probability, math.exp(-known.surprise[i]), 6)
+            self.assertEqual(int(rank), known.rank(i))
+
+    def test_the_gradient_is_what_the_step_changes(self):
+        """|g| by layer, by kind and in all: the file of -o differs from the model by size * g."""
+        size, path = 1e-2, self.path("stepped.bin")
+        out = self.good("-e", str(size), "-n", "1", "-o", path)
+        before, after = tensors(MODEL), tensors(path)
+        squares = {name: sum((x - y) ** 2 for x, y in zip(before[name], after[name])) / size ** 2
+                   for name in before}
+        layers = re.search(r"by layer:(.*)\n", out).group(1).split()
+        kinds = re.search(r"by kind:(.*)\n", out).group(1).split(",")
+        self.assertEqual(len(layers), 5)
+        for layer, printed in enumerate(layers):
+            want = sum(squares[kind, layer] for kind in KINDS[:9])
+            self.assertAlmostEqual(float(printed) / want ** .5, 1, delta=6e-3)
+        self.assertEqual([kind.split()[:-1] for kind in kinds], [kind.split() for kind in KINDS])
+        for kind, printed in zip(KINDS, kinds):
+            want = sum(square for name, square in squares.items() if name[0] == kind)
+            self.assertAlmostEqual(float(printed.split()[-1]) / want ** .5, 1, delta=6e-3)
+        self.assertAlmostEqual(float(norm(out)) / sum(squares.values()) ** .5, 1, delta=1e-3)
+
+    def test_losses_after_the_step(self):
+        """Lesson, sequel and other text are what the written model thinks of them; first order is
+        a straight line."""
+        size, path, other = 2e-3, self.path("stepped.bin"), self.path("other.txt", OTHER)
+        out = self.good("-e", str(size), "-n", "1", "-o", path, "-g", SEQUEL, "-f", other)
+        row = losses(out)["0.002"]
+        n_lesson = len(tokens_of(LESSON)) - 1       # BOS is not predicted
+        whole = Known(path, LESSON + SEQUEL)
+        self.close(row[0], whole.mean(0, n_lesson), 3)
+        self.close(row[1], Known(MODEL, LESSON).mean() - size * float(norm(out)) ** 2, 2)
+        self.close(row[2], whole.mean(n_lesson), 3)
+        self.close(row[3], Known(path, OTHER).mean(), 3)
+
+    def test_only_the_last_prediction(self):
+        """-x last: the loss, the only row and the lesson's column are those of the last token."""
+        out = self.good("-e", "0", "-n", "1", "-x", "last")
+        want = Known(MODEL, LESSON).surprise[-1]
+        self.close(re.search(r"loss of (\S+):", out).group(1), want)
+        self.close(losses(out)["0"][0], want)
+        self.assertEqual(len(out.split("rank\n")[1].split("\n\n")[0].splitlines()), 1)
+
+    def test_a_text_beyond_the_context(self):
+        """Of a longer one as much is measured as the context holds, and a token to predict."""
+        text = "You must make a good plan. " * 40
+        known = Known(MODEL, text)
+        self.assertGreater(len(known.tokens), CONTEXT + 1)
+        row = losses(self.good("-e", "0", "-n", "1", "-g", text, "-f", self.path("x", text)))["0"]
+        self.assertEqual(len(known.surprise), CONTEXT)
+        self.close(row[3], known.mean(), 3)
+        n_lesson = len(tokens_of(LESSON)) - 1
+        self.close(row[2], Known(MODEL, LESSON + text).mean(n_lesson), 3)
+
+    def test_doses_reach_the_lesson_and_nothing_else(self):
+        """-d, -w and their defaults change the lesson's loss; what is measured later is sober."""
+        def lesson(*arguments):
+            out = self.good("-e", "0", "-n", "1", "-H", "1.6", *arguments)
+            return out.split("After")[0], losses(out)["0"]
+        sober = losses(self.good("-e", "0", "-n", "1"))["0"]
+        shown = set()
+        for short, shape in SHAPES:
+            before, after = lesson(*short)
+            self.assertEqual((before, after), lesson("-H", "1.6@" + shape), short)
+            self.assertEqual(after[:1] + after[2:], sober[:1] + sober[2:])
+            self.assertIn("loss of " + after[1], before)
+            shown.add(after[1])
+        self.assertEqual(len(shown | {sober[0]}), len(SHAPES) + 1)
+        self.assertNotEqual(lesson("-r", "upstream"), lesson())
+
+    def test_every_site_reaches_the_lesson(self):
+        shown = {self.good("-e", "0", "-n", "1", "-" + site, ".8").split("After")[0]
+                 for site in "HQKVA"}
+        self.assertEqual(len(shown), 5)
+
+    def test_the_table_and_the_cure_are_what_drugs_writes(self):
+        """A column of no step, and the text of the other cure, in full length and with -n."""
+        for n in "64", "9":
+            out = self.good("-e", "0", "-n", n, "-i", "The weather", "-y", "You need")
+            self.assertIn('"The weather" goes on like this', out)
+            words = [row[0] for row in table(out)[1:]]
+            self.assertEqual(words, output(test_cli.DRUGS, MODEL, "-i", "The weather", "-n",
+                                           n).split())
+            cure = out.split("The other cure, without any step:\n\n")[1]
+            self.assertEqual(cure, output(test_cli.DRUGS, MODEL, "-i", "You need", "-n", n))
+
+    def test_who_may_read_the_files(self):
+        """What is written has the rights that every new file of its owner gets, no more and no less."""
+        files = [self.path("x.bin"), self.path("x.csv")]
+        for mask, rights in (0o022, 0o644), (0o077, 0o600), (0, 0o666):
+            old = os.umask(mask)
+            self.addCleanup(os.umask, old)
+            self.good("-e", "0", "-n", "1", "-o", files[0], "-t", files[1])
+            for path in files:
+                self.assertEqual(os.stat(path).st_mode & 0o777, rights)
+                os.remove(path)
+
+    def test_the_default_texts(self):
+        """What is not given is what the help says."""
+        plain = self.good("-n", "5")
+        self.assertEqual(plain, self.good(
+            "-n", "5", "-l", LESSON, "-i", "To be", "-e", "0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1",
+            "-x", "all", "-y", "Here is one of Shakespeare's more famous works: To be", "-g",
+            "\nWhether 'tis nobler in the mind to suffer\nThe slings and arrows of outrageous "
+            "fortune,\nOr to take arms against a sea of troubles,\nAnd by opposing end them. To "
+            "die, to sleep,\nNo more; and by a sleep to say we end\nThe heart-ache and the thousand"
+            " natural shocks\nThat flesh is heir to: 'tis a consummation\nDevoutly to be wish'd. "
+            "To die, to sleep;\nTo sleep, perchance to dream. Ay, there's the rub,\nFor in that "
+            "sleep of death what dreams may come."))
+        self.assertEqual(self.good("-e", "0"), self.good("-e", "0", "-n", "64"))
+
+    def test_the_table_fits_the_terminal(self):
+        """Columns are as wide as the terminal allows, 6 at least and 16 at most, with a space
+        between two of them; the last one is not padded."""
+        for window, sizes, width in (80, 4, 16), (40, 4, 10), (20, 4, 6), (0, 8, 12), (0, 3, 16):
+            listed = ",".join(str(size) for size in range(sizes))
+            status, shown = on_a_terminal(window, test_step_cli.STEP, MODEL, "-n", "12", "-e",
+                                          listed)
+            self.assertEqual(status, 0)
+            lines = shown.split("goes on like this:\n\n")[1].split("\n\n")[0].split("\n")
+            self.assertEqual(lines[0], (" " * (width - 1)).join(map(str, range(sizes))))
+            for line in lines[1:]:
+                for at in range(width, len(line), width):
+                    self.assertEqual(line[at - 1], " ", (window, line))
+                self.assertEqual(line[:width].strip(), line[:width - 1].strip())
+            words = [line[:width].strip() for line in lines[1:]]
+            full = output(test_cli.DRUGS, MODEL, "-i", "To be", "-n", "12").split()
+            self.assertEqual(words[:len(full)], [word[:width - 1] for word in full])
+
+
+class TestDrugs(test_cli.Case):
+    def figures(self, *arguments, **more):
+        return self.good(*arguments, **more).err.splitlines()[-1]
+
+    def test_counts(self):
+        """Tokens read and written, seed, showers and reason, with plural."""
+        read = len(tokens_of(LESSON))
+        for seed, every, showers in ("7", "100", "0 cold showers"), ("8", "6", "1 cold shower"):
+            self.assertRegex(
+                self.figures("-i", LESSON, "-n", "9", "-s", seed, "-V", ".5", "-c", every),
+                r"\Aread %d tokens at [1-9]\d*/s, wrote 9 at [1-9]\d*/s until -n; seed %s; %s\Z"
+                % (read, seed, showers))
+        self.assertIn("until Ctrl-D; seed 420", self.figures("-m", "chat"))
+
+    def test_the_default_length(self):
+        """256 tokens, or what the context holds; -c after 420 is never reached here."""
+        plain = self.good("-i", "To be")
+        self.assertEqual(plain.out, self.good("-i", "To be", "-n", "256", "-c", "420").out)
+        self.assertRegex(plain.err, r"until (the end of the context|the end of the text \(EOS\)|"
+                         r"the start of another text \(BOS\));")
+
+    def test_the_default_top_p(self):
+        """-p is .9 if nothing else is said, and matters only with -t."""
+        for seed in "1", "2", "3":
+            hot = ["-t", "1.5", "-s", seed]
+            self.assertEqual(self.text(*hot), self.text(*hot, "-p", ".9"))
+        self.assertNotEqual(self.text(*hot), self.text(*hot, "-p", "1"))
+        self.assertEqual(self.text("-p", ".1"), self.text())
+
+    def test_depths_reach_drugged_texts(self):
+        """Where a dose acts changes what is written, as does the spread, each with its default."""
+        def text(*more):
+            return self.good("-i", LESSON[:12], "-n", "40", "-H", *more).out
+        texts = [text("1.6", *short) for short, _ in SHAPES]
+        self.assertEqual(len(set(texts)), len(texts))
+        self.assertEqual(texts, [text("1.6@" + shape) for _, shape in SHAPES])
+
+    def test_texts_from_files(self):
+        """-i and -y take @FILE and -, a byte order mark is left out, a zero byte refused."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "prompt.txt")
+            with open(path, "wb") as stream:
+                stream.write(b"\xef\xbb\xbfTo be")
+            want = self.text("-n", "5")
+            self.assertEqual(self.good("-i", "@" + path, "-n", "5").out, want)
+            self.assertEqual(self.good("-i", "-", "-n", "5", stdin=b"To be").out, want)
+            said = b"hello\n"
+            self.assertEqual(self.good("-m", "chat", "-n", "5", "-y", "@" + path, stdin=said).out,
+                             self.good("-m", "chat", "-n", "5", "-y", "To be", stdin=said).out)
+            with open(path, "wb") as stream:
+                stream.write(b"To\0be")
+            self.bad(1, MODEL, "-i", "@" + path, words=["-i", path, "zero byte"])
+            self.bad(1, MODEL, "-i", "@" + folder + "/none", words=["-i", "none", "cannot be read"])
+
+    def test_where_an_answer_is_given(self):
+        """The prompt sign and nothing else goes to stderr while one chats."""
+        done = self.good("-m", "chat", "-n", "4", stdin=b"hello\nhello\n")
+        self.assertRegex(done.err, r"\A> > > \nread \d+ tokens [^\n]*\n\Z")
+
+
+@unittest.skipUnless(os.path.exists(LAB), "tests/lab is not built: run make tests/lab first")
+class TestLab(unittest.TestCase):
+    def test_depths_reach_drugged_twins(self):
+        """-d, -w and their defaults reach the twins of a probe."""
+        def probe(*more):
+            return output(LAB, MODEL, "probe", "-i", LESSON[:12], "-n", "40", "-k", "3", "-H", *more)
+        shown = [probe("1", *short) for short, _ in SHAPES]
+        self.assertEqual(len(set(shown)), len(shown))
+        self.assertEqual(shown, [probe("1@" + shape) for _, shape in SHAPES])
+
+    def test_defaults(self):
+        """Five seeds from 420 on, angles up to 1.5."""
+        for mode, more in ("probe", ["-n", "8", "-V", "1"]), ("trip", []):
+            command = [LAB, MODEL, mode, "-i", "To be, or not to be", *more]
+            self.assertEqual(output(*command), output(*command, "-k", "5", "-s", "420", "-x", "1.5"))
+            self.assertEqual(output(*command), output(*command, "-r", "centred"))
+
+
+if __name__ == "__main__":
+    unittest.main()
