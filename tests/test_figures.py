@@ -82,11 +82,12 @@ def tensors(path):
     return found
 
 
-def on_a_terminal(width, *command):
-    """What a program prints on a terminal of so many columns."""
+def on_a_terminal(width, *command, stderr=False):
+    """What a program prints on a terminal of so many columns, with what it says on stderr or not."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL) as child:
+    errors = theirs if stderr else subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=theirs, stderr=errors) as child:
         os.close(theirs)
         got = b""
         try:
@@ -308,10 +309,48 @@ class TestLab(unittest.TestCase):
     def test_depths_reach_drugged_twins(self):
         """-d, -w and their defaults reach the twins of a probe."""
         def probe(*more):
-            return output(LAB, MODEL, "probe", "-i", LESSON[:12], "-n", "40", "-k", "3", "-H", *more)
+            return output(LAB, MODEL, "probe", "-i", LESSON[:11], "-n", "40", "-k", "7", "-H", *more)
         shown = [probe("1", *short) for short, _ in SHAPES]
         self.assertEqual(len(set(shown)), len(shown))
         self.assertEqual(shown, [probe("1@" + shape) for _, shape in SHAPES])
+
+    def test_the_maps_stand_below_their_headings(self):
+        """Every level has its columns: the heading ends where the shades do, in both maps."""
+        lines = output(LAB, MODEL, "trip", "-i", LESSON, "-k", "1", "-V", "1").splitlines()
+        self.assertEqual(lines[3], "window of 3 around                full stack up to")
+        self.assertEqual(lines[4], "layer  level 0                5   layer  level 0                5")
+        for place, line in enumerate(lines[5:10]):
+            self.assertRegex(line, r"\A {4}%d │[ ░▒▓█]{24}│  {4} %d │[ ░▒▓█]{24}│\Z" % (place, place))
+        at = lines.index("The window around layer 2 at all doses, each line in shades of its own "
+                         "largest")
+        self.assertEqual(lines[at + 1],
+                         "theta  level 0                5   largest  at level  in the end")
+        for i, line in enumerate(lines[at + 2:at + 13]):
+            self.assertRegex(line, r"\A %.2f │[ ░▒▓█]{24}│ [ \d.e-]{10} {8}\d [ \d.e-]{11}\Z"
+                             % (.15 * i))
+
+    def test_progress_on_a_terminal(self):
+        """It comes on one line, is wiped when all is done, and the rest is as without a terminal."""
+        for mode, what in ("trip", "theta"), ("probe", "twin"), ("explore", "cell"):
+            command = [LAB, MODEL, mode, "-i", LESSON, "-k", "1", "-n", "4", "-V", "1"]
+            shown = on_a_terminal(80, *command, stderr=True)[1]
+            progress, rest = shown.split("\r\033[K")
+            self.assertRegex(progress, r"\A([^\r]*\n)?(\r%s \d+ of \d+)+\Z" % what)
+            if mode != "probe":                     # which shows its text once more, in gray
+                self.assertEqual(rest, output(*command))
+
+    def test_strengths(self):
+        """Those of the sites, of temperature and of noise on the logits."""
+        out = output(LAB, MODEL, "explore", "-i", "To be", "-k", "1", "-n", "2")
+        found = {}
+        for line in out.split("log-probability\n")[1].split("\n\n")[0].splitlines():
+            found.setdefault(line[:12].strip(), []).append(float(line[12:21]))
+        angles = [.01, .05, .1, .15, .2, .35, .5, .8, 1]
+        self.assertEqual(found.pop("temperature"), [.1, .2, .35, .5, .65, .8, 1, 1.25, 1.5])
+        self.assertEqual(sorted(found), sorted(["H", "Q", "K", "V", "A", "logit noise"]))
+        found.pop("logit noise")
+        for site, strengths in found.items():
+            self.assertEqual(strengths, angles, site)
 
     def test_defaults(self):
         """Five seeds from 420 on, angles up to 1.5."""
