@@ -315,8 +315,8 @@ def measure(tree, steps):
 
 def attempt(tree, mutant):
     """Returns "killed", "survived" or "stillborn", and by what."""
-    with open(os.path.join(ROOT, mutant.path), encoding="utf-8") as stream:
-        good = stream.read().split("\n")
+    with open(os.path.join(tree.folder, mutant.path), encoding="utf-8") as stream:
+        good = stream.read().split("\n")            # as it was when the run began
     lines = list(good)
     lines[mutant.number - 1] = mutant.after
     tree.built = None

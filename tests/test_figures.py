@@ -360,5 +360,99 @@ class TestLab(unittest.TestCase):
             self.assertEqual(output(*command), output(*command, "-r", "centred"))
 
 
+class TestOddModels(test_step_cli.Case):
+    """Models that are in order but lack something, and places where nothing can be written."""
+
+    def model_with(self, place, value, cut=b""):
+        """hamlet.bin with a number of its header changed, and bytes of its tables cut out."""
+        data = bytearray(self.content(MODEL))
+        at, = re.finditer(re.escape(cut), data) if cut else [None]
+        pieces, = struct.unpack_from("<q", data, 80)
+        end = 256 + 8 * struct.unpack_from("<i", data, 32)[0] // 2
+        end += struct.unpack_from("<i", data, 72)[0] + pieces
+        weights = data[-(-end // 64) * 64:]
+        struct.pack_into("<i", data, place, value)
+        tables = data[:end]
+        if cut:
+            del tables[at.start():at.end()]
+        with open(self.path("odd.bin"), "wb") as stream:
+            stream.write(tables + bytes(-len(tables) % 64) + weights)
+        return self.path("odd.bin")
+
+    def refused(self, program, *arguments, words=(), out=""):
+        done = test_step_cli.run(*arguments, program=program)
+        self.assertEqual((done.status, done.out), (1, out), done)
+        self.assertRegex(done.err, r"\A[a-z_]+: [^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, done.err)
+
+    def test_a_model_without_bos(self):
+        """It writes behind a prompt, and without one says why it cannot."""
+        model = self.model_with(52, -1)
+        self.refused(test_cli.DRUGS, model, "-n", "5", words=["no BOS", "-i"])
+        text = output(test_cli.DRUGS, model, "-n", "5", "-i", "To be")
+        self.assertTrue(text.startswith("To be") and len(text) > 6, text)
+
+    def test_a_model_that_does_not_chat(self):
+        """Its file has no form of a chat; it writes texts as before."""
+        data = self.content(MODEL)
+        head_dim, = struct.unpack_from("<i", data, 32)
+        n, = struct.unpack_from("<i", data, 72)
+        chat = data[256 + 4 * head_dim:][:n]
+        model = self.model_with(72, 0, cut=chat)
+        self.refused(test_cli.DRUGS, model, "-m", "chat", words=["chat", "-i"])
+        command = ["-i", "To be", "-n", "20"]
+        self.assertEqual(output(test_cli.DRUGS, model, *command),
+                         output(test_cli.DRUGS, MODEL, *command))
+
+    def test_control_pieces_of_a_prompt(self):
+        """With -x they are meant, without it they are text like any other."""
+        def read(*more):
+            done = test_step_cli.run(MODEL, "-i", "be</s>", "-n", "1", *more,
+                                     program=test_cli.DRUGS)
+            return int(re.search(r"read (\d+) tokens", done.err).group(1))
+        self.assertEqual(read("-x"), len(tokens_of("be")) + 1)
+        self.assertEqual(read(), len(tokens_of("be</s>")))
+        self.assertGreater(read(), read("-x"))
+
+    def test_a_model_that_overflows(self):
+        """A weight that is not a number is found by every program."""
+        data = bytearray(self.content(MODEL))
+        place = len(data) - 64 * 12                 # in the last layer's w2
+        data[place:place + 4] = b"\x00\x00\xc0\x7f"
+        with open(self.path("nan.bin"), "wb") as stream:
+            stream.write(data)
+        text = [self.path("nan.bin"), "-i", LESSON, "-n", "4"]
+        self.refused(test_cli.DRUGS, *text, words=["not finite"], out=LESSON)
+        self.refused(test_step_cli.STEP, *text, words=["not finite"])
+        for mode in "trip", "probe", "explore":
+            self.refused(LAB, text[0], mode, *text[1:], words=["not finite"])
+
+    def test_a_place_that_is_no_file(self):
+        """A folder and a pipe are no places for a model or a table."""
+        os.mkdir(self.path("x.bin"))
+        os.mkfifo(self.path("x.csv"))
+        for option, name in ("-o", "x.bin"), ("-t", "x.csv"):
+            self.refused(test_step_cli.STEP, MODEL, "-e", "0", "-n", "1", option, self.path(name),
+                         words=[name, "not a regular file"])
+        self.assertEqual(sorted(os.listdir(self.folder)), ["x.bin", "x.csv"])
+
+    def test_closed_standard_streams(self):
+        """What is written to a file is the same when nobody listens, and nothing else gets into it."""
+        for name, closed in ("a.bin", ""), ("b.bin", "<&- >&- 2>&-"):
+            subprocess.run(["sh", "-c", 'exec "$@" ' + closed, "sh", test_step_cli.STEP, MODEL, "-e",
+                            "1e-3", "-n", "2", "-o", self.path(name)], check=True, timeout=60,
+                           stdout=subprocess.DEVNULL)
+        self.assertEqual(self.content(self.path("a.bin")), self.content(self.path("b.bin")))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
+    def test_a_full_disk(self):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([LAB, MODEL, "trip", "-i", LESSON, "-k", "1"], stdout=full,
+                                  stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, rb"\Alab: standard output[^\n]*\n\Z")
+
+
 if __name__ == "__main__":
     unittest.main()
