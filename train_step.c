@@ -933,7 +933,8 @@ static void token_losses(Stepped *t, float step_size,
     sequence_free(t->run.model, &sequence);
 }
 
-// The mean of losses[from] to losses[to - 1], NAN if there are none.
+// The mean of losses[from] to losses[to - 1], NAN if there are none,
+// INFINITY if one of them is no number.
 static double mean_loss(const double *losses, int from, int to) {
     double sum = 0;
     for (int i = from; i < to; i++)
@@ -1438,10 +1439,12 @@ static void save_table(Output *output, const Experiment *e, char *const *texts) 
 }
 
 // A loss in a column of its own, and in a cell of a file if there is one,
-// with nine digits. NAN is the mean of nothing; ruin may be infinite, "inf".
+// with nine digits. NAN is the mean of nothing; ruin is infinite.
 static void print_loss(double loss, FILE *to) {
     if (isnan(loss))
         printf(" %12s", "-");
+    else if (isinf(loss))
+        printf(" %12s", "not finite");
     else
         printf(" %12.4f", loss);
     if (to)
@@ -1771,8 +1774,8 @@ enum {
     MANY_ROWS = 32, // of out
 };
 
-// out[r] += the sum over k of a[r][k] * b[k], for COLUMNS columns and n_rows rows:
-// TILE_ROWS or 1, a constant wherever this is inlined.
+// out[r] += the sum over k of a[r][k] * b[k], for COLUMNS columns and
+// n_rows rows: TILE_ROWS or 1, a constant wherever this is inlined.
 static inline __attribute__((always_inline)) void
 sum_tile(float *out, ptrdiff_t out_stride, // (n_rows, COLUMNS)
          int n_rows,

@@ -13,21 +13,21 @@
 Test(table, ruin_has_a_word) {
     const double losses[] = {0, 1, INFINITY, NAN};
     cr_redirect_stdout();
-    print_loss(2.5);
-    print_loss(INFINITY);
-    print_loss(NAN);
-    print_mean(losses, 0, 2);
-    print_mean(losses, 1, 4);
-    print_mean(losses, 2, 2);
+    print_loss(2.5, NULL);
+    print_loss(INFINITY, NULL);
+    print_loss(mean_loss(losses, 0, 2), NULL);
+    print_loss(mean_loss(losses, 1, 3), NULL);
+    print_loss(mean_loss(losses, 1, 4), NULL);
+    print_loss(mean_loss(losses, 2, 2), NULL);
     fflush(stdout);
-    cr_assert_stdout_eq_str("       2.5000   not finite   not finite       0.5000   not finite"
+    cr_assert_stdout_eq_str("       2.5000   not finite       0.5000   not finite   not finite"
                             "            -");
 }
 
 static char *row_of(Table table, const char *a, const char *b) {
     char *text;
     size_t n;
-    table.to = open_memory(&text, &n);
+    table.to = open_memstream(&text, &n);
     print_cell(&table, a, (int)strlen(a));
     print_cell(&table, b, (int)strlen(b));
     end_heading(&table);
