@@ -263,7 +263,7 @@ class TestChat(Case):
         number, plain = chat(b"", b"")
         self.assertEqual(chat(b"</s>", b"", said=b"x\n"), chat(b"", b"", said=b"x\n"))
         self.assertEqual(chat(b"", b"<s>")[0], number + 1)
-        self.assertEqual(chat(b"", b"<s></s>")[0], number + 2)
+        self.assertEqual(chat(b"", b"<s><s>")[0], number + 2)
         closed = chat(b" or not to be</s>", b"")[1]
         first, second = plain.splitlines(), closed.splitlines()
         self.assertEqual(first[0], second[0])

@@ -347,6 +347,7 @@ class TestLab(unittest.TestCase):
             found.setdefault(line[:12].strip(), []).append(float(line[12:21]))
         angles = [.01, .05, .1, .15, .2, .35, .5, .8, 1]
         self.assertEqual(found.pop("temperature"), [.1, .2, .35, .5, .65, .8, 1, 1.25, 1.5])
+        self.assertEqual(found.pop("sober"), [0])
         self.assertEqual(sorted(found), sorted(["H", "Q", "K", "V", "A", "logit noise"]))
         found.pop("logit noise")
         for site, strengths in found.items():
