@@ -384,6 +384,7 @@ def main():
     files = options.file or list(C_TESTS)
     lines = [int(one) for one in options.lines.split("-")] if options.lines else None
     known, equivalent = known_results(), equivalent_mutants()
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))   # tidies up, too
     if options.survivors:
         mutants = [find(*key, known[key][2]) for key in known
                    if known[key][0] == "survived" and key not in equivalent and key[0] in files]

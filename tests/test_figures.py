@@ -298,6 +298,20 @@ class TestDrugs(test_cli.Case):
             self.bad(1, MODEL, "-i", "@" + path, words=["-i", path, "zero byte"])
             self.bad(1, MODEL, "-i", "@" + folder + "/none", words=["-i", "none", "cannot be read"])
 
+    def test_an_answer_comes_before_the_next_question(self):
+        """Whoever talks through pipes has the answer as soon as the prompt sign is there."""
+        said = self.good("-m", "chat", "-n", "4", stdin=b"hello\n").out
+        with subprocess.Popen([test_cli.DRUGS, MODEL, "-m", "chat", "-n", "4"], bufsize=0,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as child:
+            self.assertEqual(child.stderr.read(2), b"> ")
+            child.stdin.write(b"hello\n")
+            self.assertEqual(child.stderr.read(2), b"> ")
+            os.set_blocking(child.stdout.fileno(), False)
+            self.assertEqual((child.stdout.read(4096) or b"").strip(), said.strip())
+            child.stdin.close()
+            child.stderr.read()
+
     def test_where_an_answer_is_given(self):
         """The prompt sign and nothing else goes to stderr while one chats."""
         done = self.good("-m", "chat", "-n", "4", stdin=b"hello\nhello\n")
