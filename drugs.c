@@ -1361,6 +1361,8 @@ static int class_of(const Model *m,
     *length = whole_character(text, n);
     if (*length == 1 && (unsigned char)*text > 127)
         return SIGN; // no character at all
+    if (*text == ' ')
+        return WHITE; // whatever a file says, or cutting would not come to an end
     uint32_t point = code_point(text, *length);
     int low = 0;
     int high = m->config.n_ranges; // the range it lies in, if any, is in [low, high)
