@@ -159,7 +159,7 @@ def visible(text):
 def warn(path, what):
     # Python has no sys.stderr if the caller closed it, and print() would take sys.stdout instead.
     if sys.stderr:
-        print(visible(f"export.py: {path}: warning: {what}"), file=sys.stderr)
+        sys.stderr.write(visible(f"export.py: {path}: warning: {what}") + "\n")    # at once
 
 
 def some(names, most=3):
@@ -2289,6 +2289,8 @@ def report(output, line):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stop(f"standard output: {error.strerror}; but {output} was written whole")
+    except KeyboardInterrupt:
+        stop(f"interrupted; but {output} was written whole")
 
 
 if __name__ == "__main__":
