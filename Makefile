@@ -11,6 +11,8 @@
 # make mutate   changes one thing at a time and asks whether the tests notice; N=40 SEED=1
 # make coverage the lines of the two books that no test runs
 # make bench    speed, as ratios against this machine's limits
+# make faults   lets one thing after the other fail: memory, disks, signals, the model's file
+# make fuzz     feeds the programs with nonsense, SECONDS=120 for each of five targets (clang)
 # make clean    removes what was built
 
 CFLAGS = -O3 $(call accepts,-march=native -mtune=generic)
@@ -136,9 +138,16 @@ mutate: criterion
 coverage: criterion
 	python3 tests/coverage.py
 
+SECONDS = 120
+fuzz: tests/tokens
+	python3 tests/fuzz.py $(SECONDS)
+
+faults: drugs train_step tests/lab tests/tokens tests/logits
+	python3 tests/faults.py
+
 clean:
 	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin lab.html
 	rm -rf lab
 
 .PHONY: all test c_tests golden debug demo lesson trip explore probe page pretrain digest portability \
-        mutate coverage bench clean criterion always
+        mutate coverage faults fuzz bench clean criterion always

@@ -305,8 +305,8 @@ def model(pool):
         right = undisturbed(mode)
         n = right[0].count(2)
         print(f"model: {name}, {n} calls", flush=True)
-        for k, harm in itertools.product(range(1, n + 1), ("cut", "spoil")):
-            harmed(mode, right, k, harm)
+        list(pool.map(lambda one: harmed(mode, right, *one),
+                      itertools.product(range(1, n + 1), ("cut", "spoil"))))
     for harm in "cut", "spoil", "replace":
         for threads in "1", "4":
             between_two_lines(harm, threads)
