@@ -2362,7 +2362,6 @@ static void reply(Talk *talk, const int *tokens, int n) {
         logits = feed(&talk->run, s, &token, 1, DRUGGED | WANTS_LOGITS);
     }
     print_rest(&talk->printer); // half a character, if the text broke off there
-    flush_output();
     talk->prompt_seconds += prompt_done - start;
     talk->new_seconds += now() - prompt_done;
 }
@@ -2478,6 +2477,7 @@ static bool chat_round(Talk *talk, Span question) {
         talk->printer.at_start = true;
         reply(talk, tokens + n_closing, n);
         puts("");
+        flush_output();
     }
     free(tokens);
     return room >= 1;
@@ -2525,7 +2525,7 @@ static void converse(const Model *m, const Options *options, Noise noise) {
         chat(&talk);
     else
         generate(&talk);
-    fflush(stdout); // first the text, then the figures
+    flush_output(); // first the text, then the figures
     const char *stopped_at = talk.stopped_at ? talk.stopped_at : "Ctrl-D";
     fprintf(stderr,
             "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
@@ -2837,7 +2837,6 @@ int main(int argc, char **argv) {
         die(1, "%s: %s", argv[1], model.error);
     const Noise noise = noise_of(&options.noise, &model);
     converse(&model, &options, noise);
-    flush_output();
     free((float *)noise.theta); // which noise_of made
     model_close(&model);
     return 0;

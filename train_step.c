@@ -1112,14 +1112,15 @@ typedef struct {
     char *beside; // one of unfinished
 } Output;
 
-static char unfinished[3][PATH_MAX]; // of -t, -a and -o: what would be left behind
-static int n_opened;                 // of these
+// Of -t, -a and -o: what would be left behind, "" where there is nothing.
+static char unfinished[3][PATH_MAX];
 
 // Runs at every exit of the program, also by a signal. A file that was
 // moved to its place no longer has such a name.
 static void remove_unfinished(void) {
-    for (int i = 0; i < n_opened; i++)
-        unlink(unfinished[i]);
+    for (int i = 0; i < 3; i++)
+        if (*unfinished[i])
+            unlink(unfinished[i]);
 }
 
 // Ctrl-C and its kin: first the files, then what the signal does otherwise.
@@ -1177,7 +1178,10 @@ static Output output_open(int option, const char *path, const char *endings,
             signal(*one, SIG_IGN); // as nohup wants it
     // mkstemp makes a name that no file has, and opens it for the owner
     // alone.
-    output.beside = unfinished[n_opened++];
+    int free_one = 0;
+    while (*unfinished[free_one])
+        free_one++;
+    output.beside = unfinished[free_one];
     snprintf(output.beside, PATH_MAX, "%s.XXXXXX", output.path);
     int file = mkstemp(output.beside);
     if (file >= 0)
@@ -1198,6 +1202,7 @@ static void output_close(Output *output) {
     failed = fclose(output->to) || failed;
     if (failed || rename(output->beside, output->path))
         die(1, "%s cannot be written: %s", output->path, strerror(errno));
+    *output->beside = '\0';
     free(output->place);
 }
 

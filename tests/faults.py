@@ -338,7 +338,7 @@ def between_two_lines(harm, threads):
                                 env={**os.environ, "OMP_NUM_THREADS": threads})
         chat.stdin.write(b"hello\n")
         chat.stdin.flush()
-        chat.stdout.readline()
+        chat.stdout.readline()           # then it waits for the next one
         if harm == "replace":
             with open(other, "wb") as stream:
                 stream.write(b"something else")
