@@ -400,12 +400,11 @@ def main():
 
     trees = queue.Queue()
     if todo:
-        first = Tree()
-        measure(first, list(dict.fromkeys(step for mutant in todo
-                                          for step in steps_of(mutant.path, mutant))))
-        trees.put(first)
-        for _ in range(options.jobs - 1):
-            trees.put(Tree())
+        copies = [Tree() for _ in range(options.jobs)]      # all of the same moment
+        measure(copies[0], list(dict.fromkeys(step for mutant in todo
+                                              for step in steps_of(mutant.path, mutant))))
+        for tree in copies:
+            trees.put(tree)
     lock = threading.Lock()
 
     def one(mutant):

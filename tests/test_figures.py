@@ -454,11 +454,15 @@ class TestOddModels(test_step_cli.Case):
 
     def test_closed_standard_streams(self):
         """What is written to a file is the same when nobody listens, and nothing else gets into it."""
-        for name, closed in ("a.bin", ""), ("b.bin", "<&- >&- 2>&-"):
-            subprocess.run(["sh", "-c", 'exec "$@" ' + closed, "sh", test_step_cli.STEP, MODEL, "-e",
-                            "1e-3", "-n", "2", "-o", self.path(name)], check=True, timeout=60,
-                           stdout=subprocess.DEVNULL)
-        self.assertEqual(self.content(self.path("a.bin")), self.content(self.path("b.bin")))
+        step = [test_step_cli.STEP, MODEL, "-e", "1e-3", "-n", "2", "-o"]
+        lab = [LAB, MODEL, "explore", "-i", "To be", "-n", "2", "-k", "1", "-o"]    # it says much
+        for command, ending in (step, ".bin"), (lab, ".csv"):
+            one, other = self.path("a" + ending), self.path("b" + ending)
+            subprocess.run([*command, one], check=True, timeout=60, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+            subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command, other],
+                           check=True, timeout=60)
+            self.assertEqual(self.content(one), self.content(other))
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
     def test_a_full_disk(self):
