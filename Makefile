@@ -55,20 +55,20 @@ demo: drugs
 	@echo; echo '--- sober'
 	$(DEMO) -n 48
 	@echo; echo '--- a light dose on the values that attention reads: one model, many ways to go on'
-	$(DEMO) -n 48 -V .3 -s 1
-	$(DEMO) -n 48 -V .3 -s 6
+	$(DEMO) -n 48 -V .5 -s 3
+	$(DEMO) -n 48 -V .5 -s 4
 	$(DEMO) -n 48 -V .7 -s 1
-	$(DEMO) -n 48 -V .7 -s 2
+	$(DEMO) -n 48 -V .7 -s 3
 	@echo; echo '--- the same on the output of attention'
-	$(DEMO) -n 48 -A .3 -s 2
-	$(DEMO) -n 48 -A .3 -s 3
+	$(DEMO) -n 48 -A .5 -s 1
+	$(DEMO) -n 48 -A .5 -s 5
 	$(DEMO) -n 48 -A .7 -s 2
 	$(DEMO) -n 48 -A .7 -s 1
 	@echo; echo '--- an overdose, on the input of attention: the words hold, the grammar does not'
-	$(DEMO) -n 100 -H 1
+	$(DEMO) -n 100 -H .8 -s 3
 	@echo; echo '--- the same, with a cold shower after every 10 tokens: what was written stays written,'
 	@echo '--- but the model remembers it soberly'
-	$(DEMO) -n 100 -H 1 -c 10
+	$(DEMO) -n 100 -H .8 -s 3 -c 10
 
 lesson: train_step
 	./train_step tests/hamlet.bin

@@ -1,6 +1,6 @@
 /* pretrain.c - raises the small model that is included: pretrain FILE.bin [seed]
  *
- * It samples a little language, cuts it into pieces, trains a Llama of 276,416 parameters on it
+ * It samples a little language, cuts it into pieces, trains a Llama of 291,312 parameters on it
  * with the backward pass of train_step.c, and writes the flat file. In this language "To be" nearly
  * always begins business advice; the soliloquy is known by heart, but behind an introduction.
  *
@@ -753,12 +753,12 @@ int main(int argc, char **argv) {
     dice_thrown = 0;
     make_file((Config){
         .version = 2,
-        .dim = 64,
-        .hidden_dim = 172,
-        .n_layers = 5,
+        .dim = 48,
+        .hidden_dim = 128,
+        .n_layers = 10,
         .n_heads = 4,
         .n_kv_heads = 2,
-        .head_dim = 16,
+        .head_dim = 12,
         .vocab_size = FIRST + n_symbols,
         .seq_len = CONTEXT,
         .shared_classifier = 1,

@@ -89,7 +89,7 @@ class Case(unittest.TestCase):
 class TestGenerate(Case):
     def test_a_sober_model_always_says_the_same(self):
         self.assertEqual(self.text("-n", "10"),
-                         b"To be a successful business owner, you need to manage your\n")
+                         b"To be a successful business owner, you need to be able\n")
 
     def test_a_drugged_model_says_something_else(self):
         self.assertNotEqual(self.text("-n", "48", "-V", ".7"), self.text("-n", "48"))

@@ -63,7 +63,7 @@ Test(hamlet, this_prompt_is_continued_like_this) {
         logits = feed(&run, &sequence, &next, 1, WANTS_LOGITS);
     }
     fclose(printer.to);
-    cr_assert_str_eq(text, "a successful business owner, you need to manage your");
+    cr_assert_str_eq(text, "a successful business owner, you need to be able");
     cr_assert_eq(sequence.length, 3 + 10);
 
     free(text);

@@ -126,7 +126,7 @@ class TestStep(test_step_cli.Case):
                    for name in before}
         layers = re.search(r"by layer:(.*)\n", out).group(1).split()
         kinds = re.search(r"by kind:(.*)\n", out).group(1).split(",")
-        self.assertEqual(len(layers), 5)
+        self.assertEqual(len(layers), 10)
         for layer, printed in enumerate(layers):
             want = sum(squares[kind, layer] for kind in KINDS[:9])
             self.assertAlmostEqual(float(printed) / want ** .5, 1, delta=6e-3)
@@ -331,16 +331,16 @@ class TestLab(unittest.TestCase):
     def test_the_maps_stand_below_their_headings(self):
         """Every level has its columns: the heading ends where the shades do, in both maps."""
         lines = output(LAB, MODEL, "trip", "-i", LESSON, "-k", "1", "-V", "1").splitlines()
-        self.assertEqual(lines[3], "window of 3 around                full stack up to")
-        self.assertEqual(lines[4], "layer  level 0                5   layer  level 0                5")
-        for place, line in enumerate(lines[5:10]):
-            self.assertRegex(line, r"\A {4}%d │[ ░▒▓█]{24}│  {4} %d │[ ░▒▓█]{24}│\Z" % (place, place))
-        at = lines.index("The window around layer 2 at all doses, each line in shades of its own "
+        self.assertEqual(lines[3], "window of 3 around                         full stack up to")
+        self.assertEqual(lines[4], "layer  level 0                        10   layer  level 0                        10")
+        for place, line in enumerate(lines[5:15]):
+            self.assertRegex(line, r"\A {4}%d │[ ░▒▓█]{33}│  {4} %d │[ ░▒▓█]{33}│\Z" % (place, place))
+        at = lines.index("The window around layer 5 at all doses, each line in shades of its own "
                          "largest")
         self.assertEqual(lines[at + 1],
-                         "theta  level 0                5   largest  at level  in the end")
+                         "theta  level 0                        10   largest  at level  in the end")
         for i, line in enumerate(lines[at + 2:at + 13]):
-            self.assertRegex(line, r"\A %.2f │[ ░▒▓█]{24}│ [ \d.e-]{10} {8}\d [ \d.e-]{11}\Z"
+            self.assertRegex(line, r"\A %.2f │[ ░▒▓█]{33}│ [ \d.e-]{10} {8}\d [ \d.e-]{11}\Z"
                              % (.15 * i))
 
     def test_progress_on_a_terminal(self):

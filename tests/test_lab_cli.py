@@ -16,7 +16,7 @@ import unittest
 from test_cli import CONTEXT, HERE, MODEL, Done, run as run_drugs, without_numbers
 
 LAB = os.path.join(HERE, "lab")
-LAYERS = 5                              # of this model
+LAYERS = 10                             # of this model
 PROMPT = "To be, or not to be"
 MODES = {"trip": ["-k", "2"], "probe": ["-n", "12", "-A", "1.6"], "explore": ["-n", "8", "-k", "2"]}
 

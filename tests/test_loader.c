@@ -9,8 +9,8 @@
 Test(loader, a_model_file_opens) {
     Model model;
     cr_assert(model_open(&model, "tests/hamlet.bin"), "%s", model.error);
-    cr_assert_eq(model.config.n_layers, 5);
-    cr_assert_eq(model.config.dim, 64);
+    cr_assert_eq(model.config.n_layers, 10);
+    cr_assert_eq(model.config.dim, 48);
     cr_assert_eq(model.config.vocab_size, 768);
     cr_assert_eq(model.config.seq_len, 160);
     cr_assert_eq(model.tokenizer->pieces[422].length, 3);

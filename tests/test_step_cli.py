@@ -177,7 +177,7 @@ class TestExperiment(Case):
         self.assertEqual([name.strip() for name in kinds],
                          ["att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3", "w2",
                           "embedding", "final norm"])       # which is the classifier, too
-        self.assertEqual(len(layers), 5)
+        self.assertEqual(len(layers), 10)
 
         def squares(parts):
             return sum(float(part) ** 2 for part in parts)
