@@ -2980,12 +2980,12 @@ static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride,
 // another program has one of the cores, the thread there stands still half
 // of the time, and all others wait for it after each product. So large
 // products are timed, and as long as one thread is faster it works alone;
-// after some 200 of these products all try once more.
+// after .1 seconds all try once more.
 static struct { // what was measured so far
     double pace[2]; // seconds for a multiply-add, of one thread and of all
-    int n_alone;    // large products that one thread computed
+    double alone;   // seconds that one thread has worked since all tried
 } race;
-enum { RETRY = 200 };
+static const double RETRY = .1;
 
 static bool worth_threads(ptrdiff_t work) {
     return work > WORTH_THREADS && race.pace[1] <= race.pace[0];
@@ -3004,7 +3004,7 @@ static void matmul(float *out, const float *x, const float *w, ptrdiff_t n_rows,
                    ptrdiff_t n_out) {
     const double work = (double)n_rows * (double)n_in * (double)n_out;
     const bool large = work > WORTH_THREADS;
-    const bool all = worth_threads(work) || (large && ++race.n_alone % RETRY == 0);
+    const bool all = worth_threads(work) || (large && race.alone > RETRY);
     const double start = large ? now() : 0;
 #pragma omp parallel for schedule(static) if (all)
     for (ptrdiff_t o = 0; o < n_out; o += TILE_W) {
@@ -3022,8 +3022,11 @@ static void matmul(float *out, const float *x, const float *w, ptrdiff_t n_rows,
         for (; r < n_rows; r++) // what fills no tile
             dots(out + r * n_out + o, x + r * n_in, rows, n_in, n_in, n_w);
     }
-    if (large)
-        note_pace(&race.pace[all], (now() - start) / work);
+    if (large) {
+        double seconds = now() - start;
+        note_pace(&race.pace[all], seconds / work);
+        race.alone = all ? 0 : race.alone + seconds;
+    }
 }
 
 static void add_scaled(float *y, float a, const float *x, int n) {
