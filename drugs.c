@@ -23,9 +23,8 @@
  *   12  inside the maths       how a product becomes fast, and how exp is computed
  *   13  memory and messages    what every program needs
  *
- * If you want to know how a Llama works, read 1 to 5. What a layer can be
- * understood without (how a sum is made fast, how memory is taken) comes later and
- * is only declared here.
+ * If you want to know how a Llama works, read 1 to 5. What it can be understood
+ * without (how a sum is made fast, how memory is taken) is only declared there.
  *
  * A promise that the code keeps everywhere: a result is bitwise the same whether
  * its token came alone or in a block, alone or beside other texts, on one thread or
@@ -34,6 +33,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
