@@ -5,11 +5,14 @@
 """
 
 import collections
+import fcntl
 import os
+import pty
 import re
 import struct
 import subprocess
 import tempfile
+import termios
 import unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -51,6 +54,23 @@ def run(*arguments, stdin=b"", stdout=subprocess.PIPE):
     done = subprocess.run([DRUGS, *arguments], input=stdin, stdout=stdout, stderr=subprocess.PIPE,
                           timeout=60)
     return Done(done.returncode, done.stdout, done.stderr.decode())
+
+
+def on_a_terminal(width, *command, stderr=False):
+    """What a program prints on a terminal of so many columns, 0 if that does not say, with what it
+    says on stderr or not."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
+    errors = theirs if stderr else subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=theirs, stderr=errors) as child:
+        os.close(theirs)
+        got = b""
+        try:
+            while True:
+                got += os.read(ours, 4096)
+        except OSError:                             # the other end is closed
+            os.close(ours)
+    return child.returncode, got.decode().replace("\r\n", "\n")
 
 
 @unittest.skipUnless(os.path.exists(DRUGS), "./drugs is not built: run make first")

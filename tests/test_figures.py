@@ -6,20 +6,17 @@ from the file that -o writes. So a printed number that means something else than
 """
 
 import array
-import fcntl
 import math
 import os
-import pty
 import re
 import struct
 import subprocess
 import tempfile
-import termios
 import unittest
 
 import test_cli
 import test_step_cli
-from test_cli import CONTEXT, HERE, MODEL
+from test_cli import CONTEXT, HERE, MODEL, on_a_terminal
 from test_step_cli import losses, norm, table
 
 LAB, LOGITS, TOKENS = (os.path.join(HERE, name) for name in ("lab", "logits", "tokens"))
@@ -80,22 +77,6 @@ def tensors(path):
         found[name] = array.array("f", data[start:start + 4 * size])
         end = start
     return found
-
-
-def on_a_terminal(width, *command, stderr=False):
-    """What a program prints on a terminal of so many columns, with what it says on stderr or not."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
-    errors = theirs if stderr else subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=theirs, stderr=errors) as child:
-        os.close(theirs)
-        got = b""
-        try:
-            while True:
-                got += os.read(ours, 4096)
-        except OSError:                             # the other end is closed
-            os.close(ours)
-    return child.returncode, got.decode().replace("\r\n", "\n")
 
 
 @unittest.skipUnless(os.path.exists(LOGITS) and os.path.exists(TOKENS), "run make test")

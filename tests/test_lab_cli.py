@@ -6,14 +6,13 @@
 
 import csv
 import os
-import pty
 import re
 import shutil
 import subprocess
 import tempfile
 import unittest
 
-from test_cli import CONTEXT, HERE, MODEL, Done, run as run_drugs, without_numbers
+from test_cli import CONTEXT, HERE, MODEL, Done, on_a_terminal, run as run_drugs, without_numbers
 
 LAB = os.path.join(HERE, "lab")
 LAYERS = 10                             # of this model
@@ -131,19 +130,10 @@ class TestProbe(LabCase):
         """On a terminal the text stands above, each token in the gray of its agreement, and the
         numbers are the same; progress comes and goes."""
         plain, rows = self.table("probe")
-        ours, theirs = pty.openpty()
-        self.addCleanup(os.close, ours)
-        with subprocess.Popen([LAB, MODEL, "probe", "-i", PROMPT, *MODES["probe"]],
-                              stdout=theirs, stderr=theirs) as child:
-            os.close(theirs)
-            got = b""
-            try:
-                while True:
-                    got += os.read(ours, 4096)
-            except OSError:             # the other end is closed
-                pass
-        self.assertEqual(child.returncode, 0)
-        progress, rest = got.decode().replace("\r\n", "\n").split("\r\033[K")
+        status, shown = on_a_terminal(0, LAB, MODEL, "probe", "-i", PROMPT, *MODES["probe"],
+                                      stderr=True)
+        self.assertEqual(status, 0)
+        progress, rest = shown.split("\r\033[K")
         self.assertEqual(progress, "".join("\rtwin %d of 5" % i for i in range(5)))
         text, rest = rest.split("\033[0m\n\n")
         self.assertEqual(rest, plain)
