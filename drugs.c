@@ -223,7 +223,7 @@ typedef struct {
 // cost some microseconds to wake. Below this many multiply-adds one core is faster.
 enum { WORTH_THREADS = 1000000 };
 // Whether so many multiply-adds are worth all threads, see section 12.
-static bool worth_threads(ptrdiff_t work);
+static bool worth_threads(double work);
 
 // The sum of a[i] * b[i], for i < n.
 static float dot(const float *a, const float *b, int n);
@@ -2987,7 +2987,7 @@ static struct { // what was measured so far
 } race;
 static const double RETRY = .1;
 
-static bool worth_threads(ptrdiff_t work) {
+static bool worth_threads(double work) {
     return work > WORTH_THREADS && race.pace[1] <= race.pace[0];
 }
 
