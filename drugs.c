@@ -16,7 +16,7 @@
  *    5  the forward pass       prompts, chats, showers and batches are all the same loop
  *    6  the cold shower        makes a drugged memory sober again
  *    7  doses                  where in the depth the noise acts
- *    8  the tokenizer          text to tokens and back, as SentencePiece does it
+ *    8  the tokenizer          text to tokens and back, by byte pair encoding
  *    9  reading the file       nothing in it is believed
  *   10  talking                generate and chat
  *   11  the command line
