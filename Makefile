@@ -5,6 +5,7 @@
 # make page     a page of all of these to look at, lab.html; MODEL=model.bin: of another model
 # make pretrain raises such a model anew, tests/fresh.bin; SEED=5 for another one
 # make test     all tests
+# make exercise judges one of the exercises in tests/EXERCISES.md: N=4
 # make golden   computes anew what tests compare with, after a change that is meant
 # make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make digest   what small models compute, as hashes; make portability: is it the same everywhere?
@@ -123,6 +124,11 @@ c_tests: $(C_TESTS) tests/digest
 test: $(PROGRAMS) c_tests
 	python3 -m unittest discover tests
 
+# A, B, C and D are answers to questions, which the judge finds in its environment.
+exercise: $(if $(filter 12,$(N)),tests/lab) | criterion
+	$(CC) $(FLAGS) -O1 -DEXERCISE=$(N) tests/exercises.c -o tests/exercises -lcriterion -lm
+	tests/exercises
+
 golden:
 	python3 tests/reference.py > tests/golden.tmp
 	mv tests/golden.tmp tests/golden.h
@@ -146,8 +152,8 @@ faults: drugs train_step tests/lab tests/tokens tests/logits
 	python3 tests/faults.py
 
 clean:
-	rm -f $(PROGRAMS) $(C_TESTS) .flags tests/fresh.bin lab.html
+	rm -f $(PROGRAMS) $(C_TESTS) tests/exercises .flags tests/fresh.bin lab.html
 	rm -rf lab
 
-.PHONY: all test c_tests golden debug demo lesson trip explore probe page pretrain digest portability \
+.PHONY: all test c_tests exercise golden debug demo lesson trip explore probe page pretrain digest portability \
         mutate coverage faults fuzz bench clean criterion always

@@ -566,11 +566,13 @@ static float *weights(const Model *m, int layer, int which) {
  * Ten steps in the same direction go ten times as far as one; what one batch wants and the next one
  * does not cancels out.
  */
-static float *velocity; // as large as the file, floats at the same offsets
+static float *velocity; // as large as the file, floats at the same offsets; NULL before the first step
 static const float MOMENTUM = .9f;
 
 static void descend(const Step *s, float rate) {
     int layer, which;
+    if (!velocity)
+        velocity = resize(NULL, file_bytes, 1); // all zero
     for (int i = 0; tensor_at(&s->model->config, i, &layer, &which); i++) {
         Factors f = factors(s, layer, which);
         float *w = weights(s->model, layer, which);
@@ -769,7 +771,6 @@ int main(int argc, char **argv) {
     Model m;
     if (!model_parse(&m, file, file_bytes))
         die(1, "%s", m.error);
-    velocity = resize(NULL, file_bytes, 1);
     double middle = raise_model(&m, &document);
 
     // The last gauge puts the middle of the window to a step size of .0015. eps keeps its value

@@ -1,400 +1,31 @@
 /* test_properties.c - what the noise is for, property by property.
  *
- * golden.h knows whether a number is right, but not why: change one thing on purpose, and all of
- * it is red. Here each test judges one property, from outside, and says in words which one is
- * gone. So a deliberate change should turn red what it changes and nothing else; anything more is
- * a mistake. Draw angles by another law, and only angles::follow_the_law_of_their_family is red;
- * freeze the noise, and only place::of_the_query is; turn keys before RoPE, and only
+ * A deliberate change should turn red what it changes and nothing else; anything more is a mistake.
+ * Draw angles by another law, and only angles::follow_the_law_of_their_family is red; freeze the
+ * noise, and only place::of_the_query is; turn keys before RoPE, and only
  * rope::a_key_is_turned_behind_it is, and its message says whether they are turned there rightly.
- *
- * How one sees what a site does. The sites Q, K, V and A act inside of attention, which shows
- * nothing but its result. But attention can be given queries, keys and values that are made up so
- * that the result gives away the turned vector; see struct Observer.
+ * How each property is seen is said in properties.h.
  */
-#define TRAIN_STEP_LIBRARY
-#include "../train_step.c"
-#include "testing.h"
-#include "golden.h"
-
-// The sites that are judged here. One that is added has properties of its own.
-static const int JUDGED[] = {SITE_H, SITE_Q, SITE_K, SITE_V, SITE_A};
-enum { N_JUDGED = sizeof JUDGED / sizeof *JUDGED };
-
-static double dot_in_double(const float *a, const float *b, ptrdiff_t n) {
-    double sum = 0;
-    for (ptrdiff_t i = 0; i < n; i++)
-        sum += (double)a[i] * (double)b[i];
-    return sum;
-}
-
-static double length_of(const float *x, ptrdiff_t n) {
-    return sqrt(dot_in_double(x, x, n));
-}
-
-static double angle_between(const float *a, const float *b, int n) {
-    double cosine = dot_in_double(a, b, n) / (length_of(a, n) * length_of(b, n));
-    return acos(fmax(-1, fmin(1, cosine)));
-}
-
-// n numbers from -1 to 1.
-static void some_vector(uint64_t stream, float *x, int n) {
-    for (int i = 0; i < n; i++)
-        x[i] = 2 * unit(stream, (uint64_t)i) - 1;
-}
-
-/* ------------------------------------------------------------------------------------------------
- * The laws that angles and directions follow. A family of your own gets a line in LAWS; one that
- * is changed fails here and nowhere else.
- */
-typedef struct {
-    int family;
-    const char *name;
-    double mean, spread; // of the angle and its standard deviation, in units of theta
-    double lean;         // the mean cosine of the direction with (1, 1, ..., 1)
-} Law;
-static const Law LAWS[] = {
-    {FAMILY_CENTRED, "centred", .5, .2887, 0},        // uniform in [0, theta): 1 / sqrt(12)
-    {FAMILY_UPSTREAM, "upstream", .5, .2887, .866},   // a number in [0, 1) is 1/2 on average
-};
-enum { N_LAWS = sizeof LAWS / sizeof *LAWS };
-enum { DRAWS = 20000, LONG = 64 };
-
-// A place that nobody else uses.
-static Place nth_place(uint64_t n, const Law *law, float theta) {
-    return (Place){scramble(n + 1), theta, law->family};
-}
-
-// How far x (LONG) is turned at a place, negative if away from u. u (LONG) is filled with the
-// direction.
-static double angle_at(Place place, const float *x, float *u) {
-    float turned[LONG];
-    Glitch glitch = draw_glitch(place, x, LONG, u);
-    for (int i = 0; i < LONG; i++)
-        turned[i] = x[i] * glitch.x + u[i] * glitch.u;
-    double angle = angle_between(turned, x, LONG);
-    return glitch.u < 0 ? -angle : angle;
-}
-
-// The angles of many places, in units of theta, with their mean and spread.
-typedef struct {
-    double angle[DRAWS];
-    double mean, spread;
-} Angles;
-
-static void draw_angles(Angles *a, const Law *law, float theta) {
-    float x[LONG], u[LONG];
-    double squares = 0;
-    some_vector(1, x, LONG);
-    a->mean = 0;
-    for (uint64_t i = 0; i < DRAWS; i++) {
-        a->angle[i] = angle_at(nth_place(i, law, theta), x, u) / (double)theta;
-        a->mean += a->angle[i] / DRAWS;
-        squares += a->angle[i] * a->angle[i] / DRAWS;
-    }
-    a->spread = sqrt(squares - a->mean * a->mean);
-}
+#include "properties.h"
 
 Test(angles, follow_the_law_of_their_family) {
-    static Angles a;
-    const float thetas[] = {.1f, .5f};
     for (int l = 0; l < N_LAWS; l++)
-        for (int i = 0; i < 2; i++) {
-            const Law *law = &LAWS[l];
-            draw_angles(&a, law, thetas[i]);
-            double off = fmax(fabs(a.mean - law->mean), fabs(a.spread - law->spread));
-            cr_expect(off < .02, // they scatter by .002, and if the spread is 1 by .007
-                      "ANGLES: those of family %s are %.3f theta on average, with a spread of "
-                      "%.3f; its law says %.3f and %.3f (LAWS, in this file)",
-                      law->name, a.mean, a.spread, law->mean, law->spread);
-        }
+        expect_law(&LAWS[l]);
 }
 
-// If the same draw made both, some directions would get large angles and others small ones. The
-// size of u[i] is asked too: what is symmetrical around 0 hides from a plain correlation.
 Test(angles, know_nothing_of_the_direction) {
-    static Angles a;
-    for (int l = 0; l < N_LAWS; l++) {
-        const Law *law = &LAWS[l];
-        const double centre = law->lean > 0 ? .5 : 0; // of each number of u
-        float x[LONG], u[LONG];
-        double with_u[LONG] = {0};
-        double with_size[LONG] = {0};
-        draw_angles(&a, law, .5f);
-        some_vector(1, x, LONG);
-        for (uint64_t i = 0; i < DRAWS; i++) {
-            double deviation = (a.angle[i] - a.mean) / a.spread;
-            draw_glitch(nth_place(i, law, .5f), x, LONG, u);
-            for (int j = 0; j < LONG; j++) {
-                double number = (double)u[j] - centre; // uniform from -1/2 to 1/2, so its spread is
-                                                       // 1 / sqrt(12), that of its size half of it
-                with_u[j] += deviation * number * sqrt(12) / DRAWS;
-                with_size[j] += deviation * (fabs(number) - .25) * sqrt(48) / DRAWS;
-            }
-        }
-        for (int j = 0; j < LONG; j++)
-            cr_expect(fabs(with_u[j]) < .05 && fabs(with_size[j]) < .05, // they scatter by .007
-                      "ANGLES: in family %s the angle and u[%d] come from the same draw: their "
-                      "correlation is %.2f, that of the angle and the size of u[%d] %.2f",
-                      law->name, j, with_u[j], j, with_size[j]);
-    }
+    for (int l = 0; l < N_LAWS; l++)
+        expect_angles_know_nothing(&LAWS[l]);
 }
 
 Test(directions, lean_as_their_family_does) {
-    float x[LONG], u[LONG], ones[LONG];
-    some_vector(3, x, LONG);
-    for (int i = 0; i < LONG; i++)
-        ones[i] = 1;
-    for (int l = 0; l < N_LAWS; l++) {
-        const Law *law = &LAWS[l];
-        double lean = 0;
-        for (uint64_t i = 0; i < DRAWS; i++) {
-            draw_glitch(nth_place(i, law, 1), x, LONG, u);
-            lean += cos(angle_between(u, ones, LONG)) / DRAWS;
-        }
-        cr_expect(fabs(lean - law->lean) < .01, // it scatters by .001
-                  "DIRECTIONS: those of family %s have a cosine of %.3f with (1, ..., 1), its law "
-                  "says %.3f", law->name, lean, law->lean);
-    }
+    for (int l = 0; l < N_LAWS; l++)
+        expect_lean(&LAWS[l]);
 }
-
-/* ------------------------------------------------------------------------------------------------
- * The observer: a row that reads a cache of its own making, in model G, with noise at one site.
- *
- *     site   what it is given                               what gives the turned vector away
- *     H      x, and gains of 1                              xn
- *     Q      all keys 0 but one, which is a unit vector     the weight of that key
- *     K      all keys 0 but one; a unit vector as query     the weight of that key
- *     V      all values 0 but one; equal weights            the result, times the number of keys
- *     A      all values alike                               the result
- *
- * A vector of zeros is never turned, so the other keys and values stay out of it.
- */
-enum { HEAD_DIM = 8, DIM = 64, KV_DIM = 32, MOST_KEYS = 16 }; // of G
-typedef struct {
-    Bench bench;
-    Sequence sequence;
-    Row row;
-    float theta[N_SITES * MOST_LAYERS];
-    float elsewhere; // the dose of the site in other layers than the one it looks at
-} Observer;
-
-// Where it looks.
-typedef struct {
-    uint64_t seed;
-    int layer, head;
-    int query, key; // positions
-} Spot;
-static const Spot HERE = {.seed = 1, .layer = 1, .head = 2, .query = 10, .key = 8};
-
-// The gain of a layer's first norm. That of a bench may be written.
-static float *gain_of(const Model *m, int layer) {
-    return (float *)(uintptr_t)m->layers[layer].w[ATT_NORM];
-}
-
-static void observer_open(Observer *o) {
-    memset(o, 0, sizeof *o);
-    bench_open(&o->bench, G, 1);
-    const Model *m = &o->bench.model;
-    cr_assert(m->config.dim == DIM && m->config.head_dim == HEAD_DIM && m->config.kv_dim == KV_DIM);
-    for (int layer = 0; layer < m->config.n_layers; layer++)
-        for (int i = 0; i < DIM; i++)
-            gain_of(m, layer)[i] = 1;
-    o->sequence = sequence_new((Noise){.theta = o->theta});
-    sequence_reserve(m, &o->sequence, MOST_KEYS);
-}
-
-static void observer_close(Observer *o) {
-    sequence_free(&o->bench.model, &o->sequence);
-    bench_close(&o->bench);
-}
-
-// Turns back what RoPE does at a position.
-static void turn_back(const Observer *o, float *x, int position) {
-    float cos_sin[HEAD_DIM];
-    rope_angles(&o->bench.model, position, cos_sin);
-    rope_backward(x, cos_sin, HEAD_DIM);
-}
-
-// Puts x (HEAD_DIM) into every kv head of a position, as a key or as a value.
-static void fill(float *cache, int position, const float *x) {
-    for (int i = 0; i < KV_DIM; i++)
-        cache[position * KV_DIM + i] = x[i % HEAD_DIM];
-}
-
-static void forget(Observer *o, int layer) {
-    memset(o->sequence.k[layer], 0, MOST_KEYS * KV_DIM * sizeof(float));
-    memset(o->sequence.v[layer], 0, MOST_KEYS * KV_DIM * sizeof(float));
-}
-
-// What the head finds for this query (HEAD_DIM, before noise and RoPE).
-static const float *look(Observer *o, Spot at, const float *query) {
-    Run *run = &o->bench.run;
-    float *q = run->slots[0].q + at.head * HEAD_DIM;
-    memcpy(q, query, HEAD_DIM * sizeof *q);
-    attention(run, at.layer);
-    return run->slots[0].att + at.head * HEAD_DIM;
-}
-
-// q.key of the one key that is not 0, from its weight w. All others have a q.key of 0, so
-// w = exp(s) / (exp(s) + number of the others) with s = q.key / sqrt(HEAD_DIM).
-static double score(Observer *o, Spot at, const float *query, const float *key) {
-    const float one[HEAD_DIM] = {1};
-    forget(o, at.layer);
-    fill(o->sequence.k[at.layer], at.key, key);
-    fill(o->sequence.v[at.layer], at.key, one);
-    double w = look(o, at, query)[0];
-    return log(w / (1 - w) * at.query) * sqrt(HEAD_DIM);
-}
-
-static void see_query(Observer *o, Spot at, const float *x, float *seen) {
-    for (int i = 0; i < HEAD_DIM; i++) {
-        float key[HEAD_DIM] = {0};
-        key[i] = 1;
-        seen[i] = (float)score(o, at, x, key);
-    }
-    turn_back(o, seen, at.query); // keys meet it behind RoPE
-}
-
-static void see_key(Observer *o, Spot at, const float *x, float *seen) {
-    for (int i = 0; i < HEAD_DIM; i++) {
-        float query[HEAD_DIM] = {0};
-        query[i] = 1;
-        turn_back(o, query, at.query); // so that RoPE makes the unit vector of it
-        seen[i] = (float)score(o, at, query, x);
-    }
-}
-
-static void see_value(Observer *o, Spot at, const float *x, float *seen) {
-    const float nothing[HEAD_DIM] = {0};
-    forget(o, at.layer);
-    fill(o->sequence.v[at.layer], at.key, x);
-    const float *found = look(o, at, nothing);
-    for (int i = 0; i < HEAD_DIM; i++)
-        seen[i] = found[i] * (float)(at.query + 1);
-}
-
-static void see_result(Observer *o, Spot at, const float *x, float *seen) {
-    const float nothing[HEAD_DIM] = {0};
-    forget(o, at.layer);
-    for (int position = 0; position <= at.query; position++)
-        fill(o->sequence.v[at.layer], position, x);
-    memcpy(seen, look(o, at, nothing), HEAD_DIM * sizeof *seen);
-}
-
-static void see_input(Observer *o, Spot at, const float *x, float *seen) {
-    const Slot *s = &o->bench.run.slots[0];
-    memcpy(s->x, x, DIM * sizeof *x);
-    layer_forward(&o->bench.run, at.layer);
-    memcpy(seen, s->xn, DIM * sizeof *seen);
-}
-
-static int size_at(int site) {
-    return site == SITE_H ? DIM : HEAD_DIM;
-}
-
-// What becomes of x at a site, with this dose there and none elsewhere.
-static void see(Observer *o, int site, float dose, Spot at, const float *x, float *seen) {
-    Run *run = &o->bench.run;
-    const Config *c = &o->bench.model.config;
-    memset(o->theta, 0, sizeof o->theta);
-    for (int layer = 0; layer < c->n_layers; layer++)
-        o->theta[site * c->n_layers + layer] = layer == at.layer ? dose : o->elsewhere;
-    o->sequence.noise.seed = at.seed;
-    o->row = (Row){.position = at.query, .sequence = &o->sequence, .drugged = true};
-    run->rows = &o->row;
-    run->n_rows = 1;
-    rope_angles(&o->bench.model, at.query, run->cos_sin);
-    switch (site) {
-    case SITE_H:
-        see_input(o, at, x, seen);
-        break;
-    case SITE_Q:
-        see_query(o, at, x, seen);
-        break;
-    case SITE_K:
-        see_key(o, at, x, seen);
-        break;
-    case SITE_V:
-        see_value(o, at, x, seen);
-        break;
-    case SITE_A:
-        see_result(o, at, x, seen);
-        break;
-    }
-}
-
-// How much what is seen at two spots differs, relative to its length: the most of a few seeds. The
-// smallest of random angles are hard to see; the largest of 8 is not.
-static double difference(Observer *o, int site, Spot a, Spot b) {
-    const int n = size_at(site);
-    float x[DIM], seen_a[DIM], seen_b[DIM];
-    double most = 0;
-    some_vector(4, x, DIM);
-    for (uint64_t seed = 1; seed <= 8; seed++) {
-        a.seed += 1000 * seed;
-        b.seed += 1000 * seed;
-        see(o, site, 1, a, x, seen_a);
-        see(o, site, 1, b, x, seen_b);
-        for (int i = 0; i < n; i++)
-            seen_b[i] -= seen_a[i];
-        most = fmax(most, length_of(seen_b, n) / length_of(seen_a, n));
-    }
-    return most;
-}
-
-// Two glitches differ by .8 and more; what is the same differs by rounding, 3e-7.
-static void expect_different(int site, Spot a, Spot b, const char *what) {
-    Observer o;
-    observer_open(&o);
-    cr_expect(difference(&o, site, a, b) > .1,
-              "PLACE: at site %c two %s get the same glitch, and should get two different ones",
-              SITES[site], what);
-    observer_close(&o);
-}
-
-static void expect_alike(int site, Spot a, Spot b, const char *what) {
-    Observer o;
-    observer_open(&o);
-    cr_expect(difference(&o, site, a, b) < 1e-5,
-              "PLACE: at site %c two %s get different glitches, and should get the same one",
-              SITES[site], what);
-    observer_close(&o);
-}
-
-// Whether anything of x is turned at a spot, for one of a few seeds. Where nothing is, the bits are
-// those of a dose of 0.
-static bool turns(Observer *o, int site, Spot at) {
-    float x[DIM], sober[DIM], seen[DIM];
-    bool turned = false;
-    some_vector(11, x, DIM);
-    for (at.seed = 0; at.seed < 8; at.seed++) {
-        see(o, site, 0, at, x, sober);
-        see(o, site, 1, at, x, seen);
-        turned |= memcmp(sober, seen, (size_t)size_at(site) * sizeof *x) != 0;
-    }
-    return turned;
-}
-
-// ---- the instrument itself: without noise one sees what is there
 
 Test(observer, sees_what_is_there) {
-    Observer o;
-    observer_open(&o);
-    for (int i = 0; i < N_JUDGED; i++) {
-        const int site = JUDGED[i];
-        const int n = size_at(site);
-        float x[DIM], seen[DIM];
-        some_vector(5, x, DIM);
-        see(&o, site, 0, HERE, x, seen);
-        double scale = length_of(x, n) / length_of(seen, n);
-        cr_expect(angle_between(x, seen, n) < 1e-5, // observed 3e-7
-                  "what is seen at %c is not what is there", SITES[site]);
-        if (site != SITE_H) // which is behind a norm
-            cr_expect(fabs(scale - 1) < 1e-5, "what is seen at %c is %g times too short",
-                      SITES[site], scale);
-        cr_expect(turns(&o, site, HERE), "noise at site %c turns nothing", SITES[site]);
-    }
-    observer_close(&o);
+    for (int i = 0; i < N_JUDGED; i++)
+        expect_visible(JUDGED[i]);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -469,370 +100,50 @@ Test(place, of_the_site) {
     observer_close(&o);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * What a glitch does to a vector.
- */
 Test(glitch, keeps_the_length) {
-    Observer o;
-    observer_open(&o);
-    for (int i = 0; i < N_JUDGED; i++) {
-        const int site = JUDGED[i];
-        const int n = size_at(site);
-        float x[DIM], sober[DIM], seen[DIM];
-        double worst = 1;
-        for (uint64_t k = 0; k < 20; k++) {
-            Spot at = HERE;
-            at.seed = k;
-            some_vector(10 + k, x, DIM);
-            see(&o, site, 0, at, x, sober);
-            see(&o, site, 1.5f, at, x, seen);
-            double stretch = length_of(seen, n) / length_of(sober, n);
-            if (fabs(stretch - 1) > fabs(worst - 1))
-                worst = stretch;
-        }
-        cr_expect(fabs(worst - 1) < 1e-5, // observed 4e-7
-                  "LENGTH: site %c makes a vector %.3f times as long; a rotation keeps its length",
-                  SITES[site], worst);
-    }
-    observer_close(&o);
+    for (int i = 0; i < N_JUDGED; i++)
+        expect_length_kept(JUDGED[i]);
 }
 
-// Twice as long a vector becomes twice as long a turned one. So an angle is the same storm for all.
 Test(glitch, does_not_mind_the_length) {
-    Observer o;
-    observer_open(&o);
-    for (int i = 0; i < N_JUDGED; i++) {
-        const int site = JUDGED[i];
-        float x[DIM], twice[DIM], seen[DIM], seen_twice[DIM];
-        if (site == SITE_H) // a norm stands before it
-            continue;
-        some_vector(7, x, DIM);
-        for (int j = 0; j < DIM; j++)
-            twice[j] = 2 * x[j];
-        see(&o, site, 1, HERE, x, seen);
-        see(&o, site, 1, HERE, twice, seen_twice);
-        for (int j = 0; j < HEAD_DIM; j++)
-            seen_twice[j] -= 2 * seen[j];
-        double off = length_of(seen_twice, HEAD_DIM) / length_of(seen, HEAD_DIM);
-        cr_expect(off < 1e-5, // observed 9e-7
-                  "LENGTH: site %c does not do the same to a vector twice as long: off by %.3f",
-                  SITES[site], off);
-    }
-    observer_close(&o);
+    for (int i = 0; i < N_JUDGED; i++)
+        expect_length_ignored(JUDGED[i]);
 }
 
-/* ------------------------------------------------------------------------------------------------
- * On which side of RoPE. RoPE's hands are stopped (frequencies 0, so that positions turn nothing).
- * What is turned before RoPE looks the same then, once RoPE is turned back; what is turned behind
- * it, as it is.
- */
-static void stop_hands(Observer *o) {
-    static const double frequencies[HEAD_DIM / 2];
-    o->bench.model.rope_freq = frequencies;
-}
-
-// Relative to the length; of the same, 4e-7.
-static double distance(const float *a, const float *b) {
-    double sum = 0;
-    for (int i = 0; i < HEAD_DIM; i++)
-        sum += pow((double)a[i] - (double)b[i], 2);
-    return sqrt(sum) / length_of(a, HEAD_DIM);
-}
-
-// A reader sees the key that lies in the cache, RoPE included, turned.
 Test(rope, a_key_is_turned_behind_it) {
-    float key[HEAD_DIM], unturned[HEAD_DIM];
-    float behind[HEAD_DIM], before[HEAD_DIM];
-    float still[HEAD_DIM], still_before[HEAD_DIM];
-    Observer o;
-    observer_open(&o);
-    some_vector(8, key, HEAD_DIM);
-    memcpy(unturned, key, sizeof key);
-    turn_back(&o, unturned, HERE.key); // as it was before RoPE
-    see(&o, SITE_K, 1, HERE, key, behind);
-    memcpy(before, behind, sizeof before);
-    turn_back(&o, before, HERE.key);
-    stop_hands(&o);
-    see(&o, SITE_K, 1, HERE, key, still);
-    see(&o, SITE_K, 1, HERE, unturned, still_before);
-    if (distance(before, still_before) < 1e-5)
-        cr_expect_fail("ROPE: site K turns a key as it was before RoPE, at the key's own position, "
-                       "and not as it lies in the cache");
-    else
-        cr_expect(distance(behind, still) < 1e-5,
-                  "ROPE: site K turns a key neither as it lies in the cache (behind RoPE) nor as "
-                  "it was before RoPE: is RoPE turned back by another position than the key's?");
-    observer_close(&o);
+    expect_key_turned(true);
 }
 
 Test(rope, a_query_is_turned_before_it) {
-    float query[HEAD_DIM], seen[HEAD_DIM], still[HEAD_DIM];
-    Observer o;
-    observer_open(&o);
-    some_vector(9, query, HEAD_DIM);
-    see(&o, SITE_Q, 1, HERE, query, seen);
-    stop_hands(&o);
-    see(&o, SITE_Q, 1, HERE, query, still);
-    cr_expect(distance(seen, still) < 1e-5,
-              "ROPE: site Q does not turn the query as it is before RoPE");
-    observer_close(&o);
+    expect_query_turned_before_rope();
 }
 
-/* ------------------------------------------------------------------------------------------------
- * What is left alone.
- */
-
-// What is dosed in other layers only is sober in this one.
 Test(dose, of_its_own_layer) {
-    Observer o;
-    observer_open(&o);
-    for (int i = 0; i < N_JUDGED; i++) {
-        const int site = JUDGED[i];
-        float x[DIM], sober[DIM], seen[DIM];
-        some_vector(12, x, DIM);
-        see(&o, site, 0, HERE, x, sober);
-        o.elsewhere = 1;
-        see(&o, site, 0, HERE, x, seen);
-        o.elsewhere = 0;
-        cr_expect(!memcmp(sober, seen, (size_t)size_at(site) * sizeof *x),
-                  "DOSE: site %c of layer %d turns with a dose of another layer", SITES[site],
-                  HERE.layer);
-    }
-    observer_close(&o);
+    for (int i = 0; i < N_JUDGED; i++)
+        expect_own_dose(JUDGED[i]);
 }
 
-// Neither as a query nor as a key: a model that looks at nothing looks at its first tokens.
+// A model that looks at nothing looks at its first tokens.
 Test(sink, is_never_turned) {
-    Observer o;
-    observer_open(&o);
-    for (int i = 0; i < N_JUDGED; i++) {
-        const int site = JUDGED[i];
-        Spot at = HERE;
-        for (at.query = 1; at.query <= 9; at.query++) {
-            at.key = at.query; // its own
-            bool turned = turns(&o, site, at);
-            cr_expect(turned == (at.query >= 6),
-                      "SINK: a query at position %d is %sturned at site %c", at.query,
-                      turned ? "" : "not ", SITES[site]);
-        }
-    }
-    const int of_keys[] = {SITE_K, SITE_V};
-    for (int i = 0; i < 2; i++) {
-        Spot at = HERE;
-        for (at.key = 0; at.key <= 9; at.key++) {
-            bool turned = turns(&o, of_keys[i], at);
-            cr_expect(turned == (at.key >= 6),
-                      "SINK: position %d, read by a query at %d, is %sturned at site %c", at.key,
-                      at.query, turned ? "" : "not ", SITES[of_keys[i]]);
-        }
-    }
-    observer_close(&o);
+    for (int i = 0; i < N_JUDGED; i++)
+        expect_sink(JUDGED[i], 6);
 }
 
-static bool same(const float *a, const float *b, size_t n) {
-    return !memcmp(a, b, n * sizeof *a);
-}
-
-// Reads the tokens of G with a noise; the caller frees the sequence. logits: (vocab_size) of the
-// last one.
-static Sequence read_all(Bench *b, Noise noise, int how, float *logits) {
-    Sequence s = sequence_new(noise);
-    const float *last = feed(&b->run, &s, G_TOKENS, N_TOKENS, how | WANTS_LOGITS);
-    memcpy(logits, last, (size_t)G.vocab_size * sizeof *logits);
-    return s;
-}
-
-// With noise in layer 1 only, what lies in its cache is sober, unless the noise is at H: keys and
-// values are turned while they are read.
 Test(cache, only_H_enters_it) {
-    static float logits[320];
-    const size_t n = (size_t)N_TOKENS * KV_DIM;
-    Bench b;
-    bench_open(&b, G, N_TOKENS);
-    Sequence sober = read_all(&b, (Noise){0}, 0, logits);
-    for (int i = 0; i < N_JUDGED; i++) {
-        const int site = JUDGED[i];
-        float theta[N_SITES * MOST_LAYERS] = {0};
-        theta[site * G.n_layers + 1] = 1;
-        Sequence s = read_all(&b, (Noise){.seed = SEED, .theta = theta}, DRUGGED, logits);
-        bool keys = !same(s.k[1], sober.k[1], n);
-        bool values = !same(s.v[1], sober.v[1], n);
-        bool enters = site == SITE_H;
-        cr_expect(keys == enters, "CACHE: noise at site %c is %sin the keys of its own layer",
-                  SITES[site], keys ? "" : "not ");
-        cr_expect(values == enters, "CACHE: noise at site %c is %sin the values of its own layer",
-                  SITES[site], values ? "" : "not ");
-        cr_expect(!same(s.k[2], sober.k[2], n), "CACHE: noise at site %c does not reach the layer "
-                  "above", SITES[site]);
-        sequence_free(&b.model, &s);
-    }
-    sequence_free(&b.model, &sober);
-    bench_close(&b);
+    for (int i = 0; i < N_JUDGED; i++)
+        expect_cache(JUDGED[i], JUDGED[i] == SITE_H);
 }
 
-// Sober is sober to the last bit, with doses of 0 and also where a dosed sequence reads soberly.
 Test(sober, to_the_last_bit) {
-    static float want[320], logits[320];
-    const char *const why[] = {"a dose of 0", "a row that is not drugged"};
-    float nothing[N_SITES * MOST_LAYERS] = {0};
-    float much[N_SITES * MOST_LAYERS];
-    for (int i = 0; i < N_SITES * MOST_LAYERS; i++)
-        much[i] = 1;
-    Bench b;
-    bench_open(&b, G, N_TOKENS);
-    const size_t n = (size_t)N_TOKENS * KV_DIM;
-    Sequence sober = read_all(&b, (Noise){0}, 0, want);
-    for (int i = 0; i < 2; i++) {
-        Noise noise = {.seed = SEED, .theta = i ? much : nothing};
-        Sequence s = read_all(&b, noise, i ? 0 : DRUGGED, logits);
-        bool same_all = same(logits, want, (size_t)G.vocab_size);
-        for (int layer = 0; layer < G.n_layers; layer++)
-            same_all &= same(s.k[layer], sober.k[layer], n) && same(s.v[layer], sober.v[layer], n);
-        cr_expect(same_all, "SOBER: %s leaves other bits than no noise at all", why[i]);
-        sequence_free(&b.model, &s);
-    }
-    sequence_free(&b.model, &sober);
-    bench_close(&b);
+    expect_sober();
 }
 
-/* ------------------------------------------------------------------------------------------------
- * Forward and backward draw the same glitch.
- *
- * A function is homogeneous if twice the x gives twice the y; a glitch is, and all of a layer's
- * products are. Such a y has
- *
- *     dy . y = dx . x          (Euler)
- *
- * whatever the loss is: the way back gives what the way forward took. If it goes through another
- * glitch, the books do not balance. No differences are needed for that, so it is a sharp test of
- * where the glitch was drawn. It does not know whether dx is right in every direction; test_step.c
- * does.
- */
 Test(backward, turn_and_turn_backward_draw_the_same) {
     for (int l = 0; l < N_LAWS; l++)
-        for (uint64_t i = 0; i < 200; i++) {
-            float x[LONG], y[LONG], g[LONG], dy[LONG], u[LONG];
-            Place place = nth_place(i, &LAWS[l], 1.5f);
-            some_vector(20, x, LONG);
-            some_vector(21, dy, LONG);
-            memcpy(y, x, sizeof x);
-            memcpy(g, dy, sizeof dy);
-            turn(place, y, LONG, u);
-            turn_backward(place, x, g, LONG, u);
-            double off = dot_in_double(dy, y, LONG) - dot_in_double(g, x, LONG);
-            off /= length_of(dy, LONG) * length_of(x, LONG);
-            cr_assert(fabs(off) < 1e-6, // observed 4e-8
-                      "BACKWARD: turn_backward does not go back through the glitch that turn drew, "
-                      "or is no derivative of it: family %s, off by %g", LAWS[l].name, off);
-        }
-}
-
-// The books of one layer's attention, each a sum over all rows.
-typedef struct {
-    double q, k, v; // dq . q and so on, as they come out of wq, wk and wv
-    double out;     // datt . att, by way of wo: what attention added to x, with the gradient there
-    double gain;    // dgain . gain of the attention norm, which is that of the sober xn
-    double size;    // of what is added up, for the error
-} Books;
-
-static Books books_of(const Step *step, int layer) {
-    const Config *c = &step->model->config;
-    const Slot *a = &step->acts.slots[layer];
-    const Slot *g = &step->grads.slots[layer];
-    Books books = {0};
-    for (ptrdiff_t r = 0; r < step->n_rows; r++) {
-        const float *cos_sin = step->acts.cos_sin + r * c->head_dim;
-        float key[KV_DIM];
-        memcpy(key, a->k + r * c->kv_dim, sizeof key);
-        for (int i = 0; i < c->kv_dim; i += c->head_dim)
-            rope_backward(key + i, cos_sin, c->head_dim); // the slot has it behind RoPE
-        books.q += dot_in_double(g->q + r * c->q_dim, a->q + r * c->q_dim, c->q_dim);
-        books.k += dot_in_double(g->k + r * c->kv_dim, key, c->kv_dim);
-        books.v += dot_in_double(g->v + r * c->kv_dim, a->v + r * c->kv_dim, c->kv_dim);
-        const float *dxm = g->xm + r * c->dim;
-        books.out += dot_in_double(dxm, a->xm + r * c->dim, c->dim);
-        books.out -= dot_in_double(dxm, a->x + r * c->dim, c->dim);
-        books.size += length_of(g->v + r * c->kv_dim, c->kv_dim)
-                    * length_of(a->v + r * c->kv_dim, c->kv_dim);
-    }
-    const float *gain = step->model->layers[layer].w[ATT_NORM];
-    books.gain = dot_in_double(dgain(step, layer, ATT_NORM), gain, c->dim);
-    return books;
-}
-
-// The loss of the lesson with the weights as they are now.
-static double loss_now(Step *step) {
-    double sum = 0;
-    forward(&step->acts, step->rows, step->n_rows);
-    for (int r = 0; r < step->n_rows; r++)
-        sum += surprise(step->rows[r].logits, G.vocab_size, G_TOKENS[r + 1]);
-    return sum / step->n_rows;
-}
-
-// By how much the loss would change if all keys of a layer grew, times 1 / growth: dk . k, but from
-// the way forward alone.
-static double slope_of_keys(Step *step, int layer) {
-    const float growth = .01f;
-    float *w = (float *)(uintptr_t)step->model->layers[layer].w[WK]; // of a bench: may be written
-    float old[KV_DIM * DIM];
-    double loss[2];
-    memcpy(old, w, sizeof old);
-    for (int i = 0; i < 2; i++) {
-        for (int j = 0; j < KV_DIM * DIM; j++)
-            w[j] = old[j] * (i ? 1 - growth : 1 + growth);
-        loss[i] = loss_now(step);
-    }
-    memcpy(w, old, sizeof old);
-    return (loss[0] - loss[1]) / (2 * (double)growth);
-}
-
-// The result of attention is homogeneous in the values; and it does not change if queries grow as
-// keys shrink, so dq.q = dk.k. All three are made of xn.
-static void check_books(const Books *books, int site, int layer) {
-    double most = 1e-6 * books->size; // observed 3e-8
-    double readers = books->q + books->k + books->v;
-    cr_expect(fabs(books->q - books->k) < most,
-              "BACKWARD: with noise at site %c, layer %d, queries and keys do not go back through "
-              "the glitches of the way forward: dq.q is %.6f, dk.k %.6f",
-              SITES[site], layer, books->q, books->k);
-    cr_expect(fabs(books->v - books->out) < most,
-              "BACKWARD: with noise at site %c, layer %d, values do not go back through the "
-              "glitches of the way forward: dv.v is %.6f, datt.att %.6f",
-              SITES[site], layer, books->v, books->out);
-    cr_expect(fabs(readers - books->gain) < most,
-              "BACKWARD: with noise at site %c, layer %d, the norm's output does not go back "
-              "through the glitches of the way forward: dxn.xn is %.6f, its readers give %.6f",
-              SITES[site], layer, books->gain, readers);
-}
-
-// dq.q and dk.k could both be wrong in the same way, so the loss itself is asked for one of them.
-static void check_slope(Step *step, const Books *books, int site, int layer) {
-    double slope = slope_of_keys(step, layer);
-    cr_expect(fabs(slope - books->k) < 2e-4 * books->size, // observed 1e-5
-              "BACKWARD: with noise at site %c, layer %d, keys do not go back through the glitches "
-              "of the way forward: if they all grow, the loss changes %.6f times as much, and the "
-              "way back says %.6f times", SITES[site], layer, slope, books->k);
+        expect_turn_backward(&LAWS[l]);
 }
 
 Test(backward, attention_goes_back_through_the_same_glitches) {
-    for (int i = 0; i < N_JUDGED; i++) {
-        const int site = JUDGED[i];
-        Books books[MOST_LAYERS];
-        Bench b;
-        Step step;
-        bench_open(&b, G, 1);
-        Sequence s = sequence_new(bench_noise(&b, 1 << site, FAMILY_CENTRED));
-        step_init(&step, &b.model, N_TOKENS);
-        step_add(&step, &s, G_TOKENS, N_TOKENS, DRUGGED);
-        step_take(&step);
-        for (int layer = 0; layer < G.n_layers; layer++)
-            books[layer] = books_of(&step, layer);
-        for (int layer = 0; layer < G.n_layers; layer++) {
-            check_books(&books[layer], site, layer);
-            check_slope(&step, &books[layer], site, layer);
-        }
-        step_free(&step);
-        sequence_free(&b.model, &s);
-        bench_close(&b);
-    }
+    for (int i = 0; i < N_JUDGED; i++)
+        expect_books(JUDGED[i]);
 }

@@ -61,12 +61,6 @@ Test(hamlet, one_step_on_one_line) {
 
 // ---- lessons
 
-static const char *const TENSOR_NAMES[] = {
-    "gain of the attention norm", "wq", "wk", "wv", "wo", "gain of the FFN norm", "w1", "w3", "w2",
-    "embedding", "gain of the final norm", "classifier",
-};
-_Static_assert(sizeof TENSOR_NAMES / sizeof *TENSOR_NAMES == N_TENSORS, "each tensor has a name");
-
 // What golden.h says about a model.
 typedef struct {
     const char *name;

@@ -29,6 +29,13 @@ static float unit(uint64_t stream, uint64_t i) {
     return (float)((z ^ (z >> 31)) >> 40) * 0x1p-24f;
 }
 
+// For messages, in the order of the enum.
+static const char *const TENSOR_NAMES[] = {
+    "gain of the attention norm", "wq", "wk", "wv", "wo", "gain of the FFN norm", "w1", "w3", "w2",
+    "embedding", "gain of the final norm", "classifier",
+};
+_Static_assert(sizeof TENSOR_NAMES / sizeof *TENSOR_NAMES == N_TENSORS, "each tensor has a name");
+
 // ---- the file of a model
 
 typedef struct {
