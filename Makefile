@@ -113,13 +113,13 @@ bench: tests/bench
 	tests/bench
 
 c_tests: $(C_TESTS) tests/digest
-	tests/digest | diff tests/digest.txt -
 	tests/test_drugs
 	tests/test_properties
 	tests/test_loader
 	tests/test_step
 	tests/test_lab
 	tests/test_more
+	tests/digest | diff tests/digest.txt -
 
 test: $(PROGRAMS) c_tests
 	python3 -m unittest discover tests

@@ -972,8 +972,8 @@ static int check_probe(Lab *lab, const Alone *text, int n, Noise noise, const do
 // own say, with seeds of their own. The probability is always the sober one.
 static void check_twins(FileHeader header, int family, int max_rows) {
     static Alone text;
-    static float strong[N_SITES * MOST_LAYERS], zero[N_SITES * MOST_LAYERS];
     static Bench b;
+    float strong[N_SITES * MOST_LAYERS] = {0}, zero[N_SITES * MOST_LAYERS] = {0};
     double sober[NEW], drugged[NEW], other[NEW];
     LabOptions options = {.n_seeds = TWINS};
     Lab lab;
