@@ -275,12 +275,12 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
 //
 //     position * rope_freq[pair]   radians
 //
-// Pair i is x[2i] and x[2i + 1]; the first pairs are fast hands, the last ones
-// hardly move. A dot product sees only the angle between two hands. So if the query
-// stands at position m and the key at n, all that their product sees of the two is
-// (m - n) * rope_freq: how far back the key lies, and not where. So a passage reads
-// alike anywhere in a text. (Hugging Face pairs i with i + head_dim / 2 instead;
-// export.py puts the rows of wq and wk in our order.)
+// Pair i is x[2i] and x[2i + 1]. The first pairs are fast hands, which tell neighbours apart
+// but look alike after a full turn; the last ones hardly move, and tell far from near. Turn
+// two hands by the same angle and their dot product stays. So if the query stands at position
+// m and the key at n, all that it sees of the two is (m - n) * rope_freq: how far back the
+// key lies, and not where. So a passage reads alike anywhere in a text. (Hugging Face pairs i
+// with i + head_dim / 2 instead; export.py puts the rows of wq and wk in our order.)
 static void rope(float *x,             // (head_dim)
                  const float *cos_sin, // (head_dim) the cosine and the sine for each pair
                  int head_dim) {
@@ -300,13 +300,13 @@ static void rope(float *x,             // (head_dim)
 // The cosines and sines of a position, for rope.
 static void rope_angles(const Model *m, int position, float *cos_sin);
 
-// softmax: x[i] = exp(scale * x[i]) / the sum of all exp(scale * x[j]), with a
-// positive scale. What comes out is positive and adds up to 1. The largest x is
-// taken off first, which changes nothing in the quotient but keeps exp from
-// overflowing. Returns the logarithm of that sum (as if nothing had been taken
-// off), because -log(probability of i) = log(sum) - scale * x[i], and that is what
-// a loss needs: the mean of -log(probability) over a text (train_step.c). The loss
-// is only shown, and nothing is computed from it, so this log may be libm's.
+// softmax: x[i] = exp(scale * x[i]) / the sum of all exp(scale * x[j]), with a positive
+// scale. What comes out adds up to 1. The largest x is taken off first, which changes
+// nothing in the quotient but keeps exp from overflowing. Returns the logarithm of that
+// sum (as if nothing had been taken off), because -log(probability of i) = log(sum) -
+// scale * x[i], and that is what a loss needs: the mean of -log(probability) over a text
+// (train_step.c). From the probability itself it could not be had: a small one is rounded
+// to 0. The loss is only shown, nothing is computed from it, so this log may be libm's.
 static double softmax(float *x, int n, float scale) {
     float max = x[0];
     for (int i = 1; i < n; i++)
@@ -394,9 +394,9 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *         hash = scramble(hash + (v + 1) * 0x9E3779B97F4A7C15)
  *     U(j) = 24 bits of a hash of (hash, j), / 2^24       u[i] = U(i + 1) - 1/2       a = theta * U(0)
  *
- * The original (EGjoni/DRUGS) draws u from [0, 1), without the 1/2. Then all u lean
- * towards (1, 1, ..., 1), and two of them have a cosine of 3/4: most of "random" is
- * one fixed push. FAMILY_UPSTREAM does that.
+ * The original (EGjoni/DRUGS) draws u from [0, 1), without the 1/2. Such a number is 1/2 on
+ * average and its square 1/3, so u.v is n/4, |u|² is n/3, and the cosine of two u is 3/4: all
+ * lean towards (1, 1, ..., 1), most of "random" is one fixed push. FAMILY_UPSTREAM does that.
  */
 enum { SITE_H, SITE_Q, SITE_K, SITE_V, SITE_A, N_SITES };
 static const char SITES[] = "HQKVA"; // the letters, in the order of the enum
@@ -408,10 +408,10 @@ enum { SITE_SAMPLE = 1000 }; // far above N_SITES, so a new site changes no dice
 // How random directions are drawn.
 enum { FAMILY_CENTRED, FAMILY_UPSTREAM };
 
-// The first tokens are where attention rests when it finds nothing to look at
-// (softmax must give its 1 to somebody), a sink (Xiao et al. 2023). Models break
-// when it is moved, so positions 0 to 5 are never turned, neither as a query nor as
-// a key that is read. Six is the original's choice.
+// The first tokens are where attention rests when it finds nothing to look at (softmax must
+// give its 1 to somebody), a sink (Xiao et al. 2023). Large models break when it is moved. So
+// positions 0 to 5 are never turned: not as a key that is read, and not as a query, which
+// decides what their own keys are in the layers above. Six is the original's choice.
 enum { SINK = 6 };
 
 typedef struct {
@@ -460,14 +460,13 @@ static inline float uniform(uint64_t hash, uint32_t j) {
 }
 
 // The rotation of x (n) towards u (n), as derived above. A vector of zeros has no
-// direction, and one that is parallel to u has nowhere to turn: they stay what they
-// are.
+// direction, and one that is parallel to u (to rounding) has nowhere to turn: they stay.
 static Glitch rotation(const float *x, const float *u, int n, float angle) {
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
     double uu = dot(u, u, n);
     double oo = uu - ux * ux / xx;
-    if (!(xx > 0 && oo > 0))
+    if (!(xx > 0 && oo > 1e-6 * uu))
         return (Glitch){1, 0};
     double cosine, sine;
     cos_sin_of(angle, &cosine, &sine);
@@ -582,8 +581,8 @@ typedef struct Run {
     int n_buffers;
     float *heads;     // (n_heads, head_scratch) of each head, see struct Head
     // If set, called after each use of weights (which: WQ and its kin) with what
-    // went in (x) and what came out (y). A program that includes this file can
-    // change y there, as if the weights were other ones.
+    // went in (x) and what came out (y). train_step.c changes y there, as if the
+    // weights had had a step (its section 3).
     void (*hook)(const struct Run *run, int layer, int which, const float *x, float *y);
     void *owner;      // for the hook
 } Run;
@@ -697,8 +696,9 @@ static void attend(const Head *h, int head_dim,
     turn(h->places[SITE_Q], h->q, head_dim, h->u);
     rope(h->q, h->cos_sin, head_dim);
 
-    // A turned key is key * glitch.x + u * glitch.u, so its product with q is q.key
-    // * glitch.x + q.u * glitch.u, and the key itself is left alone.
+    // A turned key is key * glitch.x + u * glitch.u, so its product with q is q.key * glitch.x
+    // + q.u * glitch.u, and the key itself is left alone. Stored, it would be turned once more
+    // by each later reader: noise would pile up, and depend on who came first.
     dots(h->weight, h->q, h->keys, h->stride, head_dim, h->n_keys);
     for (int t = n_untouched_keys(h, SITE_K); t < h->n_keys; t++) {
         Place place = place_of_key(h, SITE_K, t);
@@ -999,6 +999,7 @@ static int cold_shower(Run *run, Sequence *s) {
  *     ceil           1      the larger of the two
  *     floor          .2     the smaller
  *
+ * (Of two points at the same depth the larger counts there.)
  * So @ceil:.3=0,.4=1,.5=0 looks like a triangle and is a rectangle: all
  * layers from .3 to .5 get the full theta, all others none.
  */
@@ -1077,7 +1078,8 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  *
  * Looking for the best pair anew each time would take n² steps. A heap
  * hands it out instead; a merge adds at most two pairs to it, so n symbols
- * take n log n steps. Pairs that are outdated, because one of the two was
+ * take n log n steps: less than 3 n pairs come in, and each rises or sinks along
+ * one way of a tree that is log n high. Pairs that are outdated, because one of the two was
  * merged with somebody else, are recognised when they come out and dropped.
  *
  * There are two kinds of vocabularies. SentencePiece (Llama 2, Mistral)
@@ -1235,7 +1237,8 @@ static int compare_merges(const void *a, const void *b) {
 
 // Whether a left half of `left` bytes may be merged into this piece, and
 // how soon: the score. A piece may be made by any two halves, by one pair,
-// or by several.
+// or by several: byte-level vocabularies list pairs, so that "the" may come
+// of "th" and "e" and never of "t" and "he".
 static bool may_merge(const Model *m,
                       int id,         // of the piece
                       int left,       // bytes
@@ -1892,7 +1895,7 @@ static const char *read_tables(Model *m, const char *data) {
     tokenizer->ranges = (const Range *)(m->rope_freq + c->head_dim / 2);
     tokenizer->merges = (const Merge *)(tokenizer->ranges + c->n_ranges);
     for (int i = 0; i < c->head_dim / 2; i++) // in this form nan is no angle either
-        if (!(m->rope_freq[i] > 0 && m->rope_freq[i] <= 1 << 20))
+        if (!(m->rope_freq[i] > 0 && m->rope_freq[i] * c->seq_len <= 1 << 28)) // see cos_sin_of
             return broken(m, "RoPE's frequency %d is no angle", i), NULL;
     for (int i = 0; i < c->n_ranges; i++) {
         const Range *range = &tokenizer->ranges[i];
@@ -2460,8 +2463,9 @@ static bool chat_round(Talk *talk, Span question) {
     free(writer.bytes);
     free(writer.typed);
 
-    // What closes the answer before, up to its end piece, is not counted as
-    // read.
+    // What closes the answer before, up to its end piece, was never read,
+    // because the reply stopped there. It is read now, soberly, and is no part
+    // of the question.
     int n_closing = 0;
     for (int i = 0; i < n && s->length && !n_closing; i++)
         if (m->tokenizer->pieces[tokens[i]].kind == END)
@@ -2991,8 +2995,10 @@ static bool worth_threads(double work) {
     return work > WORTH_THREADS && race.pace[1] <= race.pace[0];
 }
 
-// A fast product is believed at once, a slow one by an eighth: it may be
-// chance.
+// Both begin with 0 seconds, so that the first large product is tried by all
+// threads, and one of the next by one alone; from then on they compete. A
+// measured pace that is faster counts in full, a slower one by an eighth: it
+// may be chance.
 static void note_pace(double *pace, double measured) {
     *pace += (measured - *pace) / (measured < *pace ? 1 : 8);
 }
@@ -3136,7 +3142,7 @@ static void rope_angles(const Model *m, int position, float *cos_sin) {
 static void die(int status, const char *format, ...) {
     char line[1024];
     va_list args; // what the caller wants to have printed
-    flockfile(stderr); // for good: of several threads only one has the last word
+    flockfile(stderr); // for good: of several threads only one may print a line
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);

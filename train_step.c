@@ -27,14 +27,14 @@
  * front: dx is ∂loss/∂x. A plain derivative of one thing by another is
  * written ∂y/∂x. Going back through y = f(x) means: dy is given, and dx is
  * to be found. Where x is used twice, the loss feels it along two paths,
- * and the two dx add up. That is why nearly everything below is += and not
- * =.
+ * and the two dx add up. That is why whatever has several readers is
+ * cleared first, and each of them does += below.
  *
  * Most functions that go back are named after the one that went forward,
  * with _backward added:
  *
  *     rmsnorm   softmax   attend      layer_forward: layer_backward   norm     classify
- *     rope      swiglu    attention   forward: backward               linear   embed
+ *     rope      swiglu    attention   forward: backward               linear   embed   turn
  *
  * loss_, values_, keys_ and read_backward are parts of these. (On the
  * command line -x, -y and -t mean other things than in drugs.)
@@ -196,8 +196,9 @@ static void turn_backward(Place place,
     Glitch glitch = draw_glitch(place, x, n, u);
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
-    double oo = dot(u, u, n) - ux * ux / xx;
-    if (!(xx > 0 && oo > 0))
+    double uu = dot(u, u, n);
+    double oo = uu - ux * ux / xx;
+    if (!(xx > 0 && oo > 1e-6 * uu))
         return; // it was not turned
     // As derived: how A and B change with x, each a part along x and one
     // along u.
@@ -250,6 +251,8 @@ static void turn_backward(Place place,
  *     embedding         dx of layer 0   one-hot rows     (roles exchanged)
  *
  * The last two are kept in vocab_x and vocab_dy; embed_backward says how.
+ * (x = O E without a transpose, so dE = Oᵀ dx: O stands where dY stood, and
+ * dx where X stood.)
  *
  * The way back through a layer is the drawing of drugs.c, turned upside
  * down. Where x went two ways, two gradients come together:
@@ -373,7 +376,8 @@ static void linear_backward(Step *s,
     int n_out, n_in;
     tensor_shape(&s->model->config, which, &n_out, &n_in);
     const float *w = s->model->layers[layer].w[which];
-    // dy is read as it stands: rows n_out apart, neighbours 1 apart.
+    // dy is read as it stands: rows n_out apart, neighbours 1 apart. (acts has
+    // only the rows with logits while the classifier is gone back through.)
     add_product(dx, dy, n_out, 1, w, s->acts.n_rows, n_out, n_in);
 }
 
@@ -790,8 +794,8 @@ static void step_take(Step *s) {
  *
  * That is half a percent more work for Llama-2-7B and 13 rows. It also
  * shows what one step can do at most: a matrix gives an x that is
- * perpendicular to all n inputs of the lesson just what it gave before.
- * (The gains of the norms change for every x, but they are few.)
+ * perpendicular to all rows of its X just what it gave before. (The gains
+ * of the norms change for every x, but they are few.)
  *
  * Every matrix and every norm is corrected where it is used, so the next
  * one already gets what the stepped model would give it. And as the step
@@ -981,8 +985,8 @@ static double gradient_norm2(const Step *s, int layer, int which) {
  *     call 2       "successful"  "or"     "or"
  *     call 3       "business"    "not"    "or"
  *
- * As reading the weights is what takes the time, eight texts cost little
- * more than one.
+ * As reading the weights is what takes most of the time, eight texts cost
+ * far less than eight times one.
  */
 
 // One of several texts that are written at once.
@@ -1147,7 +1151,7 @@ static bool is_same_file(const char *path, const char *other) {
 
 // Opens the file that an option names. That is done before the work, so
 // that none is lost. It must end in one of the endings, ".csv .md" say, and
-// it must not be the model: nobody means that. Without a path there is
+// it must not be the model itself. Without a path there is
 // nothing to open or close.
 static Output output_open(int option, const char *path, const char *endings,
                           const char *model_path) {
@@ -1457,9 +1461,10 @@ static void print_loss(double loss, FILE *to) {
 }
 
 // Plasticity against stability: what the lesson gained, and what everything
-// else paid for it. norm2 is |g|²: if the loss were a straight line, a step
-// would lower it by step_size * |g|². Losses are sober ones, but "first
-// order" starts from the loss of the lesson, which may be drugged; then the
+// else paid for it. norm2 is |g|²: a small move of the weights changes the
+// loss by gradient . move, and the move is -step_size * gradient; so if the
+// loss were a straight line, a step would lower it by step_size * |g|².
+// Losses are sober ones, but "first order" starts from the loss of the lesson, which may be drugged; then the
 // two columns differ at step 0. A file, if there is one, gets all that is
 // shown, as CSV.
 static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to) {
@@ -1811,7 +1816,8 @@ static void add_block(float *out,     // (n_rows, n), rows n_cols apart
     float packed[BLOCK * COLUMNS];
     ptrdiff_t stride = n_cols;
     ptrdiff_t r = 0;
-    // Rows that lie a power of two apart push each other out of the cache.
+    // Rows that lie a power of two apart share the same few places of the
+    // processor's cache, and so push each other out of it.
     // Where they are used by many rows of out, it pays to put them together
     // first.
     if (n_rows > MANY_ROWS && n == COLUMNS) {
