@@ -343,7 +343,7 @@ class TestLab(unittest.TestCase):
         angles = [.01, .05, .1, .15, .2, .35, .5, .8, 1]
         self.assertEqual(found.pop("temperature"), [.1, .2, .35, .5, .65, .8, 1, 1.25, 1.5])
         self.assertEqual(found.pop("sober"), [0])
-        self.assertEqual(sorted(found), sorted(["H", "Q", "K", "V", "A", "logit noise"]))
+        self.assertLessEqual({"H", "Q", "K", "V", "A", "logit noise"}, set(found))
         found.pop("logit noise")
         for site, strengths in found.items():
             self.assertEqual(strengths, angles, site)
