@@ -34,6 +34,7 @@ EXPORT = os.path.join(os.path.dirname(HERE), "export.py")
 LOGITS = os.path.join(HERE, "logits")
 sys.path[:0] = [os.path.dirname(EXPORT), HERE]
 import export       # noqa: E402  (the folders must be on the path first)
+import reference    # noqa: E402
 from naive_tokenizer import encode_like_huggingface, read_file      # noqa: E402
 
 
@@ -1773,61 +1774,27 @@ class TestBack(Case):
 
 
 # ------------------------------------------------------------------------------------------------
-# Hugging Face's arithmetic, to compare with what the C program makes of the flat file
+# Logits by reference.py, to compare with what the C program makes of the flat file
 
 
-def hf_logits(small, weights, ids, radians=None, window=0, eps=1e-5):
-    """The logits at every position; RoPE turns i and i + head/2 together by radians[i]."""
-    radians = radians or frequencies(small.head)
+def rows_in_our_order(rows, head):
+    """Of a head, Hugging Face's RoPE turns row i together with row i + head/2; ours, neighbours."""
+    heads = [rows[at:at + head] for at in range(0, len(rows), head)]
+    return [one[i // 2 + i % 2 * (head // 2)] for one in heads for i in range(head)]
 
-    def matrix(kind, layer=0):
-        _, shape, data = weights[named(HF, kind, layer)]
-        numbers = floats(data)
-        return [numbers[at:at + shape[-1]] for at in range(0, len(numbers), shape[-1])]
 
-    def times(rows, x):
-        return [sum(map(float.__mul__, row, x)) for row in rows]
-
-    def norm(x, kind, layer=0):
-        scale = 1 / math.sqrt(sum(v * v for v in x) / len(x) + eps)
-        return [v * scale * w for v, w in zip(x, matrix(kind, layer)[0])]
-
-    def heads(x, position, turned):
-        out = [x[at:at + small.head] for at in range(0, len(x), small.head)]
-        half = small.head // 2
-        for head in out if turned else []:
-            for i in range(half):
-                angle = position * radians[i]
-                a, b = head[i], head[i + half]
-                head[i] = a * math.cos(angle) - b * math.sin(angle)
-                head[i + half] = b * math.cos(angle) + a * math.sin(angle)
-        return out
-
-    embedding = matrix("tok_emb")
-    states = [list(embedding[token]) for token in ids]
-    for layer in range(small.layers):
-        w = {kind: matrix(kind, layer) for kind in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")}
-        keys, values = [], []
-        for position, x in enumerate(states):
-            h = norm(x, "att_norm", layer)
-            queries = heads(times(w["wq"], h), position, True)
-            keys.append(heads(times(w["wk"], h), position, True))
-            values.append(heads(times(w["wv"], h), position, False))
-            joined = []
-            for number, query in enumerate(queries):
-                group = number * small.kv // small.heads
-                first = max(0, position + 1 - window) if window else 0
-                marks = [math.exp(sum(map(float.__mul__, query, key[group]))
-                                  / math.sqrt(small.head)) for key in keys[first:]]
-                joined += [sum(m * v[group][i] for m, v in zip(marks, values[first:]))
-                           / sum(marks) for i in range(small.head)]
-            x = [a + b for a, b in zip(x, times(w["wo"], joined))]
-            h = norm(x, "ffn_norm", layer)
-            gate = [g / (1 + math.exp(-g)) for g in times(w["w1"], h)]
-            hidden = list(map(float.__mul__, gate, times(w["w3"], h)))
-            states[position] = [a + b for a, b in zip(x, times(w["w2"], hidden))]
-    classifier = embedding if small.tied else matrix("wcls")
-    return [times(classifier, norm(x, "final_norm")) for x in states]
+def reference_logits(small, weights, ids, radians=None, window=0):
+    """At every position. RoPE turns pair i by radians[i]."""
+    c = reference.Config(small.dim, small.hidden, small.layers, small.heads, small.kv, small.head,
+                         small.vocab, window, radians or frequencies(small.head), 1e-5)
+    tensors = {}
+    for kind, layer in small.weights:
+        numbers = list(floats(weights[named(HF, kind, layer)][2]))
+        if kind in ("wq", "wk"):
+            rows = [numbers[at:at + small.dim] for at in range(0, len(numbers), small.dim)]
+            numbers = sum(rows_in_our_order(rows, small.head), [])
+        tensors[kind, layer] = numbers
+    return reference.logits_of(reference.Model(c, tensors), ids)
 
 
 @unittest.skipUnless(os.path.exists(LOGITS), "tests/logits is not built: run make first")
@@ -1840,7 +1807,7 @@ class TestLogits(Case):
             self.assertEqual(run(write_hf(self.path(), small), "-o", out).returncode, 0)
             text = subprocess.check_output([LOGITS, out] + list(map(str, ids)))
             rows = [list(map(float, line.split())) for line in text.splitlines()]
-            want = hf_logits(small, weights, ids)
+            want = reference_logits(small, weights, ids)
             self.assertEqual([len(row) for row in rows], [small.vocab] * len(ids))
             for row, right in zip(rows, want):
                 worst = max(abs(a - b) for a, b in zip(row, right))
@@ -1853,8 +1820,8 @@ class TestLogits(Case):
             ids = family["ids"][:12]
             text = subprocess.check_output([LOGITS, out] + list(map(str, ids)))
             rows = [list(map(float, line.split())) for line in text.splitlines()]
-            want = hf_logits(family["small"], hf_weights(family["small"]), ids,
-                             family["frequencies"], family["config"].get("sliding_window"))
+            want = reference_logits(family["small"], hf_weights(family["small"]), ids,
+                                    family["frequencies"], family["config"].get("sliding_window"))
             for row, right in zip(rows, want):
                 worst = max(abs(a - b) for a, b in zip(row, right))
                 self.assertLess(worst / max(map(abs, right)), 1e-6)
