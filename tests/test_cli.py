@@ -122,6 +122,13 @@ class TestGenerate(Case):
         self.assertRegex(done.err, r"\Aread \d+ tokens at \d+/s, wrote 5 at \d+/s until -n; "
                          r"seed 420; 0 cold showers\n\Z")
 
+    def test_the_text_comes_before_the_figures(self):
+        """Also where both go the same way, and with the end of its line."""
+        for arguments in ["-i", "To be"], ["-m", "chat"]:
+            done = subprocess.run([DRUGS, MODEL, "-n", "3", *arguments], stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+            self.assertRegex(done.stdout.decode(), r"\A(To be [^\n]*|> )\nread \d+ [^\n]*\n\Z")
+
     def test_limits(self):
         lengths = []
         for limit in 1, 10, 50:

@@ -1787,6 +1787,48 @@ Test(cutting, words) {
         check_words(cut, "");
 }
 
+// The first word of n bytes of text is the same whatever lies behind them.
+static void check_nothing_behind(const Model *m, const char *text, int n) {
+    static const char *const behind[] = {
+        "", "\x80\x80\x80", "s", "ll", "  ", "11", "\n\n", "..", "\xBF",
+    };
+    int (*cut)(const Model *, const char *, int) =
+        m->config.cut_rule == CUT_GPT2 ? cut_gpt2 : cut_llama3;
+    char bytes[16] = {0};
+    memcpy(bytes, text, (size_t)n);
+    const int want = cut(m, bytes, n);
+    cr_assert(want > 0 && want <= n, "'%s': %d", bytes, want);
+    for (size_t i = 1; i < sizeof behind / sizeof *behind; i++) {
+        memset(bytes + n, 0, sizeof bytes - (size_t)n);
+        strcpy(bytes + n, behind[i]);
+        const int got = cut(m, bytes, n);
+        cr_assert_eq(got, want, "%d bytes of '%s': %d, want %d", n, bytes, got, want);
+    }
+}
+
+// All texts of up to three of these.
+Test(cutting, sees_only_its_text) {
+    static const char *const parts[] = {
+        "", " ", "\n", "a", "1", "'", "s", "!", "l", "\xC5", "\xC5\xBF", "\xE4\xB8", "\xE4\xB8\xAD",
+        "\xF0\x9F\x98", "\xC2\xA0",
+    };
+    enum { N_PARTS = sizeof parts / sizeof *parts };
+    for (int cut = 0; cut < N_CUTS; cut++) {
+        Bench b;
+        FileHeader header = TINY;
+        header.cut_rule = CUTS[cut].rule;
+        header.most_digits = CUTS[cut].most_digits;
+        byte_level(&b, header, "", NULL, 0);
+        for (int i = 1; i < N_PARTS * N_PARTS * N_PARTS; i++) {
+            char text[16];
+            const int n = sprintf(text, "%s%s%s", parts[i % N_PARTS], parts[i / N_PARTS % N_PARTS],
+                                  parts[i / N_PARTS / N_PARTS]);
+            check_nothing_behind(&b.model, text, n);
+        }
+        bench_close(&b);
+    }
+}
+
 // Merges stay within words, and a prefix is cut with the text.
 Test(cutting, merges_stay_within_words) {
     const Piece list[] = {

@@ -9,6 +9,7 @@ import array
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -452,6 +453,117 @@ class TestOddModels(test_step_cli.Case):
                                   stderr=subprocess.PIPE, timeout=60)
         self.assertEqual(done.returncode, 1)
         self.assertRegex(done.stderr, rb"\Alab: standard output[^\n]*\n\Z")
+
+
+class TestSentences(test_step_cli.Case):
+    """Whoever asks for what cannot be is told so in one line, with the right names and numbers."""
+
+    def said(self, status, sentence, program, *arguments, **more):
+        done = test_step_cli.run(*arguments, program=program, **more)
+        name = os.path.basename(program)
+        self.assertEqual((done.status, done.err), (status, "%s: %s\n" % (name, sentence)), arguments)
+
+    def test_values_of_options(self):
+        """Of all programs alike; bounds are named where there are some."""
+        wide, angle = "from 0 to 268435456", "an angle in radians"
+        shape = "-V takes a shape like .3@ceil:.2=0,.4=1,.6=0 (at most 16 points), got "
+        for sentence, *arguments in (
+                ("-n takes a number of tokens %s, got '-1'" % wide, "-n", "-1"),
+                ("-n takes a number of tokens, got '1.5'", "-n", "1.5"),
+                ("-n takes a number of tokens, got 'many'", "-n", "many"),
+                ("-c takes a number of tokens %s, got '268435457'" % wide, "-c", "268435457"),
+                ("-t takes a temperature from 0 to 1000, got '-.1'", "-t", "-.1"),
+                ("-p takes a probability from 0 to 1, got '1.1'", "-p", "1.1"),
+                ("-d takes a depth from 0 to 1, got '2'", "-d", "2"),
+                ("-w takes a spread from 0 to 1, got '-1'", "-w", "-1"),
+                ("-s takes a whole number, got 'inf'", "-s", "inf"),
+                ("-H takes %s from 0 to 1000, got '1001'" % angle, "-H", "1001"),
+                ("-A takes %s, got 'x'" % angle, "-A", "x@ceil:0=1"),
+                (shape + "'.3@flat:0=1'", "-V", ".3@flat:0=1"),
+                ("-r takes centred or upstream, got 'left'", "-r", "left"),
+                ("-m takes generate or chat, got 'talk'", "-m", "talk"),
+                ("-n needs a value; drugs -h lists the options", "-n"),
+                ("'-z' is not an option; drugs -h lists them", "-z"),
+                ("'word' is not an option; drugs -h lists them", "word")):
+            self.said(2, sentence, test_cli.DRUGS, MODEL, *arguments)
+        self.said(2, "the model file comes first, then the options; drugs -h lists them",
+                  test_cli.DRUGS, "-n", "5")
+        for sentence, *arguments in (
+                ("-e takes step sizes like 0,1e-3 from 0 to 1000, got '1001'", "-e", "0,1001"),
+                ("-e takes step sizes like 0,1e-3, got 'x'", "-e", "0,x,1"),
+                ("-e takes at most 64 step sizes", "-e", ",".join(["0"] * 65)),
+                ("-n takes a number of tokens from 1 to 1048576, got '0'", "-n", "0"),
+                ("-x takes all or last, got 'first'", "-x", "first"),
+                ("-o writes one model, so -e must be one step size", "-o", self.path("x.bin"))):
+            self.said(2, sentence, test_step_cli.STEP, MODEL, *arguments)
+        for sentence, *arguments in (
+                ("-k takes a number of seeds from 1 to 1000, got '0'", "-k", "0"),
+                ("-x takes %s from 1e-06 to 1000, got '0'" % angle, "-x", "0"),
+                ("-n takes a number of tokens %s, got '-1'" % wide, "-n", "-1"),
+                ("trip looks at one site, so give one dose", "-V", "1", "-A", "1"),
+                ("-K 2 is beyond the trip's largest angle, -x 1.5", "-K", "2"),
+                ("-o takes a file that ends in one of: .csv; got 'x.svg'", "-o", "x.svg")):
+            self.said(2, sentence, LAB, MODEL, "trip", "-i", LESSON, *arguments)
+        self.said(2, "behind the model comes trip, probe or explore, got 'trap'", LAB, MODEL, "trap")
+        self.said(2, "the model file comes first, then trip, probe or explore; lab -h lists all",
+                  LAB, "-k", "trip")
+
+    def test_texts_that_do_not_fit(self):
+        """Too short or too long, for what is asked."""
+        long = "To" + " be" * CONTEXT
+        n = len(tokens_of(long))
+        self.assertEqual(n, CONTEXT + 2)
+        step, needs = [test_step_cli.STEP, MODEL, "-e", "0"], "it needs 1 to %d for this model"
+        for sentence, *command in (
+                ("-i has %d tokens, the model's context only %d" % (n, CONTEXT),
+                 test_cli.DRUGS, MODEL, "-i", long),
+                ("-i has %d tokens, " % n + needs % (CONTEXT - 1), *step, "-i", long),
+                ("-y has %d tokens, " % n + needs % (CONTEXT - 1), *step, "-y", long),
+                ("-l has %d tokens, the model's context only %d" % (n, CONTEXT), *step, "-l", long),
+                ("-l: a lesson needs two tokens, one to predict the other", *step, "-l", ""),
+                ("-i: 2 tokens, and the first 6 are never turned, so nothing can be dosed; use a "
+                 "longer prompt", LAB, MODEL, "trip", "-i", "be"),
+                ("-i has %d tokens, the model's context only %d" % (n, CONTEXT),
+                 LAB, MODEL, "trip", "-i", long),
+                ("-i has %d tokens, " % n + needs % (CONTEXT - 1), LAB, MODEL, "probe", "-i", long)):
+            self.said(1, sentence, *command)
+        # As many as fit are taken, and no more.
+        self.assertIn("loss of", output(*step, "-n", "1", "-l", long[:-3]))
+        probe = [MODEL, "probe", "-n", "1", "-k", "1", "-i"]
+        self.assertTrue(output(LAB, *probe, long[:-9]))
+        self.assertEqual(test_step_cli.run(*probe, long[:-6], program=LAB).status, 1)
+
+    def test_files(self):
+        """What cannot be read or written, and why."""
+        none, folder = self.path("none"), self.path("folder.csv")
+        model, link = self.path("model.csv"), self.path("link.csv")
+        shutil.copy(MODEL, model)
+        os.symlink(none, link)
+        os.mkdir(folder)
+        zero = self.path("zero", "a\0b")
+        step, missing = [test_step_cli.STEP, MODEL, "-e", "0"], "No such file or directory"
+        for status, sentence, *command in (
+                (1, none + ": cannot be opened; is the path right?", test_cli.DRUGS, none),
+                (1, none + ": cannot be opened; is the path right?", test_step_cli.STEP, none),
+                (1, none + ": cannot be opened; is the path right?", LAB, none, "trip"),
+                (1, folder + ": is empty or not a regular file", test_cli.DRUGS, folder),
+                (1, "-i: %s cannot be read: %s" % (none, missing), test_cli.DRUGS, MODEL, "-i",
+                 "@" + none),
+                (1, "-f: %s cannot be read: %s" % (none, missing), *step, "-f", none),
+                (1, "-g: %s has a zero byte in it; save it as UTF-8 text" % zero, *step, "-g",
+                 "@" + zero),
+                (2, "-t takes a file that ends in one of: .csv .md; got 'x'", *step, "-t", "x"),
+                (2, "-a would overwrite the model, " + model, test_step_cli.STEP, model, "-a", model),
+                (1, folder + " cannot be written: it is not a regular file", *step, "-t", folder),
+                (1, link + " cannot be written: " + missing, *step, "-t", link),
+                (1, none + "/x.csv cannot be written: " + missing, *step, "-a", none + "/x.csv")):
+            self.said(status, sentence, *command)
+        place = os.open(self.folder, os.O_RDONLY)
+        self.addCleanup(os.close, place)
+        done = subprocess.run([test_cli.DRUGS, MODEL, "-m", "chat"], stdin=place,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((done.returncode, done.stderr.decode()),
+                         (1, "> drugs: standard input cannot be read\n"))
 
 
 if __name__ == "__main__":

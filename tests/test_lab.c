@@ -5,6 +5,7 @@
 #define LAB_LIBRARY
 #include "lab.c"
 #include "testing.h"
+#include <criterion/redirect.h>
 
 enum { LAYERS = 4, LONGEST = 513 };
 static const double MOST = 1.5; // the largest angle of all trips here
@@ -253,6 +254,97 @@ Test(trip, writes_its_numbers) {
     free(tokens);
     trip_free(&trip);
     bench_close(&b);
+}
+
+// A trip of four layers whose distances are made up, in hundredths. Dose number 10 has a row for
+// each kind and place; the window in the middle grows with the dose, and from number 16 on its
+// peak is elsewhere.
+static Trip made_up_trip(const Model *m, float *distance) {
+    static const double hundredths[N_TRIP_KINDS][LAYERS][LAYERS + 1] = {
+        {{0, 2, 5, 10, 17}, {0, .5, 25, 1.5, 4.5}, {0, 0, 9.5, 15.5, 16.5}, {0, 0, 0, 0, 8.5}},
+        {{0, .1, .3, .4, .7}, {0, .5, .6, .8, .9}, {0, 1, .1, .1, .1}, {0, 0, .2, .2, .03}},
+    };
+    const Trip trip = {.model = m, .n_tokens = 7, .site = SITE_K, .max_theta = MOST, .n_seeds = 3,
+                       .noise = {.seed = 420}, .distance = distance};
+    for (int kind = 0; kind < N_TRIP_KINDS; kind++)
+        for (int place = 0; place < LAYERS; place++)
+            for (int level = 0; level <= LAYERS; level++)
+                trip_levels(&trip, kind, place, 10)[level] =
+                    (float)(hundredths[kind][place][level] / 100);
+    for (int i = 1; i < N_THETAS; i++)
+        if (i != 10) {
+            trip_levels(&trip, WINDOW, 2, i)[i < 16 ? 4 : 2] = (float)i / 500;
+            trip_levels(&trip, WINDOW, 2, i)[3] = (float)i / 1500;
+        }
+    return trip;
+}
+
+// The maps: each in shades of its own largest distance, whose roots are fifths of its root.
+Test(trip, draws_maps) {
+    static float distance[N_TRIP_KINDS * LAYERS * N_THETAS * (LAYERS + 1)];
+    const Model m = {.config = {.n_layers = LAYERS}};
+    const Trip trip = made_up_trip(&m, distance);
+    cr_redirect_stdout();
+    print_maps(&trip, 10);
+    fflush(stdout);
+    cr_assert_stdout_eq_str(
+        "How far the last of 7 tokens strays from its sober twin, 1 - cosine, at every level:\n"
+        "0 is the embedding, l + 1 what leaves layer l. -K 0.5, mean of 3 seeds from 420.\n\n"
+        "window of 3 around            full stack up to\n"
+        "layer  level 0            4   layer  level 0            4\n"
+        "    0 │    ░░░░▒▒▒▒▓▓▓▓████│      0 │    ░░░░▒▒▒▒▓▓▓▓████│\n"
+        "    1 │        ████░░░░▒▒▒▒│      1 │    ▓▓▓▓▓▓▓▓████████│\n"
+        "    2 │        ▓▓▓▓▓▓▓▓████│      2 │    ████░░░░░░░░░░░░│\n"
+        "    3 │                ▒▒▒▒│      3 │        ▒▒▒▒▒▒▒▒    │\n"
+        "\nshades begin at         ░         ▒         ▓         █   largest\n"
+        "window               0.01      0.04      0.09      0.16      0.25\n"
+        "full stack         0.0004    0.0016    0.0036    0.0064      0.01\n");
+}
+
+// The window in the middle at every third dose: largest distance, its level, the last one.
+Test(trip, draws_doses) {
+    static float distance[N_TRIP_KINDS * LAYERS * N_THETAS * (LAYERS + 1)];
+    const Model m = {.config = {.n_layers = LAYERS}};
+    const Trip trip = made_up_trip(&m, distance);
+    cr_redirect_stdout();
+    print_doses(&trip);
+    fflush(stdout);
+    cr_assert_stdout_eq_str(
+        "\nThe window around layer 2 at all doses, each line in shades of its own largest\n"
+        "theta  level 0            4   largest  at level  in the end\n"
+        " 0.00 │                    │         0         0           0\n"
+        " 0.15 │            ▒▒▒▒████│     0.006         4       0.006\n"
+        " 0.30 │            ▒▒▒▒████│     0.012         4       0.012\n"
+        " 0.45 │            ▒▒▒▒████│     0.018         4       0.018\n"
+        " 0.60 │            ▒▒▒▒████│     0.024         4       0.024\n"
+        " 0.75 │            ▒▒▒▒████│      0.03         4        0.03\n"
+        " 0.90 │        ████▒▒▒▒    │     0.036         2           0\n"
+        " 1.05 │        ████▒▒▒▒    │     0.042         2           0\n"
+        " 1.20 │        ████▒▒▒▒    │     0.048         2           0\n"
+        " 1.35 │        ████▒▒▒▒    │     0.054         2           0\n"
+        " 1.50 │        ████▒▒▒▒    │      0.06         2           0\n");
+}
+
+// Two maps beside each other fit on a line of 100 columns, as long as a level has one at least.
+Test(trip, maps_fit_on_a_terminal) {
+    static const int widths[][2] = {{4, 4}, {10, 4}, {11, 3}, {13, 3}, {14, 2}, {20, 2}, {21, 1},
+                                    {40, 1}, {41, 1}, {81, 1}};
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
+        cr_assert_eq(level_width(widths[i][0]), widths[i][1], "%d levels", widths[i][0]);
+}
+
+// One seed, but two seeds.
+Test(trip, counts) {
+    cr_assert_str_eq(plural(1), "");
+    cr_assert_str_eq(plural(0), "s");
+    cr_assert_str_eq(plural(2), "s");
+}
+
+// Seven tokens are enough, and the whole context; three layers, too.
+Test(trip, takes_what_fits) {
+    const Config c = {.n_layers = 3, .seq_len = 64};
+    check_trip(&c, SINK + 1);
+    check_trip(&c, 64);
 }
 
 // What cannot be measured is refused before any work.
@@ -889,6 +981,31 @@ Test(explore, tries_every_site) {
     for (int i = 0; i < N_CELLS; i++)
         cell_free(&cells[i]);
     close_lab(&lab, &b);
+}
+
+// As many cells are written at once as a gigabyte holds of keys, values and states, one at least, and
+// that is said: here a text needs 60 * 2 * 4 * 500 + 50 * 1000 = 290,000 floats, 3 seeds 3.48 MB.
+static void check_room(int more, const char *said, int n) {
+    const Config c = {.n_layers = 4, .kv_dim = 500 * more, .dim = 1000 * more};
+    const LabOptions options = {.n_seeds = 3};
+    const Lab lab = {.options = &options, .config = &c, .n_prompt = 10, .n_new = 50};
+    char name[64], line[128];
+    to_name(name, ".err");
+    cr_assert(freopen(name, "w", stderr));
+    cr_assert_eq(cells_at_once(&lab), n);
+    fflush(stderr);
+    FILE *file = fopen(name, "r");
+    cr_assert(file && fgets(line, sizeof line, file));
+    cr_assert_str_eq(line, said);
+    fclose(file);
+    remove(name);
+}
+
+Test(explore, says_how_much_memory_it_takes) {
+    cr_assert_eq(N_CELLS, 64);
+    check_room(1, "192 texts, 192 side by side, 223 MB for each batch\n", 64);
+    check_room(10, "192 texts, 84 side by side, 974 MB for each batch\n", 28);
+    check_room(1000, "192 texts, 3 side by side, 3480 MB for each batch\n", 1);
 }
 
 // Every cell holds the texts that are written alone, and their numbers. The lowest temperature

@@ -456,6 +456,81 @@ Test(loader, tokenizer_records) {
     }
 }
 
+// What is wrong is said with the right names and numbers: other bytes (n) at a place of a file, and
+// the sentence.
+static void check_sentence(int kind, size_t at, const void *bytes, size_t n, const char *sentence) {
+    check_bytes(kind, at, bytes, n, "");
+    cr_assert_str_eq(last_error, sentence, "'%s' is not '%s'", last_error, sentence);
+}
+
+Test(loader, sentences) {
+    const int32_t numbers[] = {0, 1, 3, 8};
+    const float one = 1;
+    char sentence[160];
+    Bytes file = small_file(WITH_BYTES);
+    Bytes cut = small_file(BYTE_LEVEL);
+#define FIELD(name, i, sentence) \
+    check_sentence(WITH_BYTES, offsetof(FileHeader, name), &numbers[i], 4, sentence)
+    FIELD(version, 2, "version is 3, must be 2 to 2");
+    FIELD(dim, 0, "dim is 0, must be 1 to 1048576");
+    FIELD(n_heads, 2, "n_heads is 3, no multiple of n_kv_heads, which is 2");
+    FIELD(n_kv_heads, 3, "n_kv_heads is 8, must be 1 to 4");
+    FIELD(head_dim, 2, "head_dim is 3, must be even");
+    FIELD(shared_classifier, 2, "shared_classifier is 3, must be 0 to 1");
+#undef FIELD
+    check_sentence(WITH_BYTES, offsetof(FileHeader, norm_eps), &one, 4,
+                   "norm_eps is 1, must be 0 to 1");
+    check_sentence(WITH_BYTES, 200, "\1", 1, "header byte 200 is not zero");
+    snprintf(sentence, sizeof sentence, "tokenizer_bytes is 8, must be %d to %zu",
+             10 * header_of(&file)->vocab_size, file.n - 256);
+    const int64_t eight = 8;
+    check_sentence(WITH_BYTES, offsetof(FileHeader, tokenizer_bytes), &eight, 8, sentence);
+
+    // the tables and the chat
+    check_sentence(WITH_BYTES, 264, "\0\0\0\0\0\0\0", 8, "RoPE's frequency 1 is no angle");
+    const size_t range = ranges_at(&cut) + 12 * 2, merge = merges_at(&cut) + 12 * 1;
+    check_sentence(BYTE_LEVEL, range, "\0\0\0", 4, "range 2 of characters does not ascend");
+    check_sentence(BYTE_LEVEL, range + 8, "\7\0\0", 4, "range 2 of characters has class 7");
+    check_sentence(BYTE_LEVEL, merge + 4, "\0\0\0", 4, "merge 1 does not make piece 264");
+    check_sentence(BYTE_LEVEL, merge, "\377\377\377", 4,
+                   "merge 1 does not ascend, or makes no piece");
+    check_sentence(WITH_BYTES, chat_at(&file), "\377\377", 2, "the chat ends within its string 0");
+    const size_t last_string = piece_at(&file, 0) - 7; // " </s>"
+    check_sentence(WITH_BYTES, last_string, "\6", 2, "the chat ends within its string 5");
+    check_sentence(WITH_BYTES, last_string, "\3", 2, "2 bytes are left over behind the chat");
+
+    // the pieces
+    check_sentence(WITH_BYTES, piece_at(&file, 261) + 4, "\6", 1, "piece 261 is of kind 6");
+    check_sentence(WITH_BYTES, piece_at(&file, 261) + 5, "\1", 1,
+                   "piece 261 has a reserved byte that is not zero");
+    check_sentence(WITH_BYTES, piece_at(&file, 263) + 6, "\4", 2,
+                   "piece 263 is longer than the tokenizer");
+    check_sentence(WITH_BYTES, piece_at(&file, 263) + 6, "\2", 2,
+                   "1 bytes are left over behind the last piece");
+    check_sentence(WITH_BYTES, piece_at(&file, 261), "\0\0\300\177", 4,
+                   "piece 261 has a score that is no number");
+    check_sentence(WITH_BYTES, piece_at(&file, 259) + 6, "\0", 2, "piece 259 is empty");
+    check_sentence(WITH_BYTES, piece_at(&file, 262) + 4, "\3", 1, "byte piece 262 has 2 bytes");
+    check_sentence(WITH_BYTES, piece_at(&file, 7) + 10, "\0", 1,
+                   "pieces 3 and 7 are the same byte, or both unknown");
+    check_sentence(WITH_BYTES, piece_at(&file, 9) + 4, "\2", 1,
+                   "pieces 0 and 9 are the same byte, or both unknown");
+
+    // the length
+    cr_assert(!parses(file.data, 255, ""));
+    cr_assert_str_eq(last_error, "too short for a header, 255 bytes");
+    cr_assert(!parses(file.data, file.n - 4, ""));
+    snprintf(sentence, sizeof sentence,
+             "has %zu bytes, the header promises %zu; copy or export it again", file.n - 4, file.n);
+    cr_assert_str_eq(last_error, sentence);
+    const size_t pieces_end = piece_at(&file, header_of(&file)->vocab_size);
+    cr_assert(!parses(file.data, pieces_end - 1, ""));
+    snprintf(sentence, sizeof sentence, "has %zu bytes, too few for its tokenizer", pieces_end - 1);
+    cr_assert_str_eq(last_error, sentence);
+    free(file.data);
+    free(cut.data);
+}
+
 // Without byte pieces an unknown piece is needed, unless the text is cut; and the header must know
 // of byte pieces.
 Test(loader, tokenizer_as_a_whole) {

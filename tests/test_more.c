@@ -5,6 +5,8 @@
 #include "../train_step.c"
 #include "testing.h"
 #include <criterion/redirect.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 
 // ---- what is printed
 
@@ -59,30 +61,146 @@ Test(table, three_ways) {
 
 // ---- messages
 
-static void complain(const char *line) {
-    printf("said before");
-    die(3, "%s", line);
+// What a function says, on stdout and stderr, before it ends the program, and the status.
+typedef struct {
+    int status; // -1: it was killed, by this signal
+    int signal;
+    char said[4096];
+} LastWords;
+
+static LastWords last_words(void (*doing)(void)) {
+    LastWords last = {.status = -1};
+    int ends[2], status;
+    cr_assert(!pipe(ends));
+    const pid_t child = fork();
+    if (!child) {
+        dup2(ends[1], STDOUT_FILENO);
+        dup2(ends[1], STDERR_FILENO);
+        doing();
+        _exit(99);
+    }
+    close(ends[1]);
+    size_t n = 0;
+    for (ssize_t got = 1; got > 0 && n < sizeof last.said - 1; n += got > 0 ? (size_t)got : 0)
+        got = read(ends[0], last.said + n, sizeof last.said - 1 - n);
+    close(ends[0]);
+    cr_assert(waitpid(child, &status, 0) == child);
+    if (WIFEXITED(status))
+        last.status = WEXITSTATUS(status);
+    else
+        last.signal = WTERMSIG(status);
+    return last;
 }
 
-// What was said so far comes out, the complaint has one line, and the status is the one given.
-Test(messages, one_line, .exit_code = 3) {
-    complain("two\nlines\r");
+static void expect_words(void (*doing)(void), int status, const char *words) {
+    const LastWords last = last_words(doing);
+    cr_assert_str_eq(last.said, words, "%s", last.said);
+    cr_assert_eq(last.status, status, "%d: %s", last.status, last.said);
 }
 
-// A name may be longer than the line that a message has room for.
-Test(messages, cut_where_the_room_ends, .exit_code = 3) {
-    char long_line[5000];
-    memset(long_line, 'x', sizeof long_line);
-    long_line[sizeof long_line - 1] = '\0';
-    complain(long_line);
+static char long_line[5000];
+static void say_two_lines(void) { die(3, "%s", "two\nlines\r"); }
+static void say_what_a_terminal_obeys(void) { die(2, "%s", "\033[2J\x7F\xC2\x9B é\xC2\xA0"); }
+static void say_much(void) { die(1, "%s", long_line); }
+static void say_it_last(void) {
+    printf("said before, ");
+    die(1, "and behind it");
+}
+
+// A complaint is one line, whatever it quotes, with the status given; what was said so far comes
+// before it. A name may be longer than the line that there is room for.
+Test(messages, one_line) {
+    char most[1100];
+    memset(long_line, 'x', sizeof long_line - 1);
+    sprintf(most, "drugs: %.1023s\n", long_line);
+    expect_words(say_two_lines, 3, "drugs: two?lines?\n");
+    expect_words(say_what_a_terminal_obeys, 2, "drugs: ?[2J??\x9B é\xC2\xA0\n");
+    expect_words(say_it_last, 1, "said before, drugs: and behind it\n");
+    expect_words(say_much, 1, most);
 }
 
 // Memory that cannot be had is said, and nothing goes on with NULL: neither where the product is
 // too large for a size_t, nor where the system has not that much. (What comes back is kept, or the
 // compiler might leave the call out.)
 static void *volatile taken;
-Test(memory, too_much, .exit_code = 1) { taken = resize(NULL, PTRDIFF_MAX, 8); }
+static void take_too_much(void) { taken = resize(NULL, PTRDIFF_MAX, 8); }
+Test(memory, too_much) {
+    char words[100];
+    sprintf(words, "drugs: out of memory: %td times 8 bytes were needed\n", PTRDIFF_MAX);
+    expect_words(take_too_much, 1, words);
+}
 Test(memory, more_than_there_is, .exit_code = 1) { taken = resize(NULL, PTRDIFF_MAX / 16, 8); }
+
+// The tokens of a text that is so long are not even begun with.
+static void encode_too_much(void) {
+    int n;
+    taken = encode(NULL, (Source){.bytes = "", .n = INT_MAX / 16 + 1}, &n);
+}
+Test(messages, a_text_that_is_too_long) {
+    expect_words(encode_too_much, 1, "drugs: a text of 134217728 bytes is too long\n");
+}
+
+// A file that finds no room in the address space is no model.
+Test(messages, a_file_that_cannot_be_mapped) {
+    char path[] = "/tmp/drugs-test-XXXXXX";
+    const int file = mkstemp(path);
+    struct rlimit limit;
+    Model m;
+    cr_assert(file >= 0 && !ftruncate(file, 1 << 20) && !getrlimit(RLIMIT_AS, &limit));
+    const struct rlimit none = {0, limit.rlim_max};
+    setrlimit(RLIMIT_AS, &none);
+    const bool ok = model_open(&m, path);
+    setrlimit(RLIMIT_AS, &limit);
+    unlink(path);
+    close(file);
+    cr_assert(!ok);
+    cr_assert_str_eq(m.error, "cannot be mapped into memory");
+    model_close(&m);
+}
+
+// A file that is cut short while it is read ends the program with a sentence, and not with SIGBUS.
+static void lose_the_file(void) {
+    static char name[] = "/tmp/drugs-test-XXXXXX";
+    const int file = mkstemp(name);
+    Bench b;
+    Model m;
+    bench_open(&b, M, 1);
+    const bool written = write(file, b.file.data, b.file.n) == (ssize_t)b.file.n;
+    if (!written || !model_open(&m, name) || ftruncate(file, 0))
+        _exit(9);
+    unlink(name);
+    strcpy(name, "model.bin"); // which is quoted
+    taken = resize(NULL, (ptrdiff_t)m.layers[1].w[W2][0], 1);
+}
+Test(messages, a_file_that_is_cut_short) {
+    char words[100];
+    sprintf(words, "drugs: model.bin can be read no longer (signal %d); was it cut short?\n",
+            SIGBUS);
+    expect_words(lose_the_file, 1, words);
+}
+
+// Logits that are no numbers are noticed in every row that wants some, and only in these.
+static void read_two(int ruined, bool wanted) {
+    Bench b;
+    bench_open(&b, M, 2);
+    const int dim = b.model.config.dim;
+    float *embedding = (float *)b.model.layers[0].w[TOK_EMB];
+    embedding[(3 + ruined) * dim] = NAN;
+    Sequence one = sequence_new((Noise){0}), other = sequence_new((Noise){0});
+    Row rows[] = {{3, 0, &one, false, wanted || ruined != 0, NULL},
+                  {4, 0, &other, false, wanted || ruined != 1, NULL}};
+    forward(&b.run, rows, 2);
+    _exit(0);
+}
+static void ruin_the_first(void) { read_two(0, true); }
+static void ruin_the_second(void) { read_two(1, true); }
+static void ruin_what_is_not_wanted(void) { read_two(1, false); }
+Test(messages, logits_that_are_not_finite) {
+    const char *words = "drugs: the logits are not finite; is the model in order?\n";
+    expect_words(ruin_the_first, 1, words);
+    expect_words(ruin_the_second, 1, words);
+    expect_words(ruin_what_is_not_wanted, 0, "");
+}
 
 // New memory is zero, memory that grows keeps what it had, and nothing is asked for 0.
 Test(memory, resize) {
@@ -107,6 +225,69 @@ Test(files, endings) {
     cr_assert(!ends_with(".md", ".md") && !ends_with("x.md.csv", ".md") && !ends_with("", ".md"));
 }
 
+// ---- files that are not finished
+
+// A file that is begun beside its place, and then this signal comes, which was ignored or not.
+static char folder[] = "/tmp/drugs-test-XXXXXX";
+static char path[64];
+static int coming;
+static bool ignored;
+static void be_interrupted(void) {
+    signal(coming, ignored ? SIG_IGN : SIG_DFL);
+    Output output = output_open('o', path, ".csv .md", "no model");
+    fputs("whole", output.to);
+    raise(coming);
+    output_close(&output);
+    _exit(7);
+}
+
+static void be_refused(void) {
+    output_open('o', path, ".csv .md", "no model");
+    die(1, "later");
+}
+
+// A signal ends the program as it always does, and nothing is left of the file; one that is
+// ignored, as nohup wants it, does no harm. Nor is anything left where the program gives up.
+Test(files, leave_nothing_behind) {
+    static const int signals[] = {SIGHUP, SIGINT, SIGPIPE, SIGTERM};
+    cr_assert_not_null(mkdtemp(folder));
+    sprintf(path, "%s/x.csv", folder);
+    for (int i = 0; i < 4; i++)
+        for (int to_ignore = 0; to_ignore < 2; to_ignore++) {
+            coming = signals[i];
+            ignored = to_ignore;
+            const LastWords last = last_words(be_interrupted);
+            cr_assert_eq(last.status, ignored ? 7 : -1, "signal %d", coming);
+            cr_assert_eq(last.signal, ignored ? 0 : coming, "signal %d", coming);
+            cr_assert_eq(unlink(path), ignored ? 0 : -1, "signal %d", coming);
+        }
+    expect_words(be_refused, 1, "drugs: later\n");
+    cr_assert(!rmdir(folder), "something is left in it");
+}
+
+// Which pieces are found whole, and how long they are, is known; normal ones are not among them.
+Test(tokenizer, knows_what_is_found_whole) {
+    Bytes pieces = {0};
+    append_piece(&pieces, 0, CONTROL, "<|end|>", 7); // as GPT-2's is, number 0
+    append_piece(&pieces, 0, UNKNOWN, "<unknown>", 9);
+    append_piece(&pieces, 0, NORMAL, "a normal one", 12);
+    append_piece(&pieces, 0, USER_DEFINED, "user", 4);
+    append_piece(&pieces, 0, CONTROL, "", 0);
+    FileHeader header = M;
+    header.vocab_size = 5;
+    Bench b;
+    bench_open_with(&b, header, pieces, 1);
+    const Tokenizer *tokenizer = b.model.tokenizer;
+    cr_assert_eq(tokenizer->longest_whole, 7);
+    for (int byte = 0; byte < 256; byte++)
+        cr_assert_eq(tokenizer->begins_whole[byte], byte == '<' || byte == 'u', "%d", byte);
+    int n;
+    int *tokens = encode(&b.model, (Source){"<|end|>user", 11, .controls = true}, &n);
+    cr_assert(n == 2 && tokens[0] == 0 && tokens[1] == 3);
+    free(tokens);
+    bench_close(&b);
+}
+
 // Where a vector or the upright is zero there is nowhere to turn: forwards it stays, backwards its
 // gradient does.
 Test(noise, a_vector_of_zeros_is_left_alone) {
@@ -119,6 +300,18 @@ Test(noise, a_vector_of_zeros_is_left_alone) {
     for (int i = 0; i < 8; i++) {
         cr_assert_eq(x[i], 0);
         cr_assert_eq(g[i], (float)((i + 1) * (i % 2 ? -1 : 1)));
+    }
+}
+
+// The clock goes in seconds.
+Test(measuring, now) {
+    for (int i = 0; i < 1000; i++) {
+        struct timespec before, after;
+        timespec_get(&before, TIME_UTC);
+        const double time = now();
+        timespec_get(&after, TIME_UTC);
+        cr_assert_geq(time, (double)before.tv_sec + (double)before.tv_nsec / 1e9 - 1e-6);
+        cr_assert_leq(time, (double)after.tv_sec + (double)after.tv_nsec / 1e9 + 1e-6);
     }
 }
 
@@ -154,4 +347,18 @@ Test(doses, edges_of_a_shape) {
     cr_assert_eq(dose_at(&dose, .625f), 1);
     cr_assert_eq(dose_at(&dose, .75f), 0);
     cr_assert_eq(dose_at(&dose, 1), 0);
+}
+
+// Where -d or -w says where a dose acts, all layers in reach get the full angle, whatever the way
+// was to go from point to point.
+Test(doses, a_depth_has_a_mode_of_its_own) {
+    NoiseOptions options = NO_NOISE_OPTIONS;
+    options.depth = .5;
+    for (int site = 0; site < N_SITES; site++)
+        options.doses[site] = (Dose){.theta = 2, .mode = MODE_FLOOR};
+    give_shape(&options);
+    for (int site = 0; site < N_SITES; site++) {
+        cr_assert_eq(dose_at(&options.doses[site], .45f), 2);
+        cr_assert_eq(dose_at(&options.doses[site], .3f), 0);
+    }
 }

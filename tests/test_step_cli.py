@@ -353,6 +353,9 @@ class TestSteppedFile(Case):
             done = run(read, "-e", "1e-3", "-n", "1", "-t", table_name)
             self.assertEqual((done.status, done.out), (2, ""), read)
             self.assertRegex(done.err, r"\Atrain_step: [^\n]*-t[^\n]*\n\Z")
+            done = run(read, "-e", "1e-3", "-n", "1", "-a", table_name)
+            self.assertEqual((done.status, done.out), (2, ""), read)
+            self.assertRegex(done.err, r"\Atrain_step: [^\n]*-a[^\n]*\n\Z")
         self.assertEqual(run(model, "-e", "0", "-n", "1", "-t", model).status, 2)   # its ending
         self.assertEqual(sorted(os.listdir(self.folder)), before)
         self.assertEqual(self.digest(model), self.model)
