@@ -1720,6 +1720,7 @@ static const char *const WORDS[][N_CUTS] = {
          "Hello| world|,| it|'s| |2024|!"},
         {"I|'|LL| we|'|Ve| '|S|'|T| DON|'|T", NULL, "I|'LL| we|'Ve| '|S|'T| DON|'T", NULL, NULL},
         {"''|s| '|\xC5\xBF| x|'|\xC5\xBFy", NULL, "''|s| '|\xC5\xBF| x|'\xC5\xBF|y", NULL, NULL},
+        {"'|\xC5\x81x", NULL, "'\xC5\x81x", NULL, NULL}, // as long, but no s
         {"a| | b|  | c|    ", NULL, NULL, NULL, NULL},
         {"  | lead", NULL, NULL, NULL, NULL},
         {"one|\n|two|\n\n | three| \n", NULL, "one|\n|two|\n\n| | three| \n", NULL, NULL},

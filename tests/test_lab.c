@@ -261,8 +261,8 @@ Test(trip, writes_its_numbers) {
 // peak is elsewhere.
 static Trip made_up_trip(const Model *m, float *distance) {
     static const double hundredths[N_TRIP_KINDS][LAYERS][LAYERS + 1] = {
-        {{0, 2, 5, 10, 17}, {0, .5, 25, 1.5, 4.5}, {0, 0, 9.5, 15.5, 16.5}, {0, 0, 0, 0, 8.5}},
-        {{0, .1, .3, .4, .7}, {0, .5, .6, .8, .9}, {0, 1, .1, .1, .1}, {0, 0, .2, .2, .03}},
+        {{0, 2, 5, 10, 17}, {0, .5, 17, 1.5, 4.5}, {0, 0, 9.5, 15.5, 16.5}, {0, 0, 0, 0, 25}},
+        {{0, .1, .3, .4, 1}, {0, .5, .6, .8, .9}, {0, .7, .1, .1, .1}, {0, 0, .2, .2, .03}},
     };
     const Trip trip = {.model = m, .n_tokens = 7, .site = SITE_K, .max_theta = MOST, .n_seeds = 3,
                        .noise = {.seed = 420}, .distance = distance};
@@ -295,7 +295,7 @@ Test(trip, draws_maps) {
         "    0 │    ░░░░▒▒▒▒▓▓▓▓████│      0 │    ░░░░▒▒▒▒▓▓▓▓████│\n"
         "    1 │        ████░░░░▒▒▒▒│      1 │    ▓▓▓▓▓▓▓▓████████│\n"
         "    2 │        ▓▓▓▓▓▓▓▓████│      2 │    ████░░░░░░░░░░░░│\n"
-        "    3 │                ▒▒▒▒│      3 │        ▒▒▒▒▒▒▒▒    │\n"
+        "    3 │                ████│      3 │        ▒▒▒▒▒▒▒▒    │\n"
         "\nshades begin at         ░         ▒         ▓         █   largest\n"
         "window               0.01      0.04      0.09      0.16      0.25\n"
         "full stack         0.0004    0.0016    0.0036    0.0064      0.01\n");

@@ -225,6 +225,60 @@ Test(files, endings) {
     cr_assert(!ends_with(".md", ".md") && !ends_with("x.md.csv", ".md") && !ends_with("", ".md"));
 }
 
+// ---- what is given back
+
+// The number that the next file gets: the lowest that is free.
+static int next_descriptor(void) {
+    const int file = open("/dev/null", O_RDONLY);
+    close(file);
+    return file;
+}
+
+// Files are closed once they are read, good or not, and a model that is closed is mapped no longer.
+Test(files, are_given_back) {
+    char name[] = "/tmp/drugs-test-XXXXXX", at_name[64];
+    const int file = mkstemp(name), next = next_descriptor();
+    Bench b;
+    Model m;
+    bench_open(&b, M, 1);
+    sprintf(at_name, "@%s", name);
+    cr_assert(!model_open(&m, "/tmp"));
+    cr_assert(!model_open(&m, name)); // empty
+    cr_assert_eq(next_descriptor(), next);
+    cr_assert_eq(write(file, "To be", 5), 5);
+    cr_assert(!model_open(&m, name)); // no model
+    model_close(&m);
+    char *text = (char *)text_of_option('i', at_name);
+    cr_assert_str_eq(text, "To be");
+    free(text);
+    cr_assert_eq(next_descriptor(), next);
+    cr_assert_eq(pwrite(file, b.file.data, b.file.n, 0), (ssize_t)b.file.n);
+    cr_assert(model_open(&m, name));
+    void *mapping = m.file;
+    cr_assert(!msync(mapping, 1, MS_ASYNC));
+    cr_assert_eq(next_descriptor(), next);
+    model_close(&m);
+    cr_assert(msync(mapping, b.file.n, MS_ASYNC), "it is mapped still");
+    unlink(name);
+    close(file);
+    bench_close(&b);
+}
+
+// What was given back once may be given back once more.
+Test(memory, is_given_back_once) {
+    Bench b;
+    bench_open(&b, M, 2);
+    Sequence s = sequence_new((Noise){0});
+    sequence_free(&b.model, &s); // nothing was reserved
+    feed(&b.run, &s, (const int[]){3, 4}, 2, 0);
+    for (int i = 0; i < 2; i++) {
+        sequence_free(&b.model, &s);
+        run_free(&b.run);
+        model_close(&b.model);
+    }
+    free(b.file.data);
+}
+
 // ---- files that are not finished
 
 // A file that is begun beside its place, and then this signal comes, which was ignored or not.
@@ -313,6 +367,61 @@ Test(measuring, now) {
         cr_assert_geq(time, (double)before.tv_sec + (double)before.tv_nsec / 1e9 - 1e-6);
         cr_assert_leq(time, (double)after.tv_sec + (double)after.tv_nsec / 1e9 + 1e-6);
     }
+}
+
+// A product that was fast is believed at once, a slow one by an eighth.
+Test(speed, notes_a_pace) {
+    double pace = 8;
+    note_pace(&pace, 16);
+    cr_assert_eq(pace, 9);
+    note_pace(&pace, 4);
+    cr_assert_eq(pace, 4);
+}
+
+// All threads work on what is large, unless one alone was faster.
+Test(speed, one_thread_or_all) {
+    race.pace[0] = race.pace[1] = 1;
+    cr_assert(worth_threads(WORTH_THREADS + 1) && !worth_threads(WORTH_THREADS));
+    race.pace[1] = 2;
+    cr_assert(!worth_threads(WORTH_THREADS + 1));
+    race.pace[0] = 3;
+    cr_assert(worth_threads(WORTH_THREADS + 1));
+}
+
+// A product of so many columns and 1000 rows; each number of it is 1000.
+static void multiply(int n_columns) {
+    float *w = resize(NULL, 1000 * n_columns, sizeof *w);
+    float *x = resize(NULL, 1000, sizeof *x);
+    float *out = resize(NULL, n_columns, sizeof *out);
+    for (int i = 0; i < 1000 * n_columns; i++)
+        w[i] = x[i % 1000] = 1;
+    matmul(out, x, w, 1, 1000, n_columns);
+    for (int i = 0; i < n_columns; i++)
+        cr_assert_eq(out[i], 1000);
+    free(w);
+    free(x);
+    free(out);
+}
+
+// Large products are timed, and nobody else's time is touched. One thread that works alone does so
+// until it has done it for long enough.
+Test(speed, times_large_products) {
+    race.pace[0] = 1;
+    race.pace[1] = 2;
+    multiply(1000);
+    cr_assert(race.alone == 0 && race.pace[0] == 1 && race.pace[1] == 2, "that was not large");
+    multiply(1001);
+    cr_assert(race.alone > 0 && race.pace[1] == 2);
+    cr_assert_float_eq(race.pace[0] * 1001e3 / race.alone, 1, 1e-6);
+    race.pace[0] = 0; // nothing is faster, and it is slower than that
+    race.alone = RETRY / 2;
+    multiply(1001);
+    cr_assert(race.alone > RETRY / 2 && race.pace[1] == 2);
+    cr_assert_float_eq(race.pace[0] * 8 * 1001e3 / (race.alone - RETRY / 2), 1, 1e-6);
+    race.pace[0] = 0;
+    race.alone = RETRY * 2;
+    multiply(1001);
+    cr_assert(race.alone == 0 && race.pace[0] == 0 && race.pace[1] < 2, "all may try again");
 }
 
 // Of equals the first is taken, by argmax and by the order of candidates.

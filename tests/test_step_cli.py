@@ -451,8 +451,11 @@ class TestErrors(Case):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
     def test_a_full_disk(self):
+        """It is noticed before the table, the long part of the work, is begun."""
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([STEP, MODEL, "-n", "2"], stdout=full, stderr=subprocess.PIPE)
+            done = subprocess.run([STEP, MODEL, "-n", "2", "-t", self.path("x.csv")], stdout=full,
+                                  stderr=subprocess.PIPE)
+        self.assertFalse(os.listdir(self.folder))
         self.assertEqual(done.returncode, 1)
         self.assertRegex(done.stderr, rb"\Atrain_step: standard output[^\n]*\n\Z")
 
