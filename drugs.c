@@ -228,8 +228,7 @@ static bool worth_threads(double work);
 // The sum of a[i] * b[i], for i < n.
 static float dot(const float *a, const float *b, int n);
 
-// out[o] = x . w[o], for n_out vectors w[o] of length n that lie w_stride floats
-// apart.
+// out[o] = x . w[o], for n_out vectors w[o] of length n that lie w_stride floats apart.
 static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride, int n, int n_out);
 
 // out = x wᵀ, for n_rows vectors x at once.
@@ -269,9 +268,8 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
         y[i] = gain[i] * (x[i] * scale);
 }
 
-// RoPE (Su et al. 2021) tells a query or a key at which position it stands. The
-// numbers of a head are taken in pairs, and each pair is turned like the hand of a
-// clock, by
+// RoPE (Su et al. 2021) tells a query or a key at which position it stands. The numbers
+// of a head are taken in pairs, and each pair is turned like the hand of a clock, by
 //
 //     position * rope_freq[pair]   radians
 //
@@ -557,11 +555,10 @@ typedef struct {
 
 // Working memory of forward, and what the functions below need to know.
 //
-// With one slot all layers use it one after the other: layer l writes its result
-// over its own x, which nobody needs any more. With n_layers + 1 slots everything
-// that was computed is kept, as going back needs it; the x of the last slot is then
-// what left the layers. So slot number layer % n_slots is the only one, or the
-// layer's own.
+// With one slot all layers use it one after the other: layer l writes its result over
+// its own x, which nobody needs any more. With n_layers + 1 slots everything that was
+// computed is kept, as going back needs it; the x of the last slot is then what left
+// the layers. So slot number layer % n_slots is the only one, or the layer's own.
 typedef struct Run {
     const Model *model;
     int max_rows;     // that there is room for
@@ -797,8 +794,7 @@ static void enter_row(const Model *m, const Row *row) {
     }
 }
 
-// Before the layers: the sequences learn of their rows, and RoPE's angles are
-// computed.
+// Before the layers: the sequences learn of their rows, and RoPE's angles are computed.
 static void enter_rows(Run *run, const Row *rows, int n_rows) {
     const Model *m = run->model;
     run->rows = rows;
@@ -2139,13 +2135,30 @@ static bool model_parse(Model *m,
         && find_tensors(m, data, first, n_bytes);
 }
 
-static const char *mapped; // the file that model_open mapped last, for lost_page
+#ifdef __APPLE__
+#define st_mtim st_mtimespec // its name for when a file was written last
+#endif
+// The file that model_open mapped last: its name, a descriptor (-1: none), and
+// when it had been written.
+static const char *mapped;
+static int mapped_file = -1;
+static struct timespec mapped_time;
 
 // SIGBUS: a page of the file that was mapped is no longer there. The signal
 // comes while we read it, and not at any odd moment, so the program may end
 // here as it does elsewhere.
 static void lost_page(int number) {
     die(1, "%s can be read no longer (signal %d); was it cut short?", mapped, number);
+}
+
+// Whoever writes to a file that is mapped changes the model under our hands, and
+// another model's numbers look as good as its own. So before a result is handed
+// out, this asks when the file was written last. A new file under the old name
+// does no harm: what was mapped stays, nameless.
+static void check_mapped(void) {
+    struct stat info;
+    if (!fstat(mapped_file, &info) && memcmp(&info.st_mtim, &mapped_time, sizeof mapped_time))
+        die(1, "%s was written to while it was in use", mapped);
 }
 
 // Maps the file at path and parses it. False: m->error says why; close it
@@ -2163,10 +2176,13 @@ static bool model_open(Model *m, const char *path) {
     }
     size_t n_bytes = (size_t)info.st_size;
     void *file = mmap(NULL, n_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-    close(fd); // the mapping stays
-    if (file == MAP_FAILED)
+    if (file == MAP_FAILED) {
+        close(fd);
         return broken(m, "cannot be mapped into memory");
+    }
     mapped = path;
+    mapped_file = fd;
+    mapped_time = info.st_mtim;
     signal(SIGBUS, lost_page);
     bool ok = model_parse(m, file, n_bytes); // which empties m first
     m->file = file;
@@ -2183,8 +2199,11 @@ static void model_close(Model *m) {
     }
     free(m->tokenizer);
     free(m->layers);
-    if (m->file)
+    if (m->file) {
         munmap(m->file, m->file_bytes);
+        close(mapped_file);
+        mapped_file = -1;
+    }
     *m = (Model){0};
 }
 
@@ -2305,6 +2324,7 @@ typedef struct {
 // Sends on what was printed. A text that did not reach its file is no
 // success; it is said at once, and not after hours of work.
 static void flush_output(void) {
+    check_mapped();
     if (ferror(stdout) || fflush(stdout))
         die(1, "standard output cannot be written; disk full?");
 }

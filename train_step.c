@@ -1200,6 +1200,7 @@ static Output output_open(int option, const char *path, const char *endings,
 static void output_close(Output *output) {
     if (!output->path)
         return;
+    check_mapped();
     bool failed = ferror(output->to);
     failed = fflush(output->to) || failed;
     failed = fsync(fileno(output->to)) || failed;

@@ -451,6 +451,28 @@ class TestErrors(Case):
             self.assertEqual((done.status, done.out), (1, b""), more)
             self.assertRegex(done.err, r"\A> drugs: [^\n]*not finite[^\n]*\n\Z")
 
+    def test_a_model_that_is_written_to(self):
+        """Good numbers of another model, over those that are in use: between two questions."""
+        for how, status in (("over it", 1), ("beside it", 0), ("touched", 1), ("read", 0)):
+            path = self.path("model.bin", content())
+            with subprocess.Popen([DRUGS, path, "-m", "chat", "-n", "4"], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
+                chat.stdin.write(b"hello\n")
+                chat.stdin.flush()
+                chat.stdout.readline()                      # now it waits for the next one
+                if how == "beside it":
+                    os.replace(self.path("other.bin", content()[:-4] + bytes(4)), path)
+                elif how == "over it":
+                    self.path("model.bin", content()[:-4] + bytes(4))
+                elif how == "touched":
+                    os.utime(path)
+                else:
+                    os.utime(path, ns=(0, os.stat(path).st_mtime_ns))
+                _, err = chat.communicate(b"and you?\n", timeout=60)
+            self.assertEqual(chat.returncode, status, (how, err))
+            last = err.decode().replace("> ", "").strip()
+            self.assertRegex(last, r"\A(drugs: \S*/model.bin was written to|read \d)[^\n]*\Z", how)
+
     def test_an_older_file(self):
         old = b"drugs.c\0" + struct.pack("<i", 1) + content()[12:]
         self.bad(1, self.path("old.bin", old), words=["older", "export the checkpoint again"])
