@@ -2520,7 +2520,8 @@ static void chat(Talk *talk) {
         if (talk->options->shower_every)
             talk->n_showers += cold_shower(&talk->run, &talk->sequence) > 0;
         ssize_t n = getline(&line, &line_size, stdin);
-        if (n < 0 && !feof(stdin)) // a disk failed, or a line is longer than memory
+        // A disk failed, perhaps half way, or a line is longer than memory.
+        if (ferror(stdin) || (n < 0 && !feof(stdin)))
             die(1, "standard input cannot be read");
         if (n < 0) { // Ctrl-D
             talk->stopped_at = NULL;

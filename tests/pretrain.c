@@ -742,6 +742,7 @@ static double raise_model(Model *m, Document *document) {
 
 int main(int argc, char **argv) {
     program = "pretrain";
+    open_standard_streams();
     if (argc < 2 || !ends_with(argv[1], ".bin"))
         die(2, "usage: pretrain FILE.bin [seed]");
     uint64_t seed = 2;
