@@ -256,8 +256,8 @@ Test(files, are_given_back) {
     cr_assert(model_open(&m, name));
     void *mapping = m.file;
     cr_assert(!msync(mapping, 1, MS_ASYNC));
-    cr_assert_eq(next_descriptor(), next);
     model_close(&m);
+    cr_assert_eq(next_descriptor(), next);
     cr_assert(msync(mapping, b.file.n, MS_ASYNC), "it is mapped still");
     unlink(name);
     close(file);
