@@ -1050,11 +1050,15 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
 //     section 4          its name in the enum, its letter in SITES
 //     section 5          its turn: in layer_forward, as H has it, or in attend or
 //                        attention, as Q, K, V and A; and a buffer in Slot for
-//                        the vector, if there is none yet
-//     section 11         its letter in NOISE_OPTIONS, and in the help text
+//                        the vector, if there is none yet (run_init, in section
+//                        13, gives it memory)
+//     section 11         its letter in NOISE_OPTIONS, and in the help texts of
+//                        drugs.c, train_step.c and tests/lab.c
 //     train_step.c       its way back: the same glitch, drawn for the vector as it
-//                        was before it was turned. If a matrix reads what was
-//                        turned, `factors` must give the turned one.
+//                        was before it was turned; so that one must be kept, or
+//                        computed once more. In `factors`, a matrix that reads
+//                        what was turned has the turned vector as its x, and one
+//                        that made it has as its dy the gradient before the turn.
 //
 // Doses, showers and the laboratory follow from SITES. The compiler catches
 // a forgotten letter, the tests a forgotten way back.

@@ -18,6 +18,8 @@
 static const int JUDGED[] = {SITE_H, SITE_Q, SITE_K, SITE_V, SITE_A};
 enum { N_JUDGED = sizeof JUDGED / sizeof *JUDGED };
 
+enum { FIRST_DRUGGED = N_TOKENS - N_DRUGGED }; // row of golden.h that is turned
+
 static double dot_in_double(const float *a, const float *b, ptrdiff_t n) {
     double sum = 0;
     for (ptrdiff_t i = 0; i < n; i++)
@@ -58,7 +60,7 @@ enum { DRAWS = 20000, LONG = 64 };
 
 // A place that nobody else uses.
 static Place nth_place(uint64_t n, const Law *law, float theta) {
-    return (Place){scramble(n + 1), theta, law->family};
+    return (Place){.hash = scramble(n + 1), .theta = theta, .family = law->family};
 }
 
 // How far x (LONG) is turned at a place, negative if away from u. u (LONG) is filled with the
@@ -103,31 +105,58 @@ static void expect_law(const Law *law) {
     }
 }
 
-// If the same draw made both, some directions would get large angles and others small ones. The
-// size of u[i] is asked too: what is symmetrical around 0 hides from a plain correlation.
-static void expect_angles_know_nothing(const Law *law) {
-    static Angles a;
+// Sums of products of two numbers that are 0 on average and 1 in spread: over n, a correlation.
+typedef struct {
+    double with_u, with_size;             // of the angle and u[j]; of the angle and |u[j]|
+    double size_with_u, size_with_size;   // of |angle|
+} Correlations;
+
+// If the same draw made both, some directions would get large angles and others small ones. Sizes are
+// asked too: what is symmetrical around 0 hides from a plain correlation.
+static void expect_angles_unguessable(const Law *law, int n, int draws) {
+    static Correlations all[1 << 12];
+    static float u[1 << 12], x[1 << 12];
+    static double angle[DRAWS];
     const double centre = law->lean > 0 ? .5 : 0; // of each number of u
-    float x[LONG], u[LONG];
-    double with_u[LONG] = {0};
-    double with_size[LONG] = {0};
-    draw_angles(&a, law, .5f);
-    some_vector(1, x, LONG);
-    for (uint64_t i = 0; i < DRAWS; i++) {
-        double deviation = (a.angle[i] - a.mean) / a.spread;
-        draw_glitch(nth_place(i, law, .5f), x, LONG, u);
-        for (int j = 0; j < LONG; j++) {
-            double number = (double)u[j] - centre; // uniform from -1/2 to 1/2, so its spread is
-                                                   // 1 / sqrt(12), that of its size half of it
-            with_u[j] += deviation * number * sqrt(12) / DRAWS;
-            with_size[j] += deviation * (fabs(number) - .25) * sqrt(48) / DRAWS;
+    double mean = 0, mean_size = 0, square = 0;
+    memset(all, 0, sizeof all);
+    some_vector(1, x, n);
+    for (int i = 0; i < draws; i++) {
+        Glitch glitch = draw_glitch(nth_place((uint64_t)i, law, .5f), x, n, u);
+        double xx = dot_in_double(x, x, n), ux = dot_in_double(u, x, n);
+        double oo = dot_in_double(u, u, n) - ux * ux / xx;
+        angle[i] = atan2((double)glitch.u * sqrt(oo / xx), (double)glitch.x + (double)glitch.u * ux / xx);
+        mean += angle[i] / draws;
+        mean_size += fabs(angle[i]) / draws;
+        square += angle[i] * angle[i] / draws;
+    }
+    const double spread = sqrt(square - mean * mean), size_spread = sqrt(square - mean_size * mean_size);
+    for (int i = 0; i < draws; i++) {
+        double deviation = (angle[i] - mean) / spread / draws;
+        double size = (fabs(angle[i]) - mean_size) / size_spread / draws;
+        draw_glitch(nth_place((uint64_t)i, law, .5f), x, n, u);
+        for (int j = 0; j < n; j++) {
+            // Uniform from -1/2 to 1/2: the spread is 1 / sqrt(12), that of the size half of it.
+            double number = ((double)u[j] - centre) * sqrt(12);
+            double number_size = (fabs((double)u[j] - centre) - .25) * sqrt(48);
+            all[j].with_u += deviation * number;
+            all[j].with_size += deviation * number_size;
+            all[j].size_with_u += size * number;
+            all[j].size_with_size += size * number_size;
         }
     }
-    for (int j = 0; j < LONG; j++)
-        cr_expect(fabs(with_u[j]) < .05 && fabs(with_size[j]) < .05, // they scatter by .007
-                  "ANGLES: in family %s the angle and u[%d] come from the same draw: their "
-                  "correlation is %.2f, that of the angle and the size of u[%d] %.2f",
-                  law->name, j, with_u[j], j, with_size[j]);
+    const double chance = 8 / sqrt(draws); // they scatter by 1 / sqrt(draws)
+    for (int j = 0; j < n; j++) {
+        double most = fmax(fmax(fabs(all[j].with_u), fabs(all[j].with_size)),
+                           fmax(fabs(all[j].size_with_u), fabs(all[j].size_with_size)));
+        cr_expect(most < chance, "ANGLES: in family %s the angle and u[%d] of %d come from the same draw: "
+                  "their correlation, or that of their sizes, is %.2f", law->name, j, n, most);
+    }
+}
+
+static void expect_angles_know_nothing(const Law *law) {
+    expect_angles_unguessable(law, LONG, DRAWS);
+    expect_angles_unguessable(law, 1 << 12, 2000);
 }
 
 static void expect_lean(const Law *law) {
@@ -158,14 +187,16 @@ static void expect_lean(const Law *law) {
  *
  * A vector of zeros is never turned, so the other keys and values stay out of it.
  */
-enum { HEAD_DIM = 8, DIM = 64, KV_DIM = 32, MOST_KEYS = 16 }; // of G
+enum { HEAD_DIM = 8, DIM = 64, KV_DIM = 32, MOST_KEYS = 64 }; // of G
 typedef struct {
     Bench bench;
     Sequence sequence;
     Row row;
     float theta[N_SITES * MOST_LAYERS];
     float elsewhere; // the dose of the site in other layers than the one it looks at
+    int family;
 } Observer;
+
 
 // Where it looks.
 typedef struct {
@@ -174,6 +205,12 @@ typedef struct {
     int query, key; // positions
 } Spot;
 static const Spot HERE = {.seed = 1, .layer = 1, .head = 2, .query = 10, .key = 8};
+
+// How many keys the row sees.
+static int n_seen(const Observer *o, Spot at) {
+    const int window = o->bench.model.config.sliding_window;
+    return window ? min(window, at.query + 1) : at.query + 1;
+}
 
 // The gain of a layer's first norm. That of a bench may be written.
 static float *gain_of(const Model *m, int layer) {
@@ -232,7 +269,7 @@ static double score(Observer *o, Spot at, const float *query, const float *key) 
     fill(o->sequence.k[at.layer], at.key, key);
     fill(o->sequence.v[at.layer], at.key, one);
     double w = look(o, at, query)[0];
-    return log(w / (1 - w) * at.query) * sqrt(HEAD_DIM);
+    return log(w / (1 - w) * (n_seen(o, at) - 1)) * sqrt(HEAD_DIM);
 }
 
 static void see_query(Observer *o, Spot at, const float *x, float *seen) {
@@ -259,7 +296,7 @@ static void see_value(Observer *o, Spot at, const float *x, float *seen) {
     fill(o->sequence.v[at.layer], at.key, x);
     const float *found = look(o, at, nothing);
     for (int i = 0; i < HEAD_DIM; i++)
-        seen[i] = found[i] * (float)(at.query + 1);
+        seen[i] = found[i] * (float)n_seen(o, at);
 }
 
 static void see_result(Observer *o, Spot at, const float *x, float *seen) {
@@ -299,7 +336,8 @@ static void see(Observer *o, int site, float dose, Spot at, const float *x, floa
     for (int layer = 0; layer < c->n_layers; layer++)
         o->theta[site * c->n_layers + layer] = layer == at.layer ? dose : o->elsewhere;
     o->sequence.noise.seed = at.seed;
-    o->row = (Row){.position = at.query, .sequence = &o->sequence, .drugged = true};
+    o->sequence.noise.family = o->family;
+    o->row = (Row){.token = at.query, .position = at.query, .sequence = &o->sequence, .drugged = true};
     run->rows = &o->row;
     run->n_rows = 1;
     rope_angles(&o->bench.model, at.query, run->cos_sin);
@@ -459,12 +497,14 @@ static double distance(const float *a, const float *b) {
 }
 
 // A reader sees a key turned: as it lies in the cache, RoPE included, or as it was before RoPE?
-static void expect_key_turned(bool behind_rope) {
+static void expect_key_turned(bool behind_rope, int window, int family) {
     float key[HEAD_DIM], unturned[HEAD_DIM];
     float seen[HEAD_DIM], seen_before[HEAD_DIM];
     float still[HEAD_DIM], still_before[HEAD_DIM];
     Observer o;
     observer_open(&o);
+    o.bench.model.config.sliding_window = window;
+    o.family = family;
     some_vector(8, key, HEAD_DIM);
     memcpy(unturned, key, sizeof key);
     turn_back(&o, unturned, HERE.key); // as it was before RoPE
@@ -524,7 +564,8 @@ static void expect_sink(int site, int first) {
     Observer o;
     observer_open(&o);
     Spot at = HERE;
-    for (at.query = 1; at.query <= 9; at.query++) {
+    // At position 0 there is one key, and its weight is 1 whatever becomes of it.
+    for (at.query = site == SITE_Q || site == SITE_K; at.query <= 9; at.query++) {
         at.key = at.query; // its own
         bool turned = turns(&o, site, at);
         cr_expect(turned == (at.query >= first),
@@ -552,6 +593,79 @@ static Sequence read_all(Bench *b, Noise noise, int how, float *logits) {
     const float *last = feed(&b->run, &s, G_TOKENS, N_TOKENS, how | WANTS_LOGITS);
     memcpy(logits, last, (size_t)G.vocab_size * sizeof *logits);
     return s;
+}
+
+// Reads the tokens of a model of golden.h with these sites dosed, and compares with what
+// reference.py says: for sites that an exercise leaves alone.
+static void check_golden(FileHeader header, const int *tokens, int sites, const GoldenRow *golden) {
+    Bench b;
+    bench_open(&b, header, N_TOKENS);
+    Sequence s = sequence_new(bench_noise(&b, sites, FAMILY_CENTRED));
+    feed(&b.run, &s, tokens, N_TOKENS, DRUGGED | ALL_LOGITS);
+    for (int r = FIRST_DRUGGED; r < N_TOKENS; r++) {
+        const float *logits = b.run.block[r].logits;
+        const GoldenRow *want = &golden[r - FIRST_DRUGGED];
+        double off = fabs(length_of(logits, header.vocab_size) / want->norm - 1);
+        for (int j = 0; j < N_ENTRIES; j++) {
+            double entry = (double)logits[(37 * r + 53 * j + 11) % header.vocab_size];
+            off = fmax(off, fabs(entry - want->entry[j]) / want->norm);
+        }
+        cr_assert(off < 1e-5, // observed 7e-7
+                  "GOLDEN: with noise at %s the logits at position %d are no longer what reference.py "
+                  "says, off by %.2g: this exercise leaves that site alone", site_letters(sites), r, off);
+    }
+    sequence_free(&b.model, &s);
+    bench_close(&b);
+}
+
+static void expect_golden(int site) {
+    check_golden(G, G_TOKENS, 1 << site, G_DRUGGED[site]);
+    check_golden(M, M_TOKENS, 1 << site, M_DRUGGED[site]);
+}
+
+// A block of rows gives the bits that single rows give, whatever their number and their wishes.
+static void expect_block(int site) {
+    static float together[N_TOKENS][320];
+    Bench b;
+    bench_open(&b, G, N_TOKENS);
+    Noise noise = bench_noise(&b, 1 << site, FAMILY_CENTRED);
+    Sequence block = sequence_new(noise), single = sequence_new(noise), few = sequence_new(noise);
+    feed(&b.run, &block, G_TOKENS, N_TOKENS, DRUGGED | ALL_LOGITS);
+    for (int r = 0; r < N_TOKENS; r++)
+        memcpy(together[r], b.run.block[r].logits, sizeof together[r]);
+    for (int r = 0; r < N_TOKENS; r++)
+        cr_assert(same(feed(&b.run, &single, G_TOKENS + r, 1, DRUGGED | WANTS_LOGITS), together[r], 320),
+                  "BLOCK: with noise at site %c the logits at position %d depend on whether its row "
+                  "comes alone or in a block", SITES[site], r);
+    cr_expect(same(feed(&b.run, &few, G_TOKENS, N_TOKENS, DRUGGED | WANTS_LOGITS), together[N_TOKENS - 1],
+                   320),
+              "BLOCK: with noise at site %c logits depend on whether those of other rows are wanted",
+              SITES[site]);
+    sequence_free(&b.model, &block);
+    sequence_free(&b.model, &single);
+    sequence_free(&b.model, &few);
+    bench_close(&b);
+}
+
+// A vector of zeros is left alone, and so is the gradient: with values of zeros att is zero.
+static void expect_zeros_survive(int site) {
+    Bench b;
+    Step step;
+    bench_open(&b, G, 1);
+    float *wv = (float *)(uintptr_t)b.model.layers[1].w[WV]; // of a bench: may be written
+    memset(wv, 0, KV_DIM * DIM * sizeof *wv);
+    Sequence s = sequence_new(bench_noise(&b, 1 << site, FAMILY_CENTRED));
+    step_init(&step, &b.model, N_TOKENS);
+    step_add(&step, &s, G_TOKENS, N_TOKENS, DRUGGED);
+    step_take(&step);
+    const float *dxn = step.grads.slots[1].xn, *dx = step.grads.slots[0].x;
+    cr_expect(isfinite(step.loss) && isfinite(dot(dxn, dxn, N_TOKENS * DIM)) &&
+                  isfinite(dot(dx, dx, N_TOKENS * DIM)),
+              "ZERO: with noise at site %c vectors of zeros make a loss or a gradient that is no number",
+              SITES[site]);
+    step_free(&step);
+    sequence_free(&b.model, &s);
+    bench_close(&b);
 }
 
 // With noise in layer 1 only, is it in what lies in the cache of this layer? Keys and values that
@@ -774,7 +888,8 @@ static void expect_books(int site) {
 
 // The gradient of each tensor says what the loss does when the tensor moves in a random direction.
 static void expect_gradient(int site) {
-    int layer, which;
+    int layer, which, n_wrong = 0;
+    char last[200] = "";
     Lesson l;
     lesson_open(&l, site);
     for (int i = 0; tensor_at(&l.bench.model.config, i, &layer, &which); i++) {
@@ -790,12 +905,15 @@ static void expect_gradient(int site) {
         double seen = slope_of_loss(&l.step, layer, which, direction);
         // In a random direction from -1 to 1 the slope is about |gradient| / sqrt(3).
         double error = fabs(seen - told) / (length_of(gradient, n) / sqrt(3));
-        cr_expect(error < 3e-3, // observed 8e-4
-                  "BACKWARD: with noise at site %c, the loss changes by %.5f when %s of layer %d moves a "
-                  "little, and its gradient says by %.5f", SITES[site], seen, TENSOR_NAMES[which],
-                  layer, told);
+        if (!(error < 3e-3)) { // observed 8e-4
+            n_wrong++;
+            snprintf(last, sizeof last, "%s of layer %d: it moves a little, the loss changes by %.5f, and "
+                     "the gradient says by %.5f", TENSOR_NAMES[which], layer, seen, told);
+        }
         free(gradient);
         free(direction);
     }
+    cr_expect(!n_wrong, "BACKWARD: with noise at site %c the gradients of %d tensors are no slopes of the "
+              "loss. The last of them, with the fault just behind it, is %s", SITES[site], n_wrong, last);
     lesson_close(&l);
 }

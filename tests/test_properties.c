@@ -111,7 +111,8 @@ Test(glitch, does_not_mind_the_length) {
 }
 
 Test(rope, a_key_is_turned_behind_it) {
-    expect_key_turned(true);
+    expect_key_turned(true, 0, FAMILY_CENTRED);
+    expect_key_turned(true, 5, FAMILY_UPSTREAM);
 }
 
 Test(rope, a_query_is_turned_before_it) {
