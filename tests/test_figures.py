@@ -207,6 +207,16 @@ class TestStep(test_step_cli.Case):
             "sleep of death what dreams may come."))
         self.assertEqual(self.good("-e", "0"), self.good("-e", "0", "-n", "64"))
 
+    def test_an_option_changes_nothing_else(self):
+        """-x only says what counts, -f only what is measured at last."""
+        def cure_and_sequel(*more):
+            out = self.good("-e", "0", "-n", "5", *more)
+            return out.split("The other cure")[1], losses(out)["0"][2]
+        plain = cure_and_sequel()
+        self.assertEqual(plain, cure_and_sequel("-x", "all"))
+        self.assertEqual(plain, cure_and_sequel("-x", "last"))
+        self.assertEqual(plain, cure_and_sequel("-f", self.path("other.txt", OTHER)))
+
     def test_the_table_fits_the_terminal(self):
         """Columns are as wide as the terminal allows, 6 at least and 16 at most, with a space
         between two of them; the last one is not padded."""
@@ -327,6 +337,14 @@ class TestLab(unittest.TestCase):
             self.assertRegex(line, r"\A %.2f │[ ░▒▓█]{33}│ [ \d.e-]{10} {8}\d [ \d.e-]{11}\Z"
                              % (.15 * i))
 
+    def test_the_nearest_dose_is_shown(self):
+        """Of 0.05, 0.1 ... 1.5 the one that is nearest to what was asked for."""
+        for asked, shown in ((1, "1"), (1.5, "1.5"), (.62, "0.6"), (.63, "0.65"), (.01, "0.05")):
+            out = output(LAB, MODEL, "trip", "-i", LESSON[:18], "-k", "1", "-V",
+                         str(asked))
+            self.assertIn("-V %s, mean of 1 seed from 420.\n" % shown, out)
+            self.assertIn("\nThe next token, theta %s in that window" % shown, out)
+
     def test_progress_on_a_terminal(self):
         """It comes on one line, is wiped when all is done, and the rest is as without a terminal."""
         for mode, what in ("trip", "theta"), ("probe", "twin"), ("explore", "cell"):
@@ -413,6 +431,7 @@ class TestOddModels(test_step_cli.Case):
         self.assertEqual(read("-x"), len(tokens_of("be")) + 1)
         self.assertEqual(read(), len(tokens_of("be</s>")))
         self.assertGreater(read(), read("-x"))
+        self.assertEqual(read(), read("-u"))        # another matter
 
     def test_a_model_that_overflows(self):
         """A weight that is not a number is found by every program."""

@@ -471,3 +471,19 @@ Test(doses, a_depth_has_a_mode_of_its_own) {
         cr_assert_eq(dose_at(&options.doses[site], .3f), 0);
     }
 }
+
+// Each option about noise is taken, with its value; no other one is.
+Test(doses, options_that_are_taken) {
+    NoiseOptions options = NO_NOISE_OPTIONS;
+    for (const char *site = SITES; *site; site++)
+        cr_assert(take_noise_option(&options, *site, ".5"));
+    cr_assert(take_noise_option(&options, 'd', ".25") && options.depth == .25);
+    cr_assert(take_noise_option(&options, 'w', ".75") && options.spread == .75);
+    cr_assert(take_noise_option(&options, 'r', "upstream") && options.family == FAMILY_UPSTREAM);
+    cr_assert(take_noise_option(&options, 'r', "centred") && options.family == FAMILY_CENTRED);
+    cr_assert(take_noise_option(&options, 's', "7") && options.seed == 7);
+    for (const char *other = "inxctpmyegkoatfluh"; *other; other++)
+        cr_assert(!take_noise_option(&options, *other, "1"), "-%c", *other);
+    for (int site = 0; site < N_SITES; site++)
+        cr_assert_eq(options.doses[site].theta, .5);
+}
