@@ -44,10 +44,10 @@ SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 STEPS = {
     "digest": ["tests/digest"],
     "C:test_more": ["tests/test_more"],
-    "C:test_properties": ["tests/test_properties"],
     "C:test_loader": ["tests/test_loader"],
     "C:test_step": ["tests/test_step"],
     "C:test_drugs": ["tests/test_drugs"],
+    "C:test_properties": ["tests/test_properties"],
     "line:test_cli": ["drugs"],
     "C:test_lab": ["tests/test_lab"],
     "line:test_step_cli": ["train_step", "drugs"],

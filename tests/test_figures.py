@@ -433,6 +433,18 @@ class TestOddModels(test_step_cli.Case):
         self.assertGreater(read(), read("-x"))
         self.assertEqual(read(), read("-u"))        # another matter
 
+    def test_the_default_length_in_a_long_context(self):
+        """256 tokens, where the context holds more and nothing ends the text."""
+        data = self.content(self.model_with(40, 600))
+        model, end = self.path("endless.bin"), b"\4\0\0\0</s>"
+        self.assertEqual(data.count(b"\5\0" + end), 1)
+        with open(model, "wb") as stream:
+            stream.write(data.replace(b"\5\0" + end, b"\1\0" + end))    # it was the END piece
+        done = test_step_cli.run(model, "-i", "To be", program=test_cli.DRUGS)
+        self.assertRegex(done.err, "wrote 256 at .* until -n")
+        probe = output(LAB, model, "probe", "-i", "To be", "-k", "1")
+        self.assertEqual(len(probe.splitlines()), 256 + 1)      # and a heading
+
     def test_a_model_that_overflows(self):
         """A weight that is not a number is found by every program."""
         data = bytearray(self.content(MODEL))

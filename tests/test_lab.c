@@ -577,6 +577,30 @@ Test(lab, knows_its_room) {
     close_lab(&lab, &b);
 }
 
+// Each text begins with all that the prompt has left: tokens, keys and values, and so a shower of it
+// has the bits of the prompt that was read.
+Test(lab, begins_behind_the_prompt) {
+    LabOptions options = {.n_seeds = 1};
+    Bench b;
+    Lab lab;
+    open_lab(&lab, &b, &options, G, 5);
+    Sequence s = after_prompt(&lab, (Noise){.seed = 7});
+    cr_assert(s.length == lab.n_prompt && s.noise.seed == 7 && s.first_dirty == CLEAN);
+    cr_assert(s.capacity >= lab.n_prompt + lab.n_new);
+    cr_assert(!memcmp(s.tokens, lab.prompt, (size_t)lab.n_prompt * sizeof *s.tokens));
+    const size_t size = (size_t)(lab.n_prompt * lab.config->kv_dim) * sizeof(float);
+    for (int layer = 0; layer < lab.config->n_layers; layer++) {
+        cr_assert(!memcmp(s.k[layer], lab.sequence.k[layer], size));
+        cr_assert(!memcmp(s.v[layer], lab.sequence.v[layer], size));
+    }
+    s.first_dirty = 0;
+    cr_assert_eq(cold_shower(&lab.run, &s), lab.n_prompt);
+    for (int layer = 0; layer < lab.config->n_layers; layer++)
+        cr_assert(!memcmp(s.v[layer], lab.sequence.v[layer], size));
+    sequence_free(&b.model, &s);
+    close_lab(&lab, &b);
+}
+
 // ---- texts side by side
 
 enum { N_TEXTS = 7, N_PROMPT = 14 };
