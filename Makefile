@@ -12,6 +12,7 @@
 # make mutate   changes one thing at a time and asks whether the tests notice; N=40 SEED=1
 # make coverage the lines of the two books that no test runs
 # make bench    speed, as ratios against this machine's limits
+# make analyse  what clang-tidy, cppcheck and gcc -fanalyzer find, without running anything
 # make faults   lets one thing after the other fail: memory, disks, signals, the model's file
 # make fuzz     feeds the programs with nonsense, SECONDS=120 for each of five targets (clang)
 # make clean    removes what was built
@@ -148,6 +149,9 @@ SECONDS = 120
 fuzz: tests/tokens
 	python3 tests/fuzz.py $(SECONDS)
 
+analyse:
+	sh tests/analyse.sh
+
 faults: drugs train_step tests/lab tests/tokens tests/logits
 	python3 tests/faults.py
 
@@ -155,5 +159,5 @@ clean:
 	rm -f $(PROGRAMS) $(C_TESTS) tests/exercises .flags tests/fresh.bin lab.html
 	rm -rf lab
 
-.PHONY: all test c_tests exercise golden debug demo lesson trip explore probe page pretrain digest portability \
-        mutate coverage faults fuzz bench clean criterion always
+.PHONY: all test c_tests exercise golden debug demo lesson trip explore probe page pretrain digest \
+        portability mutate coverage analyse faults fuzz bench clean criterion always

@@ -31,6 +31,9 @@
  * on many, because every sum has one fixed order (section 12 says how). So what
  * differs between two runs is what you changed, never how it was computed.
  */
+#ifdef _WIN32
+#error "a model's file is mapped as POSIX has it: on Windows, build this in WSL"
+#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -1728,13 +1731,15 @@ static void print_rest(Printer *printer) {
     bool control = point < ' ' && point != '\n' && point != '\t';
     control = control || (point >= 127 && point < 160);
     // A terminal would obey a control character: move its cursor, change
-    // its title.
+    // its title. So it gets the character's number instead.
     char name[8];
     printer->n_waiting = 0;
-    if (valid && control && printer->terminal)
-        write_bytes(printer->to, name, sprintf(name, "<%02X>", point));
-    else if (valid)
+    if (valid && control && printer->terminal) {
+        int n_name = sprintf(name, "<%02X>", point);
+        write_bytes(printer->to, name, n_name);
+    } else if (valid) {
         write_bytes(printer->to, printer->waiting, n);
+    }
     for (int i = 0; i < n && !valid; i++)
         write_bytes(printer->to, "\xEF\xBF\xBD", 3);
 }
@@ -1797,6 +1802,11 @@ static void print_token(Printer *printer, const Model *m, int token) {
  * wrong comes back as a sentence in m->error, and not as an exit, so that
  * tests can try thousands of broken files.
  */
+// To turn numbers round while they are read would take a copy of all weights, in
+// memory that a large model does not have.
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "a model's file is little-endian, and this machine is not"
+#endif
 _Static_assert(offsetof(Config, q_dim) == 84, "no gaps between its members");
 enum { HEADER_BYTES = 256, MAGIC_BYTES = 8, CONFIG_BYTES = offsetof(Config, q_dim) };
 enum { ALIGNMENT = 64, PIECE_BYTES = 10 }; // PIECE_BYTES: of a record, without the piece itself
@@ -2144,7 +2154,7 @@ static bool model_parse(Model *m,
 #endif
 // The file that model_open mapped last: its name, a descriptor (-1: none), and
 // when it had been written.
-static const char *mapped;
+static const char *mapped = "";
 static int mapped_file = -1;
 static struct timespec mapped_time;
 

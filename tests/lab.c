@@ -706,7 +706,7 @@ static void print_next_token(const Trip *trip, int i_theta) {
         printf("%-16s %5.1f %%  %5.1f %%  ", text, 100 * p, 100 * q);
         free(text);
         double longest = 100 * fmax(p, q);
-        for (double percent = 1; percent < longest; percent += 2)
+        for (int percent = 1; percent < longest; percent += 2)
             putchar(bar_sign(percent, p, q));
         puts("");
     }

@@ -1,6 +1,7 @@
 # Whether the digest is the same everywhere: builds tests/digest for every machine that this one can
-# be or stand in for, and compares with tests/digest.txt. What it needs it installs, if it may; what
-# cannot be had is skipped by name. Status 1 if a digest differs.
+# be or stand in for, and compares with tests/digest.txt. Machines on which it could not be the same
+# must be refused by the build, and no compiler may have a warning to give. What it needs it installs,
+# if it may; what cannot be had is skipped by name. Status 1 if anything is otherwise.
 cd "$(dirname "$0")/.." || exit 1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -40,6 +41,22 @@ try() {
     if build "$@"; then compare "$*" $run "$work/digest"; else echo "skipped  $*"; fi
 }
 
+# Must be refused, in one sentence that is ours. refuse SENTENCE COMPILER FLAGS...
+refuse() {
+    sentence=$1
+    shift
+    if build "$@"; then
+        failed=1
+        echo "BUILT    $*, although $sentence"
+    elif grep -m 1 'error' "$work/errors" | grep -q "#error.*$sentence"; then
+        echo "refused  $*"
+    else
+        failed=1
+        echo "BROKEN   $*"
+        head -n 3 "$work/errors"
+    fi
+}
+
 # Can this processor do what is asked? supports NAME...
 supports() {
     for feature in "$@"; do
@@ -56,9 +73,24 @@ if [ "$(uname -m)" = x86_64 ]; then
     supports avx512f avx512bw avx512cd avx512dq avx512vl && marches="$marches skylake-avx512"
 fi
 
+# Compiles every program in each of the two languages of today. strict COMPILER
+strict() {
+    warnings="-Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wno-unknown-pragmas -Wno-psabi"
+    for language in gnu11 gnu17; do
+        verdict='no words'
+        for program in drugs train_step tests/lab tests/pretrain tests/digest tests/bench tests/logits \
+                       tests/tokens; do
+            $1 -std=$language -O1 -ffp-contract=off $warnings -Werror -c $program.c -o "$work/object" ||
+                { failed=1; verdict=WARNINGS; }
+        done
+        echo "$verdict $1 -std=$language $warnings"
+    done
+}
+
 run=
 for compiler in gcc clang; do
     if ! have $compiler; then echo "skipped  $compiler"; continue; fi
+    strict $compiler
     for march in $marches; do
         try $compiler -O3 -march=$march
         try $compiler -O3 -march=$march -fopenmp
@@ -94,13 +126,7 @@ if [ "$(uname -m)" = x86_64 ]; then
     done
     # x87 keeps more digits than a float has: such a build must be refused.
     if gcc -m32 "$work/empty.c" -o "$work/empty" 2> /dev/null; then
-        build gcc -O1 $m32 -mfpmath=387
-        if grep -q '#error' "$work/errors"; then
-            echo 'refused  gcc -m32 -mfpmath=387'
-        else
-            failed=1
-            echo 'BUILT    gcc -m32 -mfpmath=387, which rounds otherwise'
-        fi
+        refuse 'more digits than a float has' gcc -O1 $m32 -mfpmath=387
     fi
 fi
 
@@ -118,6 +144,15 @@ if [ "$(uname -m)" != aarch64 ]; then
         echo 'skipped  aarch64'
     fi
 fi
+
+# A machine that is big-endian, and Windows, which a compiler is told that it is on.
+have s390x-linux-gnu-gcc || install gcc-s390x-linux-gnu libc6-dev-s390x-cross
+if have s390x-linux-gnu-gcc; then
+    refuse 'little-endian, and this machine is not' s390x-linux-gnu-gcc -O1
+else
+    echo 'skipped  s390x'
+fi
+have gcc && refuse 'build this in WSL' gcc -D_WIN32
 
 echo "$n_same builds and runs with the same digest"
 exit $failed
