@@ -4,9 +4,10 @@
     make fuzz SECONDS=120                        every target for two minutes, one after the other
     python3 tests/fuzz.py 120 file text ...      only these: file text drugs step export
 
-The first four are in tests/fuzz.c and need clang with libFuzzer. What they begin with is made here, of
-small models with each kind of vocabulary. export changes a few bytes of small checkpoints; a run of
-export.py counts as a success if drugs.c loads what came of it, and else it must end with one line.
+The first four are in tests/fuzz.c and need clang with libFuzzer. What they begin with is made here and
+not kept as files, so that it follows the format: small models with each kind of vocabulary. export
+changes a few bytes of small checkpoints; a run of export.py counts as a success if drugs.c loads what
+came of it, and else it must end with one line.
 Whatever breaks something is kept in the working folder, which is printed.
 """
 
@@ -48,6 +49,9 @@ def models():
             make(whole, flags=2, window=4)]
 
 
+# Plain ones, and of the kinds that once came out wrong: broken characters, a terminal's, zeros.
+TEXTS = [b"To be ab abc", "the 12345 th's\n\n  \u00e9".encode(), b"<s>[INST] ab </s>",
+         b"ab \xc3 \xe2\x82 \xff\xed\xa0\x80", b"\x1b[31m\xc2\x9b\x7f ab\0ab"]
 LINES = {
     "drugs": ["-i\nTo be\n-n\n4", "-V\n.3@ceil:0=1,.5=0\n-u\n-c\n2", "-m\nchat\n-y\nab", "-i\n-\n-x", "-h",
               "-t\n1\n-p\n.5\n-s\n7", "-H\n.1\n-Q\n.2\n-K\n.3\n-A\n.4@interpolate:0=0,1=2\n-d\n.4\n-w\n.1",
@@ -67,9 +71,9 @@ def prepare(folder):
     for number, data in enumerate(files):
         small.save(os.path.join(folder, f"{number}.bin"), data)
         small.save(os.path.join(folder, f"file/{number}"), data)
-    for number, text in enumerate(("To be ab abc", "the 12345 th's\n\n  \u00e9", "<s>[INST] ab </s>")):
+    for number, text in enumerate(TEXTS):
         for model in range(len(files)):
-            small.save(os.path.join(folder, f"text/{number}{model}"), bytes([model, 0]) + text.encode())
+            small.save(os.path.join(folder, f"text/{number}{model}"), bytes([model, 0]) + text)
     for target, lines in LINES.items():
         for number, line in enumerate(lines):
             for model in 0, 2:
