@@ -3199,6 +3199,7 @@ static void open_standard_streams(void) {
         file = open("/dev/null", O_RDWR);
     if (file >= 0)
         close(file);
+    signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like any other
 }
 
 static void *resize(void *old, ptrdiff_t count, size_t size) {

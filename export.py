@@ -2231,8 +2231,8 @@ def main():
         if stream and hasattr(stream, "reconfigure"):
             # A name of a file may have characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
-    for name in "SIGTERM", "SIGHUP":    # like ^C, so that what was begun is removed
-        number = getattr(signal, name, None)            # Windows has no SIGHUP
+    for name in "SIGTERM", "SIGHUP", "SIGQUIT":     # like ^C, so that what was begun is removed
+        number = getattr(signal, name, None)            # Windows lacks two
         if number and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     try:

@@ -1175,7 +1175,7 @@ static Output output_open(int option, const char *path, const char *endings,
         die(1, "%s cannot be written: %s", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) // a folder, a device
         die(1, "%s cannot be written: it is not a regular file", path);
-    static const int signals[] = {SIGHUP, SIGINT, SIGPIPE, SIGTERM, 0};
+    static const int signals[] = {SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGXCPU, 0};
     atexit(remove_unfinished);
     for (const int *one = signals; *one; one++)
         if (signal(*one, interrupted) == SIG_IGN)
@@ -1674,6 +1674,8 @@ static Experiment parse_experiment(int argc, char **argv) {
         e.sequel = e.lesson ? "" : SEQUEL;
     if (!e.lesson) // unless it was given
         e.lesson = PHRASE;
+    if (e.table_path && e.loss_path && !strcmp(e.table_path, e.loss_path))
+        die(2, "-t and -a write two tables, not one: %s", e.table_path);
     if (e.model_path && e.n_sizes != 1)
         die(2, "-o writes one model, so -e must be one step size");
     return e;

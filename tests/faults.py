@@ -276,7 +276,7 @@ def signals(pool):
         right = undisturbed(mode)
         n = right[0].count(2)
         print(f"signals: {mode[0]}, {n} calls", flush=True)
-        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT
         list(pool.map(lambda one: interrupted(mode, right, *one),
                       itertools.product(range(1, n + 1), numbers)))
 

@@ -31,8 +31,8 @@ def run(*arguments, program=STEP, **more):
 
 
 def small_disk():
-    """In the child: files cannot grow beyond 100 KB, and writing says so instead of killing."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    """In the child: files cannot grow beyond 100 KB. The signal that comes of it must not kill."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
 
 
@@ -361,6 +361,11 @@ class TestSteppedFile(Case):
         self.assertEqual(self.digest(model), self.model)
         self.assertEqual(os.stat(model).st_nlink, 2)
         self.assertTrue(os.path.islink(soft) and os.path.islink(table_name))
+
+    def test_two_tables_need_two_names(self):
+        path = self.path("table.csv")
+        self.bad(2, "-e", "0", "-t", path, "-a", path, words=["-t", "-a", path])
+        self.assertEqual(os.listdir(self.folder), [])
 
     def test_no_neighbour_is_overwritten(self):
         """What is written beside its place has a name that no file has, not even the model."""
