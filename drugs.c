@@ -106,8 +106,8 @@
  * head separately.
  *
  * token            a piece of text, a word or part of one, and its number in the vocabulary.
- * weight           a number of the model (attention's weights, below, are others). They come in matrices and
- *                  vectors; both are called tensors. A norm's vector of weights is its gain.
+ * weight           a number of the model (attention's weights, below, are others). They come in
+ *                  matrices and vectors, both called tensors. A norm's vector of them is its gain.
  * embedding        the table in which each token has a row of dim numbers: its first x.
  * residual stream  the x on the left. Nothing replaces it, each half of a layer only adds to it:
  *                  so it is the memory that all layers share.
@@ -260,10 +260,10 @@ static void cos_sin_of(double angle, double *cosine, double *sine);
 // Each layer adds to the stream, so it grows; the norm hands every matrix numbers
 // of about size 1, however deep it sits.
 //
-// Apart from the gain it forgets the length of a vector and keeps its direction.
-// All readers of the residual stream see it through a norm: they see where it
-// points, and not how long it is. Remember that when the noise comes: it changes
-// directions and leaves lengths alone.
+// Apart from the gain it forgets the length of a vector and keeps its direction. All
+// readers of the residual stream see it through a norm: they see where it points, and not
+// how long it is. What DRµGS turns lies behind the norm or inside attention, where length
+// does count: so the noise must change directions and leave lengths alone by itself.
 static void rmsnorm(float *y, const float *x, const float *gain, int dim, float eps) {
     float mean_square = dot(x, x, dim) / (float)dim;
     float scale = 1.0f / sqrtf(mean_square + eps);
@@ -278,10 +278,11 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
 //
 // Pair i is x[2i] and x[2i + 1]. The first pairs are fast hands, which tell neighbours apart
 // but look alike after a full turn; the last ones hardly move, and tell far from near. Turn
-// two hands by the same angle and their dot product stays. So if the query stands at position
-// m and the key at n, all that it sees of the two is (m - n) * rope_freq: how far back the
-// key lies, and not where. So a passage reads alike anywhere in a text. (Hugging Face pairs i
-// with i + head_dim / 2 instead; export.py puts the rows of wq and wk in our order.)
+// two hands by the same angle and their dot product stays. So turn both back by n * rope_freq:
+// a key of position n stands as if at 0, its query of position m as if at m - n. All that the
+// product sees is how far back the key lies, and not where; a passage reads alike anywhere in
+// a text. (export.py has the frequencies. Hugging Face pairs i with i + head_dim / 2 instead,
+// so it also puts the rows of wq and wk in our order.)
 static void rope(float *x,             // (head_dim)
                  const float *cos_sin, // (head_dim) the cosine and the sine for each pair
                  int head_dim) {
@@ -377,12 +378,12 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  * Glitch. |o| needs no o either, again by Pythagoras: |o|² = u.u - (u.x)² / x.x.
  *
  * The angle is a = theta * U, with U uniform in [0, 1); theta is the dose. So a
- * glitch turns by half of theta on average; .3 is a light dose, 1 is a lot. Five
- * sites can be dosed, the letters of the drawing in section 1:
+ * glitch turns by half of theta on average; .3 is a light dose (on V and A .5 is, too), 1 is
+ * a lot. Five sites can be dosed, the letters of the drawing in section 1:
  *
  *     H  the input of attention, before wq, wk and wv: so its noise enters the cache
  *     Q  the query of each head, before RoPE
- *     K  a key while a query head reads it: each reader sees another glitch, this layer's cache stays clean
+ *     K  a key while a query head reads it: each reader sees another glitch, the cache stays clean
  *     V  a value while a query head reads it, likewise
  *     A  the output of each head, before wo
  *
@@ -959,8 +960,9 @@ static void run_free(Run *run);
  * 6  The cold shower
  *
  * Noise leaves traces in the cache: H turns what a layer's own keys and
- * values are made of, the other sites show in those of the layers above.
- * And a sober token that looks back on noisy ones is noisy too. So a shower
+ * values are made of, the other sites show in those of the layers above: they
+ * change att, wo adds that to the residual stream, and the next layer makes
+ * its keys and values of the stream. And a sober token that looks back on noisy ones is noisy too. So a shower
  * takes all tokens from the first dirty one on and runs them again, sober,
  * as one block:
  *

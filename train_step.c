@@ -172,7 +172,8 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) ea
 //     xx = x.x     ux = u.x     oo = u.u - ux²/xx     (|o|², section 4 of drugs.c)
 //     B = sin(angle) sqrt(xx / oo)     A = cos(angle) - B ux/xx
 //
-// there are three paths on which x reaches the loss. With g for dr,
+// there are three paths on which x reaches the loss: directly, because A
+// multiplies it, and through A and B, which are made of it. With g for dr,
 //
 //     dx = A g  +  (x.g) grad A  +  (u.g) grad B
 //
@@ -180,7 +181,8 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) ea
 // so
 //
 //     grad oo = -2 ux/xx u + 2 ux²/xx² x
-//     grad B  = B/2 (grad xx / xx - grad oo / oo)       the logarithm's derivative, times B
+//     log B   = log sin(angle) + (log xx - log oo) / 2       and grad B = B grad log B:
+//     grad B  = B/2 (grad xx / xx - grad oo / oo)
 //             = B (1/xx - ux²/(xx² oo)) x  +  B ux/(xx oo) u         =  B_x x + B_u u
 //     grad A  = -ux/xx grad B - B/xx u + 2 B ux/xx² x                =  A_x x + A_u u
 //
@@ -252,7 +254,7 @@ static void turn_backward(Place place,
  *
  * The last two are kept in vocab_x and vocab_dy; embed_backward says how.
  * (x = O E without a transpose, so dE = Oᵀ dx: O stands where dY stood, and
- * dx where X stood.)
+ * dx where X stood. Only so does dYᵀX have the shape (vocab_size, dim).)
  *
  * The way back through a layer is the drawing of drugs.c, turned upside
  * down. Where x went two ways, two gradients come together:
@@ -1465,9 +1467,9 @@ static void print_loss(double loss, FILE *to) {
 // else paid for it. norm2 is |g|²: a small move of the weights changes the
 // loss by gradient . move, and the move is -step_size * gradient; so if the
 // loss were a straight line, a step would lower it by step_size * |g|².
-// Losses are sober ones, but "first order" starts from the loss of the lesson, which may be drugged; then the
-// two columns differ at step 0. A file, if there is one, gets all that is
-// shown, as CSV.
+// Losses are sober ones, but "first order" starts from the loss of the
+// lesson, which may be drugged; then the two columns differ at step 0. A
+// file, if there is one, gets all that is shown, as CSV.
 static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to) {
     const Model *m = t->run.model;
     size_t n_bytes = strlen(e->lesson) + strlen(e->sequel);
@@ -1779,7 +1781,7 @@ int main(int argc, char **argv) {
  * So its bits do not depend on the shapes.
  */
 enum {
-    TILE_ROWS = 3, // with 4 vecs: 12 sums, so that some of the 16 registers of AVX2 are left for a, b and products
+    TILE_ROWS = 3, // with 4 vecs: 12 sums, so that of AVX2's 16 registers some are left for the rest
     VECS = 4,
     COLUMNS = VECS * WIDTH,
     STRIP = 4 * COLUMNS,

@@ -563,8 +563,8 @@ static float *weights(const Model *m, int layer, int which) {
  *
  *     v = .9 v + dL/dw        w = w - rate * v
  *
- * Ten steps in the same direction go ten times as far as one; what one batch wants and the next one
- * does not cancels out.
+ * In the long run each step in the same direction goes ten times as far as the first; what one batch
+ * wants and the next one does not cancels out.
  */
 static float *velocity; // as large as the file, floats at the same offsets; NULL before the first step
 static const float MOMENTUM = .9f;
