@@ -8,10 +8,11 @@
 
 A mutant is the code with one operator, constant, index, statement or argument changed. It is
 killed if a test fails, does not end in time, or does not build against it; otherwise it survived,
-and a test is missing (or the change changes nothing: then it goes into tests/equivalent.txt, with
-the reason). Lines are drawn at random, and one of the changes that a line offers; the seed says
-which. What is known already stands in mutants.tsv and is not tried again, so a run may be stopped at
-any time. Two mutants are tried at once, each in a copy of the tree of its own.
+and a test is missing. Or the change changes nothing: the compiler has made the same programs of it,
+or it stands in tests/equivalent.txt, with the reason. Lines are drawn at random, and one of the
+changes that a line offers; the seed says which. What is known already stands in mutants.tsv and is
+not tried again, so a run may be stopped at any time. Two mutants are tried at once, each in a copy
+of the tree of its own.
 """
 
 import argparse
