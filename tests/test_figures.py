@@ -356,8 +356,11 @@ class TestLab(unittest.TestCase):
                 self.assertEqual(rest, output(*command))
 
     def test_strengths(self):
-        """Those of the sites, of temperature and of noise on the logits."""
+        """Those of the sites, of temperature and of noise on the logits; above them stands what the
+        sober model writes."""
         out = output(LAB, MODEL, "explore", "-i", "To be", "-k", "1", "-n", "2")
+        written = output(test_cli.DRUGS, MODEL, "-i", "To be", "-n", "2")[len("To be "):]
+        self.assertTrue(out.startswith("sober: %s\n" % written))
         found = {}
         for line in out.split("log-probability\n")[1].split("\n\n")[0].splitlines():
             found.setdefault(line[:12].strip(), []).append(float(line[12:21]))

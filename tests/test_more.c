@@ -59,6 +59,25 @@ Test(table, three_ways) {
     }
 }
 
+// All tokens of a text are in it, from the first to half a character at its end; only the space that
+// encoding puts in front is not. What a terminal would obey is spelt.
+Test(table, the_text_of_tokens) {
+    enum { SPACE_ID = BEHIND_BYTES };
+    const int tokens[] = {SPACE_ID, SPACE_ID + 'H' - ' ', 3 + 27, SPACE_ID, 3 + 0xE4};
+    Bench b;
+    bench_open(&b, G, 1);
+    char *text = text_of(&b.model, tokens, 5);
+    cr_assert_str_eq(text, "H<1B> \xEF\xBF\xBD");
+    free(text);
+    text = text_of(&b.model, tokens + 1, 1);
+    cr_assert_str_eq(text, "H");
+    free(text);
+    text = text_of(&b.model, tokens, 0);
+    cr_assert_str_eq(text, "");
+    free(text);
+    bench_close(&b);
+}
+
 // ---- messages
 
 // What a function says, on stdout and stderr, before it ends the program, and the status.
