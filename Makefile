@@ -31,7 +31,7 @@ FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wno-unk
          -Wno-psabi $(CFLAGS) $(OPENMP)
 C_TESTS = tests/test_drugs tests/test_properties tests/test_loader tests/test_step tests/test_lab \
           tests/test_more
-SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 PROGRAMS = drugs train_step tests/lab tests/logits tests/tokens tests/pretrain tests/bench tests/digest
 SEED = 2
@@ -135,7 +135,8 @@ golden:
 	mv tests/golden.tmp tests/golden.h
 
 debug:
-	ASAN_OPTIONS=detect_leaks=0 $(MAKE) test CFLAGS='$(SANITIZE)'
+	ASAN_OPTIONS=detect_leaks=1 LSAN_OPTIONS=print_suppressions=0:suppressions=$(CURDIR)/tests/leaks.txt \
+		$(MAKE) test CFLAGS='$(SANITIZE)'
 
 # The tree that is changed is a copy. SEED says which changes, 1 unless it is given.
 N = 40
