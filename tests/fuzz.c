@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 static jmp_buf back;
@@ -60,9 +61,27 @@ static void give(void *memory) {
     free(block);
 }
 
+// The mapped file of a program that left without giving it back: a system has only so many mappings.
+static struct {
+    void *at;
+    size_t n;
+} mapping;
+
+static void *take_mapping(size_t n, int prot, int flags, int file) {
+    mapping.n = n;
+    return mapping.at = mmap(NULL, n, prot, flags, file, 0);
+}
+
+static int give_mapping(void *at, size_t n) {
+    mapping.at = NULL;
+    return munmap(at, n);
+}
+
 static void give_all(void) {
     while (blocks.next != &blocks)
         give(blocks.next + 1);
+    if (mapping.at && mapping.at != MAP_FAILED)
+        give_mapping(mapping.at, mapping.n);
 }
 
 static char *copy_text(const char *text, size_t n) {
@@ -77,6 +96,8 @@ static char *copy_text(const char *text, size_t n) {
 #define free(memory) give((void *)(memory))
 #define strdup(text) copy_text(text, SIZE_MAX)
 #define strndup(text, n) copy_text(text, n)
+#define mmap(any, n, prot, flags, file, from) take_mapping(n, prot, flags, file)
+#define munmap(at, n) give_mapping(at, n)
 #define realpath(path, none) (access(path, F_OK) ? NULL : copy_text(path, SIZE_MAX))
 #ifdef TARGET_DRUGS
 #define main program_main
@@ -143,6 +164,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
             break;
         n_models++;
         blocks.next = blocks.previous = &blocks; // these stay
+        mapping.at = NULL;
     }
     if (n < 2 || !n_models)
         return 0;
