@@ -333,6 +333,19 @@ class TestChat(Case):
         self.assertIn("until the end of the context", done.err)
         self.assertEqual(done.err.count("drugs: the context is full"), 1)
 
+    def test_the_last_places_of_the_context(self):
+        """A question that finds no place at all is told from one that finds too few."""
+        first = "Hamlet speaks: " * 9
+        used = int(re.search(r"read (\d+) ", self.chat("-n", "1", said=first.encode()).err).group(1))
+        full = few = 0
+        for more in range(CONTEXT - used - 8, CONTEXT - used):
+            said = first + " be" * more + "\nhello\n"
+            err = self.chat("-n", "1", said=said.encode()).err
+            full += err.count("drugs: the context is full, the conversation ends here\n")
+            few += len(re.findall(r"drugs: that is \d+ tokens, the context has room for [1-9]\d*\n", err))
+        self.assertEqual(full + few, 8)
+        self.assertTrue(full and few)
+
     def test_showers_between_turns(self):
         said = b"hello\nand you?\n"
         self.assertIn("2 cold showers", self.chat("-V", ".7", said=said).err)

@@ -930,6 +930,8 @@ Test(doses, options_make_noise) {
 
 // ---- the cold shower
 
+enum { MOST_WRITTEN = 64 };
+
 // Checks that the cache is that of a model which has read the same tokens and never was drugged,
 // and that both go on alike.
 static void expect_sober(Bench *b, Sequence *s) {
@@ -955,6 +957,19 @@ static void expect_dirt(Bench *b, const Sequence *s) {
     sequence_free(&b->model, &clean);
 }
 
+// A shower that is to run n tokens again. What was written stays written.
+static void shower_of(Bench *b, Sequence *s, int n) {
+    static int tokens[MOST_WRITTEN];
+    const int length = s->length;
+    cr_assert_leq(length, MOST_WRITTEN);
+    if (length)
+        memcpy(tokens, s->tokens, (size_t)length * sizeof *tokens);
+    cr_assert_eq(cold_shower(&b->run, s), n, "%d tokens", length);
+    cr_assert_eq(s->length, length, "%d tokens are left of %d", s->length, length);
+    cr_assert(!length || !memcmp(tokens, s->tokens, (size_t)length * sizeof *tokens));
+    expect_sober(b, s);
+}
+
 // A prompt of n_prompt tokens; then three times: four drugged tokens, and a shower. The third time
 // two sober tokens come between. how: DRUGGED, if the prompt is read so.
 static void take_showers(const Golden *golden, int n_prompt, int how, int max_rows) {
@@ -975,10 +990,8 @@ static void take_showers(const Golden *golden, int n_prompt, int how, int max_ro
         const int n_dirty = s.length > first ? s.length - first : 0;
         if (n_dirty && round == 0) // else there was nothing to wash off
             expect_dirt(&b, &s);
-        cr_assert_eq(cold_shower(&b.run, &s), n_dirty, "%d tokens", s.length);
-        expect_sober(&b, &s);
-        cr_assert_eq(cold_shower(&b.run, &s), 0);
-        expect_sober(&b, &s);
+        shower_of(&b, &s, n_dirty);
+        shower_of(&b, &s, 0);
     }
     sequence_free(&b.model, &s);
     bench_close(&b);
@@ -1013,8 +1026,8 @@ Test(shower, every_few_tokens) {
     for (int i = 0; i < 30; i++) {
         with[i] = argmax(logits, b.model.config.vocab_size);
         if (s.n_drugged >= 5) {
-            n_run_again += cold_shower(&b.run, &s);
-            expect_sober(&b, &s);
+            shower_of(&b, &s, 5);
+            n_run_again += 5;
         }
         logits = feed(&b.run, &s, &with[i], 1, DRUGGED | WANTS_LOGITS);
     }
