@@ -342,7 +342,8 @@ class TestChat(Case):
             said = first + " be" * more + "\nhello\n"
             err = self.chat("-n", "1", said=said.encode()).err
             full += err.count("drugs: the context is full, the conversation ends here\n")
-            few += len(re.findall(r"drugs: that is \d+ tokens, the context has room for [1-9]\d*\n", err))
+            few += len(re.findall(r"drugs: that is \d+ tokens, the context has room for [1-9]\d*\n",
+                                  err))
         self.assertEqual(full + few, 8)
         self.assertTrue(full and few)
 
