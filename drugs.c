@@ -2600,7 +2600,7 @@ static double number(int option,
     if (end == text || *end || !isfinite(x)) // nothing read, something left, or nan and inf
         die(2, "-%c takes %s, got '%s'", option, what, text);
     if (x < least || x > most)
-        die(2, "-%c takes %s from %.15g to %.15g, got '%s'", option, what, least, most, text);
+        die(2, "-%c takes %s from %.16g to %.16g, got '%s'", option, what, least, most, text);
     return x;
 }
 
@@ -2694,6 +2694,7 @@ static void parse_dose(Dose *dose, int option, const char *text) {
         die(1, "out of memory");
     dose->theta = number(option, "an angle in radians", theta, 0, 1000);
     free(theta);
+    dose->n_points = 0; // of a shape that was given before
     if (at && !parse_shape(dose, at + 1))
         die(2, "-%c takes a shape like .3@ceil:.2=0,.4=1,.6=0 (at most %d points), got '%s'",
             option, MAX_POINTS, text);

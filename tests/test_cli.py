@@ -420,6 +420,9 @@ class TestErrors(Case):
 
     def test_the_last_of_two_counts(self):
         self.assertEqual(self.text("-n", "5", "-n", "7"), self.text("-n", "7"))
+        everywhere = self.text("-n", "20", "-V", "1")      # whatever the shape of the first was
+        self.assertEqual(self.text("-n", "20", "-V", ".3@ceil:0=0", "-V", "1"), everywhere)
+        self.assertNotEqual(self.text("-n", "20"), everywhere)
 
     def test_good_values(self):
         for option, values in {"-s": ("0", "9007199254740992"), "-t": ("0", "1000"),
