@@ -655,11 +655,26 @@ def read_tokenizer(path, rows, added=()):
         tokenizer = readers.get(os.path.splitext(path)[1], read_sentencepiece)(path)
         add_tokens(path, tokenizer, added)
         drop_unreachable(path, tokenizer, rows)
-        if sum(piece.kind == BYTE for piece in tokenizer.pieces.values()) == 256:
+        if tokenizer.cut_rule:
+            note_bytes(path, tokenizer)
+        elif sum(piece.kind == BYTE for piece in tokenizer.pieces.values()) == 256:
             tokenizer.flags |= BYTE_PIECES
         check_tokenizer(tokenizer, rows)
         doubt_tokenizer(path, tokenizer, rows)
     return tokenizer
+
+
+def note_bytes(path, tokenizer):
+    """Whether all bytes are pieces of a byte-level vocabulary; an added token may take the id of one."""
+    single = {piece.text for piece in tokenizer.pieces.values()
+              if piece.kind == NORMAL and len(piece.text) == 1}
+    tokenizer.flags |= BYTE_PIECES if len(single) == 256 else 0
+    # These bytes never occur in UTF-8: no text needs a piece for them.
+    absent = {bytes([byte]) for byte in (0xc0, 0xc1, *range(0xf5, 0x100))}
+    missing = 256 - len(single | absent)
+    if missing:
+        warn(path, f"has no pieces for {missing} bytes; like Hugging Face, drugs.c leaves "
+             "them out of a text")
 
 
 def check_tokenizer(tokenizer, rows):
@@ -1050,15 +1065,6 @@ def read_vocabulary(path, model, plan, tokenizer):
             pieces[token] = Piece(0, BYTE, byte_piece(name))
     demand(plan.spaces or plan.cut_rule or all(SPACE not in name for name in model["vocab"]),
            "has pieces with U+2581, but no normalizer or pre_tokenizer that makes it of spaces")
-    if plan.cut_rule:
-        single_bytes = {piece.text for piece in pieces.values() if len(piece.text) == 1}
-        tokenizer.flags |= BYTE_PIECES if len(single_bytes) == 256 else 0
-        # These bytes never occur in UTF-8: no text needs a piece for them.
-        absent = {bytes([byte]) for byte in (0xc0, 0xc1, *range(0xf5, 0x100))}
-        missing = 256 - len(single_bytes | absent)
-        if missing:
-            warn(path, f"has no pieces for {missing} bytes; like Hugging Face, drugs.c leaves "
-                 "them out of a text")
 
 
 def read_merges(path, model, plan, tokenizer):

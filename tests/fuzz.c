@@ -145,6 +145,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
         if (!setjmp(back))
             program_main(argc, argv);
         give_all();
+#ifdef TARGET_STEP
+        remove_unfinished(); // as at an exit
+        memset(unfinished, 0, sizeof unfinished);
+#endif
         for (int file = 3; file < 64; file++)
             if (file > 8)
                 close(file); // of streams that were left open

@@ -1424,6 +1424,19 @@ def write_family(folder, family):
 
 
 class TestFamilies(Case):
+    def test_an_added_token_takes_the_id_of_a_byte(self):
+        folder, out = write_family(self.path(), FAMILIES["Llama 3.2"]), self.path()
+        name = os.path.join(folder, "tokenizer.json")
+        content = json.loads(load(name))
+        content["added_tokens"].append({"id": content["model"]["vocab"]["a"], "content": "<more>",
+                                        "special": True})
+        save(name, content)
+        done = run(folder, "-o", out)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("no pieces for 1 bytes", done.stderr)
+        ids = subprocess.check_output([os.path.join(HERE, "tokens"), out], input=b"ba\0")
+        self.assertEqual(len(ids.split()), 2)      # BOS and b
+
     def test_families(self):
         for name, family in FAMILIES.items():
             folder, back = write_family(self.path(), family), self.path()
