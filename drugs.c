@@ -962,9 +962,9 @@ static void run_free(Run *run);
  * Noise leaves traces in the cache: H turns what a layer's own keys and
  * values are made of, the other sites show in those of the layers above: they
  * change att, wo adds that to the residual stream, and the next layer makes
- * its keys and values of the stream. And a sober token that looks back on noisy ones is noisy too. So a shower
- * takes all tokens from the first dirty one on and runs them again, sober,
- * as one block:
+ * its keys and values of the stream. And a sober token that looks back on
+ * noisy ones is noisy too. So a shower takes all tokens from the first dirty
+ * one on and runs them again, sober, as one block:
  *
  *     position   0   1   2   3   4   5   6   7   8   9
  *                |       sober prompt        | dirty    |
@@ -1084,8 +1084,9 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  * Looking for the best pair anew each time would take n² steps. A heap
  * hands it out instead; a merge adds at most two pairs to it, so n symbols
  * take n log n steps: less than 3 n pairs come in, and each rises or sinks along
- * one way of a tree that is log n high. Pairs that are outdated, because one of the two was
- * merged with somebody else, are recognised when they come out and dropped.
+ * one way of a tree that is log n high. Pairs that are outdated, because one of
+ * the two was merged with somebody else, are recognised when they come out and
+ * dropped.
  *
  * There are two kinds of vocabularies. SentencePiece (Llama 2, Mistral)
  * begins with characters and merges over the whole text; a character that
@@ -2173,7 +2174,9 @@ static void lost_page(int number) {
 // does no harm: what was mapped stays, nameless.
 static void check_mapped(void) {
     struct stat info;
-    if (!fstat(mapped_file, &info) && memcmp(&info.st_mtim, &mapped_time, sizeof mapped_time))
+    if (fstat(mapped_file, &info))
+        return; // no model, or not from a file
+    if (info.st_mtim.tv_sec != mapped_time.tv_sec || info.st_mtim.tv_nsec != mapped_time.tv_nsec)
         die(1, "%s was written to while it was in use", mapped);
 }
 

@@ -1153,8 +1153,8 @@ static bool is_same_file(const char *path, const char *other) {
 
 // Opens the file that an option names. That is done before the work, so
 // that none is lost. It must end in one of the endings, ".csv .md" say, and
-// it must not be the model itself. Without a path there is
-// nothing to open or close.
+// it must not be the model itself. Without a path there is nothing to open or
+// close.
 static Output output_open(int option, const char *path, const char *endings,
                           const char *model_path) {
     Output output = {.path = path};
