@@ -108,6 +108,8 @@ def playground():
         yield folder
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT
+
 tried, faults, counting = {}, [], threading.Lock()
 
 
@@ -276,9 +278,8 @@ def signals(pool):
         right = undisturbed(mode)
         n = right[0].count(2)
         print(f"signals: {mode[0]}, {n} calls", flush=True)
-        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT
         list(pool.map(lambda one: interrupted(mode, right, *one),
-                      itertools.product(range(1, n + 1), numbers)))
+                      itertools.product(range(1, n + 1), SIGNALS)))
 
 
 def interrupted(mode, right, k, number):
@@ -494,6 +495,10 @@ def main():
     global SHIM, GROUND, GROUND_CONTENT
     wanted = sys.argv[1:] or list(KINDS)
     start = time.monotonic()
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGPIPE:
+            # As nohup leaves it, and programs heed that. (SIGPIPE is Python's own, and not handed on.)
+            signal.signal(number, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as folder, \
             concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         SHIM, GROUND = os.path.join(folder, "faults.so"), os.path.join(folder, "ground")
