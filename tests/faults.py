@@ -408,9 +408,10 @@ def closed(pool):
             done = subprocess.run(command, cwd=folder, input=said.encode(), stdout=full,
                                   stderr=subprocess.PIPE)
             done.status, done.err = done.returncode, done.stderr
+            prints = bool(right[0].out)         # else it does not notice
             judge("closed", f"{name}, > /dev/full",
-                  [*last_words(done), *left_behind(folder, files, right[1])]
-                  + [f"status {done.status}"] * (done.status != 1))
+                  [*(last_words(done) if prints else ()), *left_behind(folder, files, right[1])]
+                  + [f"status {done.status}"] * (done.status != prints))
 
 
 def names(pool):
