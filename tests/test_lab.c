@@ -1148,3 +1148,12 @@ Test(probe, asks_twins) {
             check_twins(headers[model], family, 64);
         }
 }
+
+// A bar is kept up to the smaller of the two probabilities, and lost or won up to the larger.
+Test(next_token, signs_of_a_bar) {
+    cr_assert_eq(bar_sign(49.8, .5, .6), '|');
+    cr_assert_eq(bar_sign(50.2, .5, .6), '+');
+    cr_assert_eq(bar_sign(29.8, .5, .3), '|');
+    cr_assert_eq(bar_sign(30.2, .5, .3), '-');
+    cr_assert_eq(bar_sign(49.8, .5, .3), '-');
+}
