@@ -196,12 +196,11 @@ static void turn_backward(Place place,
     if (!(place.theta > 0))
         return;
     Glitch glitch = draw_glitch(place, x, n, u);
+    if (glitch.u == 0)
+        return; // it was not turned
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
-    double uu = dot(u, u, n);
-    double oo = uu - ux * ux / xx;
-    if (!(xx > 0 && oo > 1e-6 * uu))
-        return; // it was not turned
+    double oo = dot(u, u, n) - ux * ux / xx;
     // As derived: how A and B change with x, each a part along x and one
     // along u.
     double B = glitch.u;

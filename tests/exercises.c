@@ -287,7 +287,7 @@ Test(exercise_4, angles_are_normal) {
     const double share[3] = {.3173, .0455, .0027};
     for (int l = 0; l < 2; l++)
         expect_law(&NORMAL_LAWS[l]);
-    draw_angles(&a, &NORMAL_LAWS[0], .3f);
+    draw_angles(&a, &NORMAL_LAWS[0], .3f, LONG, DRAWS);
     for (int i = 0; i < DRAWS; i++)
         for (int k = 0; k < 3; k++)
             n_beyond[k] += fabs(a.angle[i]) > k + 1;
@@ -693,16 +693,6 @@ static void write_step(const Step *s, float step_size) {
         float *w = (float *)(uintptr_t)s->model->layers[layer].w[which]; // of a bench: may be written
         add_gradient(s, w, -step_size, layer, which, 0, n_out);
     }
-}
-
-// Of a tensor, the gradient as numbers. The caller frees it.
-static float *gradient_of(const Step *s, int layer, int which, int *n) {
-    int n_out, n_in;
-    tensor_shape(&s->model->config, which, &n_out, &n_in);
-    *n = n_out * n_in;
-    float *gradient = resize(NULL, *n, sizeof *gradient);
-    add_gradient(s, gradient, 1, layer, which, 0, n_out);
-    return gradient;
 }
 
 // The first step is taken twice: virtually by `one`, and really in the weights of `other`. Then the

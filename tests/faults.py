@@ -222,6 +222,14 @@ def writes(pool):
                       itertools.product(range(1, n + 1), (errno.EIO, errno.ENOSPC, errno.EPIPE))))
 
 
+def noticed(run, folder, files, right):
+    """What is wrong where a call has failed: that nobody noticed, or what compare says."""
+    problems = [*compare(run, folder, files, right)]
+    if run.fired() is None or run.status == 0:
+        problems.append("nobody noticed")
+    return problems
+
+
 def broken_write(mode, right, k, number):
     name, command, said, files = mode
     with playground() as folder:
@@ -231,9 +239,7 @@ def broken_write(mode, right, k, number):
             if run.status not in (0, 1) or run.out != right[0].out[:len(run.out)]:
                 problems.append(f"status {run.status}")
         else:
-            problems = [*compare(run, folder, files, right)]
-            if run.fired() is None or run.status == 0:
-                problems.append("nobody noticed")
+            problems = noticed(run, folder, files, right)
         judge("writes", f"{name}, call {k}, {errno.errorcode[number]}", problems)
 
 
@@ -266,10 +272,7 @@ def broken_read(mode, right, k):
     name, command, said, files = mode
     with playground() as folder:
         run = Run(folder, command, said, f"read:{k}:error:{errno.EIO}")
-        problems = [*compare(run, folder, files, right)]
-        if run.fired() is None or run.status == 0:
-            problems.append("nobody noticed")
-        judge("reads", f"{name}, call {k}", problems)
+        judge("reads", f"{name}, call {k}", noticed(run, folder, files, right))
 
 
 def signals(pool):

@@ -56,22 +56,22 @@ static const Law LAWS[] = {
     {FAMILY_UPSTREAM, "upstream", .5, .2887, .866},   // a number in [0, 1) is 1/2 on average
 };
 enum { N_LAWS = sizeof LAWS / sizeof *LAWS };
-enum { DRAWS = 20000, LONG = 64 };
+enum { DRAWS = 20000, LONG = 64, LONGEST = 4096 };
 
 // A place that nobody else uses.
 static Place nth_place(uint64_t n, const Law *law, float theta) {
     return (Place){.hash = scramble(n + 1), .theta = theta, .family = law->family};
 }
 
-// How far x (LONG) is turned at a place, negative if away from u. u (LONG) is filled with the
-// direction.
-static double angle_at(Place place, const float *x, float *u) {
-    float turned[LONG];
-    Glitch glitch = draw_glitch(place, x, LONG, u);
-    for (int i = 0; i < LONG; i++)
-        turned[i] = x[i] * glitch.x + u[i] * glitch.u;
-    double angle = angle_between(turned, x, LONG);
-    return glitch.u < 0 ? -angle : angle;
+// How far x (n) is turned at a place, negative if away from u. u (n) is filled with the direction.
+// The turned vector is x times a + u times b; its part along x has the cosine, that along the rest of u
+// the sine (section 4 of drugs.c).
+static double angle_at(Place place, const float *x, int n, float *u) {
+    Glitch glitch = draw_glitch(place, x, n, u);
+    double xx = dot_in_double(x, x, n);
+    double ux = dot_in_double(u, x, n);
+    double oo = dot_in_double(u, u, n) - ux * ux / xx;
+    return atan2((double)glitch.u * sqrt(oo / xx), (double)glitch.x + (double)glitch.u * ux / xx);
 }
 
 // The angles of many places, in units of theta, with their mean and spread.
@@ -80,15 +80,16 @@ typedef struct {
     double mean, spread;
 } Angles;
 
-static void draw_angles(Angles *a, const Law *law, float theta) {
-    float x[LONG], u[LONG];
+// For vectors of length n. The directions come from the same places: see nth_place.
+static void draw_angles(Angles *a, const Law *law, float theta, int n, int draws) {
+    static float x[LONGEST], u[LONGEST];
     double squares = 0;
-    some_vector(1, x, LONG);
+    some_vector(1, x, n);
     a->mean = 0;
-    for (uint64_t i = 0; i < DRAWS; i++) {
-        a->angle[i] = angle_at(nth_place(i, law, theta), x, u) / (double)theta;
-        a->mean += a->angle[i] / DRAWS;
-        squares += a->angle[i] * a->angle[i] / DRAWS;
+    for (int i = 0; i < draws; i++) {
+        a->angle[i] = angle_at(nth_place((uint64_t)i, law, theta), x, n, u) / (double)theta;
+        a->mean += a->angle[i] / draws;
+        squares += a->angle[i] * a->angle[i] / draws;
     }
     a->spread = sqrt(squares - a->mean * a->mean);
 }
@@ -97,7 +98,7 @@ static void expect_law(const Law *law) {
     static Angles a;
     const float thetas[] = {.1f, .5f};
     for (int i = 0; i < 2; i++) {
-        draw_angles(&a, law, thetas[i]);
+        draw_angles(&a, law, thetas[i], LONG, DRAWS);
         double off = fmax(fabs(a.mean - law->mean), fabs(a.spread - law->spread));
         cr_expect(off < .02, // they scatter by .002, and if the spread is 1 by .007
                   "ANGLES: those of family %s are %.3f theta on average, with a spread of %.3f; "
@@ -114,27 +115,23 @@ typedef struct {
 // If the same draw made both, some directions would get large angles and others small ones. Sizes are
 // asked too: what is symmetrical around 0 hides from a plain correlation.
 static void expect_angles_unguessable(const Law *law, int n, int draws) {
-    static Correlations all[1 << 12];
-    static float u[1 << 12], x[1 << 12];
-    static double angle[DRAWS];
+    static Angles a;
+    static Correlations all[LONGEST];
+    static float u[LONGEST], x[LONGEST];
+    const float theta = .5f;
     const double centre = law->lean > 0 ? .5 : 0; // of each number of u
-    double mean = 0, mean_size = 0, square = 0;
+    double mean_size = 0;
     memset(all, 0, sizeof all);
     some_vector(1, x, n);
+    draw_angles(&a, law, theta, n, draws);
+    for (int i = 0; i < draws; i++)
+        mean_size += fabs(a.angle[i]) / draws;
+    // The mean of the squares is the same for the angles and for their sizes.
+    const double size_spread = sqrt(a.spread * a.spread + a.mean * a.mean - mean_size * mean_size);
     for (int i = 0; i < draws; i++) {
-        Glitch glitch = draw_glitch(nth_place((uint64_t)i, law, .5f), x, n, u);
-        double xx = dot_in_double(x, x, n), ux = dot_in_double(u, x, n);
-        double oo = dot_in_double(u, u, n) - ux * ux / xx;
-        angle[i] = atan2((double)glitch.u * sqrt(oo / xx), (double)glitch.x + (double)glitch.u * ux / xx);
-        mean += angle[i] / draws;
-        mean_size += fabs(angle[i]) / draws;
-        square += angle[i] * angle[i] / draws;
-    }
-    const double spread = sqrt(square - mean * mean), size_spread = sqrt(square - mean_size * mean_size);
-    for (int i = 0; i < draws; i++) {
-        double deviation = (angle[i] - mean) / spread / draws;
-        double size = (fabs(angle[i]) - mean_size) / size_spread / draws;
-        draw_glitch(nth_place((uint64_t)i, law, .5f), x, n, u);
+        double deviation = (a.angle[i] - a.mean) / a.spread / draws;
+        double size = (fabs(a.angle[i]) - mean_size) / size_spread / draws;
+        draw_glitch(nth_place((uint64_t)i, law, theta), x, n, u);
         for (int j = 0; j < n; j++) {
             // Uniform from -1/2 to 1/2: the spread is 1 / sqrt(12), that of the size half of it.
             double number = ((double)u[j] - centre) * sqrt(12);
@@ -156,7 +153,7 @@ static void expect_angles_unguessable(const Law *law, int n, int draws) {
 
 static void expect_angles_know_nothing(const Law *law) {
     expect_angles_unguessable(law, LONG, DRAWS);
-    expect_angles_unguessable(law, 1 << 12, 2000);
+    expect_angles_unguessable(law, LONGEST, 2000);
 }
 
 static void expect_lean(const Law *law) {
@@ -196,7 +193,6 @@ typedef struct {
     float elsewhere; // the dose of the site in other layers than the one it looks at
     int family;
 } Observer;
-
 
 // Where it looks.
 typedef struct {
@@ -647,25 +643,41 @@ static void expect_block(int site) {
     bench_close(&b);
 }
 
+// A step over the tokens of G with noise at one site.
+typedef struct {
+    Bench bench;
+    Sequence sequence;
+    Step step;
+} Lesson;
+
+static void lesson_open(Lesson *l, int site) {
+    bench_open(&l->bench, G, 1);
+    l->sequence = sequence_new(bench_noise(&l->bench, 1 << site, FAMILY_CENTRED));
+    step_init(&l->step, &l->bench.model, N_TOKENS);
+    step_add(&l->step, &l->sequence, G_TOKENS, N_TOKENS, DRUGGED);
+    step_take(&l->step);
+}
+
+static void lesson_close(Lesson *l) {
+    step_free(&l->step);
+    sequence_free(&l->bench.model, &l->sequence);
+    bench_close(&l->bench);
+}
+
 // A vector of zeros is left alone, and so is the gradient: with values of zeros att is zero.
 static void expect_zeros_survive(int site) {
-    Bench b;
-    Step step;
-    bench_open(&b, G, 1);
-    float *wv = (float *)(uintptr_t)b.model.layers[1].w[WV]; // of a bench: may be written
+    Lesson l;
+    lesson_open(&l, site);
+    float *wv = (float *)(uintptr_t)l.bench.model.layers[1].w[WV]; // of a bench: may be written
     memset(wv, 0, KV_DIM * DIM * sizeof *wv);
-    Sequence s = sequence_new(bench_noise(&b, 1 << site, FAMILY_CENTRED));
-    step_init(&step, &b.model, N_TOKENS);
-    step_add(&step, &s, G_TOKENS, N_TOKENS, DRUGGED);
-    step_take(&step);
-    const float *dxn = step.grads.slots[1].xn, *dx = step.grads.slots[0].x;
-    cr_expect(isfinite(step.loss) && isfinite(dot(dxn, dxn, N_TOKENS * DIM)) &&
+    step_take(&l.step);
+    const float *dxn = l.step.grads.slots[1].xn;
+    const float *dx = l.step.grads.slots[0].x;
+    cr_expect(isfinite(l.step.loss) && isfinite(dot(dxn, dxn, N_TOKENS * DIM)) &&
                   isfinite(dot(dx, dx, N_TOKENS * DIM)),
               "ZERO: with noise at site %c vectors of zeros make a loss or a gradient that is no number",
               SITES[site]);
-    step_free(&step);
-    sequence_free(&b.model, &s);
-    bench_close(&b);
+    lesson_close(&l);
 }
 
 // With noise in layer 1 only, is it in what lies in the cache of this layer? Keys and values that
@@ -852,27 +864,6 @@ static void check_slope(Step *step, const Books *books, int site, int layer) {
               "way back says %.6f times", SITES[site], layer, slope, books->k);
 }
 
-// A step over the tokens of G with noise at one site.
-typedef struct {
-    Bench bench;
-    Sequence sequence;
-    Step step;
-} Lesson;
-
-static void lesson_open(Lesson *l, int site) {
-    bench_open(&l->bench, G, 1);
-    l->sequence = sequence_new(bench_noise(&l->bench, 1 << site, FAMILY_CENTRED));
-    step_init(&l->step, &l->bench.model, N_TOKENS);
-    step_add(&l->step, &l->sequence, G_TOKENS, N_TOKENS, DRUGGED);
-    step_take(&l->step);
-}
-
-static void lesson_close(Lesson *l) {
-    step_free(&l->step);
-    sequence_free(&l->bench.model, &l->sequence);
-    bench_close(&l->bench);
-}
-
 static void expect_books(int site) {
     Books books[MOST_LAYERS];
     Lesson l;
@@ -886,20 +877,26 @@ static void expect_books(int site) {
     lesson_close(&l);
 }
 
+// The gradient of a tensor as numbers (n). The caller frees it.
+static float *gradient_of(const Step *s, int layer, int which, int *n) {
+    int n_out, n_in;
+    tensor_shape(&s->model->config, which, &n_out, &n_in);
+    *n = n_out * n_in;
+    float *gradient = resize(NULL, *n, sizeof *gradient);
+    add_gradient(s, gradient, 1, layer, which, 0, n_out);
+    return gradient;
+}
+
 // The gradient of each tensor says what the loss does when the tensor moves in a random direction.
 static void expect_gradient(int site) {
-    int layer, which, n_wrong = 0;
+    int layer, which, n, n_wrong = 0;
     char last[200] = "";
     Lesson l;
     lesson_open(&l, site);
     for (int i = 0; tensor_at(&l.bench.model.config, i, &layer, &which); i++) {
-        int n_out, n_in;
-        tensor_shape(&l.bench.model.config, which, &n_out, &n_in);
-        const int n = n_out * n_in;
-        float *gradient = resize(NULL, n, sizeof *gradient);
+        step_take(&l.step); // anew, as looking for the slope of the one before went forward
+        float *gradient = gradient_of(&l.step, layer, which, &n);
         float *direction = resize(NULL, n, sizeof *direction);
-        step_take(&l.step);
-        add_gradient(&l.step, gradient, 1, layer, which, 0, n_out);
         some_vector((uint64_t)(100 + i), direction, n);
         double told = dot_in_double(gradient, direction, n);
         double seen = slope_of_loss(&l.step, layer, which, direction);
