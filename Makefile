@@ -38,7 +38,7 @@ SEED = 2
 
 all: drugs train_step
 
-$(PROGRAMS): %: %.c drugs.c train_step.c tests/testing.h .flags
+$(PROGRAMS): %: %.c drugs.c train_step.c tests/testing.h tests/flat.h .flags
 	$(CC) $(FLAGS) $< -o $@ -lm
 
 $(C_TESTS): %: %.c drugs.c train_step.c tests/lab.c $(wildcard tests/*.h) .flags | criterion

@@ -153,7 +153,7 @@ static int min(int a, int b) {
  * of it lies in one file that export.py wrote; section 9 reads it.
  */
 
-// The members down to n_merges lie in the file just like this, one after the other.
+// The members down to n_text lie in the file just like this, one after the other.
 typedef struct {
     int32_t version;
     int32_t dim;               // length of x, the residual stream
@@ -167,15 +167,20 @@ typedef struct {
     int32_t seq_len;           // the longest context it was trained for, in tokens
     int32_t shared_classifier; // 1: the embedding serves as the classifier too
     int32_t sliding_window;    // Mistral: a query sees this many keys, itself included; 0: all
-    int32_t bos;               // the token that begins a text, -1: none
-    int32_t tokenizer_flags;   // PREFIX_SPACE and its kin
-    int32_t cut_rule;          // CUT_NOWHERE, CUT_GPT2 or CUT_LLAMA3
-    int32_t most_digits;       // of a number that stay together, 0: all
-    int32_t n_ranges;          // of letters, numbers and spaces, for cutting
-    int32_t chat_bytes;        // 0: no form of a chat is known
     float norm_eps;            // keeps RMSNorm from dividing by zero
-    int64_t tokenizer_bytes;
-    int32_t n_merges;          // pairs of pieces that may be merged, see struct Merge
+    int32_t storage;           // 0: the weights are fp32
+    int32_t bos;               // the token that begins a text, -1: none
+    int32_t unknown;           // the token for what is no piece, -1: none
+    int32_t text_flags;        // PREFIX_SPACE to NEWLINE_SPACE, see section 8
+    int32_t n_cutters;         // from here on: sizes of the tokenizer's tables
+    int32_t n_states;
+    int32_t n_classes;
+    int32_t n_ranges;
+    int32_t n_units;
+    int32_t n_pairs;
+    int32_t n_whole;
+    int32_t n_words;
+    int32_t n_text;            // bytes
     int32_t q_dim;             // from here on not in the file: n_heads * head_dim
     int32_t kv_dim;            // n_kv_heads * head_dim
 } Config;
@@ -1071,89 +1076,120 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
 /* ================================================================================================
  * 8  The tokenizer
  *
- * Byte pair encoding. The text becomes a chain of symbols. Again and again
- * the two neighbours are merged whose union is the piece with the best
- * score (the leftmost of equals), until no union is a piece. With ab better
- * than bc, and abc a piece:
+ * Text becomes tokens by byte pair encoding (Sennrich et al. 2016). A text is a chain of symbols, at
+ * first its characters or bytes. A table lists which two neighbours may be merged into one symbol,
+ * and with which rank. Again and again the pair with the smallest rank is merged (of equals the
+ * leftmost), until no neighbours are a pair. With ab before bc, and then ab c:
  *
  *     a - b - c - a - b      ab at two places: the left one first
- *     ab - - - c - a - b     the symbol b is swallowed: length 0, out of the chain
- *     ab - - - c - ab        then abc, the only union left that is a piece
+ *     ab - - - c - a - b     the right symbol is swallowed by the left one
+ *     ab - - - c - ab        then abc, the only pair that is left
  *     abc - - - - - ab
  *
- * Looking for the best pair anew each time would take n² steps. A heap
- * hands it out instead; a merge adds at most two pairs to it, so n symbols
- * take n log n steps: less than 3 n pairs come in, and each rises or sinks along
- * one way of a tree that is log n high. Pairs that are outdated, because one of
- * the two was merged with somebody else, are recognised when they come out and
- * dropped.
+ * To look for the best pair anew each time would take n² steps. A heap hands it out instead. A merge
+ * adds at most two pairs to it, so fewer than 3 n pairs come in for n symbols, and each rises or
+ * sinks along one path of a tree that is log n high: n log n steps.
  *
- * There are two kinds of vocabularies. SentencePiece (Llama 2, Mistral)
- * begins with characters and merges over the whole text; a character that
- * is no piece becomes its bytes, or <unk>. Byte-level ones (Llama 3,
- * SmolLM) cut the text into words first, by a rule, and merge the bytes of
- * each word by itself.
+ * What differs from one vocabulary to another, export.py has settled, and the file has it as tables:
  *
- * Before all that, the text is cut at pieces that are found whole:
- * user-defined ones, and control pieces where they are meant.
+ *     units      the symbol with which each character begins, or else each of its bytes.
+ *                SentencePiece (Llama 2, Mistral 7B) begins with characters, Llama 3 with bytes.
+ *     pairs      which two symbols make which symbol, and with which rank
+ *     steps      how a text is cut into words first, if it is: nothing is merged across two words
+ *     words      pieces that are taken when they are a word, whatever merging would give
+ *     whole      pieces that are found whole before all that, such as <s>
+ *
+ * ---- Cutting, and what an automaton is
+ *
+ * Words are cut by a pattern, such as "letters with one space before them, or one digit". export.py
+ * turns the pattern into an automaton: a few states, and a table that says for each state and each
+ * class of characters which state comes next. For that pattern, with the classes space, letter,
+ * digit and any other, the table is
+ *
+ *                space   letter   digit   other   the end
+ *     state 1      2       3        4       -        -       nothing was read so far
+ *     state 2      -       3        -       -        -       a space was read
+ *     state 3      -*      3        -*      -*       -*      letters were read
+ *     state 4      -*      -*       -*      -*       -*      a digit was read
+ *
+ * To cut, walk: begin in state 1, look at a character, go where the table says. "-" means that no
+ * word can go on like this, and the walk ends. "*" says that what lies before this character is a
+ * word. The last such place counts. So the walk never has to go back, however odd the pattern is, and
+ * a pattern may even look one character ahead ("spaces, unless a letter follows").
+ *
+ * A pattern may leave gaps, here any other signs: a gap is a word, too. And some vocabularies have
+ * several patterns: then the words of the first one are cut once more by the second one.
  */
-enum { PREFIX_SPACE = 1,        // a space is put before the text
-       BYTE_PIECES = 2,         // there is a piece for each of the 256 bytes
-       PREFIX_EACH = 4,         // the space comes before each section, too
+
+// What a section of text gets before it is cut.
+enum { PREFIX_SPACE = 1,        // a space is put before it, at the start of the text
+       PREFIX_EACH = 2,         // and also after each piece that was found whole,
+       PREFIX_UNLESS_SPACE = 4, // but only where there is none yet
        COLLAPSE_SPACES = 8,     // of several spaces one is left, at the ends none
-       IGNORE_MERGES = 16,      // a word that is a piece is not merged, but taken
-       SEPARATE_UNKNOWN = 32,   // each unknown character is an <unk> of its own
-       PREFIX_UNLESS_SPACE = 64, // the space comes only where there is none yet
-       NEWLINE_SPACE = 128,     // a space is put behind each line feed
-       ALL_FLAGS = 255 };
-enum { CUT_NOWHERE, CUT_GPT2, CUT_LLAMA3 };
-enum { SIGN, LETTER, NUMBER, WHITE }; // classes of characters
+       NEWLINE_SPACE = 16,      // a space is put after each line feed
+       ALL_FLAGS = 31 };
 
-// What a piece of the vocabulary is. Only NORMAL ones come out of merging.
-// CONTROL and END pieces are meant for the model alone; an END piece ends a
-// text.
+// What a piece of the vocabulary is. CONTROL and END pieces are meant for the model alone; an END
+// piece ends a text. USER_DEFINED ones are found whole wherever they are typed.
 enum { NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END, N_KINDS };
-typedef struct {
-    const char *bytes; // (length), no zero behind them
-    int length;
-    int kind;
-    int left;          // bytes of the left half, if only one pair makes it; 0: any
-    float score;       // merges with a higher score come first
-} Piece;
 
-// A range of characters, for cutting; and one more pair that makes a piece.
+// The records of the tables, as they lie in the file.
 typedef struct {
-    uint32_t first, last, class;
+    uint32_t first, last; // all numbers from first to last
+    uint32_t value;       // have this value
 } Range;
 typedef struct {
-    uint32_t piece, left; // left: bytes of the left half
-    float score;
-} Merge;
-
-// A piece of the file that is text.
+    uint32_t left, right; // two symbols that stand side by side
+    uint32_t merged;      // become this one
+    uint32_t rank;        // smaller ones come first
+} Pair;
 typedef struct {
-    const char *bytes; // (length)
-    ptrdiff_t length;
-} Span;
-enum { OPENING, BEFORE_SYSTEM, AFTER_SYSTEM, BEFORE_QUESTION, AFTER_QUESTION, AFTER_ANSWER,
-       N_CHAT_SPANS };
+    uint32_t end;         // byte of the text where it ends; the string before it ends where it begins
+    uint32_t kind;        // NORMAL to END
+} String;
 
 struct Tokenizer {
-    Piece *pieces;         // (vocab_size)
-    int *table;            // (n_slots) a hash table: slot -> id of a piece, -1: empty
-    unsigned n_slots;      // a power of two
-    int byte_id[256];      // the token of each byte, -1: none
-    int unknown_id;        // -1: none
-    int longest_whole;     // bytes of the longest piece that is found whole, 0: none is
-    bool begins_whole[256]; // whether one of these begins with this byte
-    const Range *ranges;   // (n_ranges)
-    const Merge *merges;   // (n_merges)
-    Span chat[N_CHAT_SPANS]; // how a conversation is written, see section 10
+    const Range *classes;    // (n_ranges) character -> class, 0 if it is not there
+    const uint32_t *steps;   // (n_states, n_classes + 1) 2 * next state, + 1 if a word is complete
+    const Range *units;      // (n_units) character, or BYTE_UNIT + byte -> symbol
+    const Pair *pairs;       // (n_pairs)
+    const String *strings;   // (vocab_size) the pieces, (N_CHAT_STRINGS) see section 10, (n_cutters)
+                             // the patterns, which nothing here reads
+    const uint32_t *whole;   // (n_whole) ids: by first byte, the longer ones first
+    const uint32_t *words;   // (n_words) ids, by their bytes
+    const char *text;        // (n_text) of the strings
+    int first_whole[256];    // where in whole the pieces with this first byte begin, n_whole: none
 };
 
-// How many bytes a UTF-8 character has that starts with this one. 1 also if
-// no character does: bytes below 0xC2 and above 0xF4 begin none that is
-// longer.
+// A symbol is the id of a piece. Some symbols are no pieces: they only stand for a character from
+// which pieces are merged. Their numbers come after those of the pieces.
+enum { MAX_SYMBOLS = 1 << 25, NO_SYMBOL = -1 };
+
+// The strings of a chat come after the pieces, see section 10.
+enum { OPENING, BEFORE_SYSTEM, AFTER_SYSTEM, BEFORE_QUESTION, AFTER_QUESTION, AFTER_ANSWER,
+       N_CHAT_STRINGS };
+
+// Some bytes of a text.
+typedef struct {
+    const char *bytes; // (length), no zero after them
+    ptrdiff_t length;
+} Span;
+
+// The bytes of string i: of piece i, if i < vocab_size.
+static Span string_at(const Model *m, int i) {
+    const Tokenizer *tokenizer = m->tokenizer;
+    uint32_t begin = i ? tokenizer->strings[i - 1].end : 0;
+    return (Span){tokenizer->text + begin, tokenizer->strings[i].end - begin};
+}
+
+static int kind_of(const Model *m, int id) {
+    return (int)m->tokenizer->strings[id].kind;
+}
+
+// ---- characters
+
+// How many bytes a UTF-8 character has that starts with this one. 1 also if no character does: bytes
+// below 0xC2 and above 0xF4 begin none that is longer.
 static int character_length(char first) {
     unsigned char byte = (unsigned char)first;
     if (byte < 0xC2 || byte > 0xF4)
@@ -1168,158 +1204,141 @@ static bool continues_character(char byte) {
     return ((unsigned char)byte & 0xC0) == 0x80;
 }
 
-// The length of the character at text, of which n bytes are left; 1 for a
-// broken one.
-static int whole_character(const char *text, int n) {
-    int length = character_length(*text);
-    if (length > n)
-        return 1;
-    for (int i = 1; i < length; i++)
-        if (!continues_character(text[i]))
-            return 1;
-    return length;
-}
-
-// The number of a whole character in Unicode.
-static uint32_t code_point(const char *text, int length) {
-    static const unsigned char masks[] = {0xFF, 0xFF, 0x1F, 0x0F, 0x07}; // of the first byte
-    uint32_t point = (unsigned char)text[0] & masks[length];
-    for (int i = 1; i < length; i++)
-        point = point << 6 | ((unsigned char)text[i] & 0x3F);
-    return point;
-}
-
-// ---- finding pieces
-
-// FNV-1a, a short hash that is good enough for short strings (Fowler, Noll,
-// Vo).
-static unsigned hash_byte(unsigned hash, char byte) {
-    return (hash ^ (unsigned char)byte) * 16777619u;
-}
-enum { FIRST_HASH = 0x011C9DC5 };
-
-static unsigned hash_bytes(const char *bytes, int n) {
-    unsigned hash = FIRST_HASH;
-    for (int i = 0; i < n; i++)
-        hash = hash_byte(hash, bytes[i]);
-    return hash;
-}
-
-// The slot of the table that has the piece with these bytes, or the empty
-// one where it would go. whole: whether a piece is wanted that is found
-// whole, or one that comes out of merging.
-static int *find_slot(const Tokenizer *tokenizer,
-                      unsigned hash,     // of the bytes
-                      const char *bytes, // (n)
-                      int n, bool whole) {
-    unsigned mask = tokenizer->n_slots - 1;
-    unsigned slot = hash & mask;
-    // Two pieces may lead to the same slot. Then the later one sits in the
-    // next free slot behind it, and whoever looks for it walks the same
-    // way. As half of the table is empty, ways are short.
-    while (tokenizer->table[slot] >= 0) {
-        const Piece *piece = &tokenizer->pieces[tokenizer->table[slot]];
-        bool same = piece->length == n && !memcmp(piece->bytes, bytes, n);
-        if (same && (piece->kind != NORMAL) == whole)
-            break;
-        slot = (slot + 1) & mask;
+// The character at text, of which n bytes are left: its number in Unicode, and its length in bytes.
+// NO_CHARACTER, of length 1, where the bytes are none: cut off, written with more bytes than it
+// takes, or one that Unicode does not have.
+enum { NO_CHARACTER = -1, LAST_CHARACTER = 0x10FFFF };
+static int character_at(const char *text, // (n)
+                        ptrdiff_t n,
+                        int *length) {    // out
+    static const int masks[] = {0, 0xFF, 0x1F, 0x0F, 0x07};   // the digits in the first byte
+    static const int least[] = {0, 0, 0x80, 0x800, 0x10000};  // of so many bytes
+    int n_bytes = character_length(*text);
+    int point = (unsigned char)*text & masks[n_bytes];
+    bool valid = n_bytes <= n && (n_bytes > 1 || point < 0x80);
+    for (int i = 1; valid && i < n_bytes; i++) {
+        valid = continues_character(text[i]);
+        point = point << 6 | (text[i] & 0x3F);
     }
-    return &tokenizer->table[slot];
+    bool surrogate = point >= 0xD800 && point <= 0xDFFF;
+    valid = valid && point >= least[n_bytes] && point <= LAST_CHARACTER && !surrogate;
+    *length = valid ? n_bytes : 1;
+    return valid ? point : NO_CHARACTER;
 }
 
-// The id of the normal piece with these bytes, -1 if there is none.
-static int find_piece(const Tokenizer *tokenizer, const char *bytes, int n) {
-    return *find_slot(tokenizer, hash_bytes(bytes, n), bytes, n, false);
+// ---- looking up
+
+// For bsearch: where a number lies, before (-1), in (0) or after (1) a range.
+static int compare_range(const void *number, const void *range) {
+    uint32_t x = *(const uint32_t *)number;
+    const Range *r = range;
+    return x < r->first ? -1 : x > r->last;
 }
 
-// For bsearch: by piece, then by left.
-static int compare_merges(const void *a, const void *b) {
-    const Merge *x = a;
-    const Merge *y = b;
-    if (x->piece != y->piece)
-        return x->piece < y->piece ? -1 : 1;
-    return (x->left > y->left) - (x->left < y->left);
+// The value of a number in a table of n ranges, `otherwise` if it lies in none.
+static int look_up(const Range *table, int n, uint32_t number, int otherwise) {
+    const Range *range = bsearch(&number, table, n, sizeof *table, compare_range);
+    return range ? (int)range->value : otherwise;
 }
 
-// Whether a left half of `left` bytes may be merged into this piece, and
-// how soon: the score. A piece may be made by any two halves, by one pair,
-// or by several: byte-level vocabularies list pairs, so that "the" may come
-// of "th" and "e" and never of "t" and "he".
-static bool may_merge(const Model *m,
-                      int id,         // of the piece
-                      int left,       // bytes
-                      float *score) { // out
-    const Piece *piece = &m->tokenizer->pieces[id];
-    *score = piece->score;
-    if (!piece->left || piece->left == left)
-        return true;
-    Merge wanted = {(uint32_t)id, (uint32_t)left, 0};
-    const Merge *merge = NULL;
-    if (m->config.n_merges)
-        merge = bsearch(&wanted, m->tokenizer->merges, m->config.n_merges, sizeof wanted,
-                        compare_merges);
-    if (merge)
-        *score = merge->score;
-    return merge;
+// The symbol of a character, or of BYTE_UNIT + a byte.
+enum { BYTE_UNIT = LAST_CHARACTER + 1 };
+static int symbol_of(const Model *m, int unit) {
+    return look_up(m->tokenizer->units, m->config.n_units, unit, NO_SYMBOL);
+}
+static int symbol_of_byte(const Model *m, char byte) {
+    return symbol_of(m, BYTE_UNIT + (unsigned char)byte);
+}
+
+// For bsearch.
+static int compare_pairs(const void *a, const void *b) {
+    const Pair *x = a;
+    const Pair *y = b;
+    if (x->left != y->left)
+        return x->left < y->left ? -1 : 1;
+    return (x->right > y->right) - (x->right < y->right);
+}
+
+// For bsearch: a word against the piece with an id.
+typedef struct {
+    const Model *m;
+    Span span;
+} WordKey;
+static int compare_word(const void *key, const void *id) {
+    const WordKey *word = key;
+    Span piece = string_at(word->m, (int)*(const uint32_t *)id);
+    int order = memcmp(word->span.bytes, piece.bytes, min(word->span.length, piece.length));
+    return order ? order : (int)(word->span.length - piece.length);
+}
+
+// The id of a word (n) that is taken as it is, NO_SYMBOL if it must be merged.
+static int known_word(const Model *m, const char *bytes, int n) {
+    const Tokenizer *tokenizer = m->tokenizer;
+    const WordKey key = {m, {bytes, n}};
+    const uint32_t *id = bsearch(&key, tokenizer->words, m->config.n_words,
+                                 sizeof *tokenizer->words, compare_word);
+    return id ? (int)*id : NO_SYMBOL;
 }
 
 // ---- merging
 
+// A place in the chain. A symbol that was found whole or as a word has no neighbours, so it stays.
 typedef struct {
     int start;    // in the merger's text, bytes
-    int length;   // bytes, 0 once it is swallowed by its left neighbour
+    int length;   // bytes
     int previous; // the neighbours in the chain, -1 at its ends
     int next;
-    int token;    // of a piece that was found whole, -1: not yet known
+    int id;       // NO_SYMBOL: an unknown byte. SWALLOWED: merged into its left neighbour
 } Symbol;
+enum { SWALLOWED = -2 };
 
+// Two neighbours that may be merged.
 typedef struct {
-    float score;
-    int left, right; // symbols
-    int length;      // of their union, when the pair was found
-} Pair;
+    const Pair *pair;
+    int left, right; // where they stand: numbers of symbols
+} Merge;
 
 typedef struct {
     const Model *m;
-    char *text;      // (n) what is merged, word behind word
+    char *text;      // (n) what is merged, one word after the other
     int n;           // bytes
     Symbol *symbols; // (n_symbols) those of a word are a chain
     int n_symbols;
-    Pair *heap;      // (n_pairs) the best one on top; the children of i are 2 i + 1 and 2 i + 2
-    int n_pairs;
+    Merge *heap;     // (n_merges) the best one on top; the children of i are 2 i + 1 and 2 i + 2
+    int n_merges;
 } Merger;
 
-// Whether a is to be merged before b.
-static bool better(const Pair *a, const Pair *b) {
-    if (a->score != b->score)
-        return a->score > b->score;
+// Whether a comes before b.
+static bool better(const Merge *a, const Merge *b) {
+    if (a->pair->rank != b->pair->rank)
+        return a->pair->rank < b->pair->rank;
     return a->left < b->left;
 }
 
-// Puts the pair of two neighbours into the heap, if they may be merged.
-static void push_pair(Merger *merger, int left, int right) {
+// Puts two neighbours into the heap, if they may be merged.
+static void push_merge(Merger *merger, int left, int right) {
     if (left < 0 || right < 0)
         return;
-    const Symbol *a = &merger->symbols[left];
-    const Symbol *b = &merger->symbols[right];
-    Pair pair = {0, left, right, a->length + b->length};
-    int id = find_piece(merger->m->tokenizer, merger->text + a->start, pair.length);
-    if (id < 0 || !may_merge(merger->m, id, a->length, &pair.score))
+    const Model *m = merger->m;
+    const Pair key = {.left = merger->symbols[left].id, .right = merger->symbols[right].id};
+    Merge merge = {.left = left, .right = right};
+    merge.pair = bsearch(&key, m->tokenizer->pairs, m->config.n_pairs, sizeof key, compare_pairs);
+    if (!merge.pair)
         return;
-    int i = merger->n_pairs++; // it begins at the end, and rises past every parent it beats
-    while (i > 0 && better(&pair, &merger->heap[(i - 1) / 2])) {
+    int i = merger->n_merges++; // it begins at the end, and rises past every parent it beats
+    while (i > 0 && better(&merge, &merger->heap[(i - 1) / 2])) {
         merger->heap[i] = merger->heap[(i - 1) / 2];
         i = (i - 1) / 2;
     }
-    merger->heap[i] = pair;
+    merger->heap[i] = merge;
 }
 
-// Takes the best pair out of the heap.
-static Pair pop_pair(Merger *merger) {
-    Pair *heap = merger->heap;
-    int n = --merger->n_pairs;
-    Pair best = heap[0];
-    Pair last = heap[n]; // it goes down from the top until no child is better
+// Takes the best one out of the heap.
+static Merge pop_merge(Merger *merger) {
+    Merge *heap = merger->heap;
+    int n = --merger->n_merges;
+    Merge best = heap[0];
+    Merge last = heap[n]; // it goes down from the top until no child is better
     int i = 0;
     while (2 * i + 1 < n) {
         int child = 2 * i + 1;
@@ -1336,224 +1355,62 @@ static Pair pop_pair(Merger *merger) {
 
 // Merges until nothing is left to merge.
 static void merge_symbols(Merger *merger) {
-    // At first there are fewer pairs than symbols, and each merge adds two
-    // at most.
+    // At first there are fewer pairs than symbols, and each merge adds two at most.
     merger->heap = resize(NULL, 3 * (ptrdiff_t)merger->n_symbols, sizeof *merger->heap);
     for (int i = 0; i < merger->n_symbols; i++)
-        push_pair(merger, i, merger->symbols[i].next);
-    while (merger->n_pairs) {
-        Pair pair = pop_pair(merger);
-        Symbol *a = &merger->symbols[pair.left];
-        Symbol *b = &merger->symbols[pair.right];
-        // Lengths only grow, or become 0. So a pair whose sum is as it was
-        // has two halves that are as they were.
-        if (!a->length || !b->length || a->length + b->length != pair.length)
+        push_merge(merger, i, merger->symbols[i].next);
+    while (merger->n_merges) {
+        Merge merge = pop_merge(merger);
+        const Pair *pair = merge.pair;
+        Symbol *a = &merger->symbols[merge.left];
+        Symbol *b = &merger->symbols[merge.right];
+        // In the meantime one of them may have been merged with its other neighbour.
+        if ((uint32_t)a->id != pair->left || (uint32_t)b->id != pair->right)
             continue;
+        a->id = pair->merged;
         a->length += b->length; // they stand side by side, so the union is just longer
-        b->length = 0;
         a->next = b->next;
+        b->id = SWALLOWED;
         if (b->next >= 0)
-            merger->symbols[b->next].previous = pair.left;
-        push_pair(merger, a->previous, pair.left);
-        push_pair(merger, pair.left, a->next);
+            merger->symbols[b->next].previous = merge.left;
+        push_merge(merger, a->previous, merge.left);
+        push_merge(merger, merge.left, a->next);
     }
 }
 
-// ---- cutting into words, for byte-level vocabularies
-
-// The class of the character at text, of which n bytes are left; its length
-// in bytes.
-static int class_of(const Model *m,
-                    const char *text, // (n)
-                    int n,
-                    int *length) {    // out
-    *length = whole_character(text, n);
-    if (*length == 1 && (unsigned char)*text > 127)
-        return SIGN; // no character at all
-    if (*text == ' ')
-        return WHITE; // whatever a file says, or cutting would not come to an end
-    uint32_t point = code_point(text, *length);
-    int low = 0;
-    int high = m->config.n_ranges; // the range it lies in, if any, is in [low, high)
-    while (low < high) {
-        int middle = (low + high) / 2;
-        const Range *range = &m->tokenizer->ranges[middle];
-        if (point < range->first)
-            high = middle;
-        else if (point > range->last)
-            low = middle + 1;
-        else
-            return range->class;
-    }
-    return SIGN;
-}
-
-// A run of characters of one class from text on: its length in bytes, and
-// that of its last character. most: how many characters at most, 0: all.
-typedef struct {
-    int length, last, n;
-} CharacterRun;
-static CharacterRun run_of(const Model *m,
-                           const char *text, // (n)
-                           int n, int class, int most) {
-    CharacterRun run = {0};
-    int length;
-    while (run.length < n && (!most || run.n < most)
-           && class_of(m, text + run.length, n - run.length, &length) == class) {
-        run.length += length;
-        run.last = length;
-        run.n++;
-    }
-    return run;
-}
-
-// 's, 't, 're, 've, 'm, 'll or 'd at text: the length, 0 if it is none of
-// them.
-static int contraction(const char *text, int n, bool any_case) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
-    if (*text != '\'')
-        return 0;
-    if (any_case && n > 2 && !memcmp(text + 1, "\xC5\xBF", 2))
-        return 3; // an old form of s
-    for (int i = 0; i < 7; i++) {
-        int length = (int)strlen(endings[i]);
-        int (*compare)(const char *, const char *, size_t) = any_case ? strncasecmp : strncmp;
-        if (length < n && !compare(text + 1, endings[i], length))
-            return 1 + length;
-    }
-    return 0;
-}
-
-// Spaces belong together, but the last one belongs to the word behind it,
-// if there is one.
-static int cut_spaces(const Model *m, const char *text, int n) {
-    int unused;
-    CharacterRun spaces = run_of(m, text, n, WHITE, 0);
-    bool at_end = spaces.length == n;
-    if (m->config.cut_rule == CUT_GPT2 && m->config.most_digits && !at_end)
-        at_end = class_of(m, text + spaces.length, n - spaces.length, &unused) == NUMBER;
-    if (at_end || spaces.n == 1)
-        return spaces.length;
-    return spaces.length - spaces.last;
-}
-
-// The length of the first word of text (n bytes) by GPT-2's rule, tried in
-// this order: a contraction; letters; numbers; other signs, each with one
-// space before them if there is one; spaces. With most_digits, a digit is a
-// word of its own.
-static int cut_gpt2(const Model *m, const char *text, int n) {
-    int length = contraction(text, n, false);
-    if (length)
-        return length;
-    int space = *text == ' ' && n > 1;
-    int class = class_of(m, text + space, n - space, &length);
-    if (class == WHITE || (class == NUMBER && space && m->config.most_digits))
-        return cut_spaces(m, text, n);
-    // Letters, numbers or signs: as many as follow, but digits one by one
-    // if so asked.
-    int most = class == NUMBER ? m->config.most_digits : 0;
-    return space + run_of(m, text + space, n - space, class, most).length;
-}
-
-// By Llama 3's rule: a contraction; letters, with one sign or space before
-// them; up to most_digits digits; other signs, with one space before and
-// line feeds behind them; spaces up to the last line feed among them; other
-// spaces.
-static int cut_llama3(const Model *m, const char *text, int n) {
-    int length = contraction(text, n, true);
-    if (length)
-        return length;
-    // letters, with what may stand before them
-    int class = class_of(m, text, n, &length);
-    bool is_line_end = *text == '\n' || *text == '\r';
-    int skipped = class == LETTER || class == NUMBER || is_line_end ? 0 : length;
-    CharacterRun letters = run_of(m, text + skipped, n - skipped, LETTER, 0);
-    if (letters.n)
-        return skipped + letters.length;
-    if (class == NUMBER)
-        return run_of(m, text, n, NUMBER, m->config.most_digits).length;
-    // other signs
-    int space = *text == ' ';
-    int end = space + run_of(m, text + space, n - space, SIGN, 0).length;
-    if (end > space) {
-        while (end < n && (text[end] == '\n' || text[end] == '\r'))
-            end++;
-        return end;
-    }
-    // spaces: back to the last line feed among them
-    end = run_of(m, text, n, WHITE, 0).length;
-    while (end > 0 && text[end - 1] != '\n' && text[end - 1] != '\r')
-        end--;
-    return end ? end : cut_spaces(m, text, n);
-}
-
-// ---- encoding
-
-// Where a section of a text stands: at its start, behind a piece that was
-// found whole, or in the middle of other text.
-enum { AT_START, BEHIND_PIECE, CONTINUED };
-
-// A text that is to become tokens.
-typedef struct {
-    const char *bytes;
-    size_t n;
-    int start;         // AT_START and its kin: where its first section stands
-    bool bos;          // BOS comes first, if the model has one
-    bool controls;     // control pieces that are spelt in it are meant, ...
-    const char *typed; // ... but not (n) where this is not 0; NULL: everywhere
-} Source;
-
-// The longest piece that is found whole at a place of the source, -1 if
-// there is none.
-static int whole_piece(const Model *m, const Source *source, size_t at) {
-    const Tokenizer *tokenizer = m->tokenizer;
-    const char *bytes = source->bytes + at;
-    if (!tokenizer->begins_whole[(unsigned char)*bytes])
-        return -1;
-    int found = -1;
-    unsigned hash = FIRST_HASH;
-    for (int n = 1; n <= tokenizer->longest_whole && at + n <= source->n; n++) {
-        hash = hash_byte(hash, bytes[n - 1]);
-        int id = *find_slot(tokenizer, hash, bytes, n, true);
-        if (id < 0)
-            continue;
-        bool was_typed = source->typed && memchr(source->typed + at, 1, n);
-        bool meant = source->controls && !was_typed;
-        if (meant || tokenizer->pieces[id].kind == USER_DEFINED)
-            found = id;
-    }
-    return found;
-}
-
-// Adds a symbol of the next `length` bytes, which are copied from bytes. It
-// has no neighbours yet.
-static Symbol *add_symbol(Merger *merger,
-                          const char *bytes, // (length)
-                          int length,
-                          int token) {       // -1: not yet known
+// Adds a symbol of some bytes (length), which are copied. It has no neighbours yet.
+static Symbol *add_symbol(Merger *merger, const char *bytes, int length, int id) {
     Symbol *symbol = &merger->symbols[merger->n_symbols++];
-    *symbol = (Symbol){merger->n, length, -1, -1, token};
+    *symbol = (Symbol){merger->n, length, -1, -1, id};
     memcpy(merger->text + merger->n, bytes, length);
     merger->n += length;
     return symbol;
 }
 
-// Adds a word, as a chain of its characters or bytes.
+// Adds a word (n): as one symbol if it is known, else as a chain of its characters, or of the bytes
+// of those that are no units.
 static void add_word(Merger *merger, const char *bytes, int n) {
     const Model *m = merger->m;
-    const Tokenizer *tokenizer = m->tokenizer;
-    int token = find_piece(tokenizer, bytes, n);
-    if (m->config.tokenizer_flags & IGNORE_MERGES && token >= 0) {
-        add_symbol(merger, bytes, n, token);
+    int id = known_word(m, bytes, n);
+    int previous = -1; // symbol
+    int character_end = 0;
+    if (id >= 0) {
+        add_symbol(merger, bytes, n, id);
         return;
     }
-    int previous = -1; // symbol
     for (int i = 0, length; i < n; i += length) {
-        length = m->config.cut_rule ? 1 : whole_character(bytes + i, n - i);
-        bool lacking = m->config.cut_rule && tokenizer->unknown_id < 0;
-        if (lacking && find_piece(tokenizer, bytes + i, 1) < 0)
-            continue; // a byte that is no piece is left out
-        Symbol *symbol = add_symbol(merger, bytes + i, length, -1);
+        id = NO_SYMBOL;
+        if (i >= character_end) { // and not inside a character that is taken byte by byte
+            id = symbol_of(m, character_at(bytes + i, n - i, &length));
+            character_end = i + length;
+        }
+        if (id < 0) {
+            length = 1;
+            id = symbol_of_byte(m, bytes[i]);
+        }
+        if (id < 0 && m->config.unknown < 0)
+            continue; // there is not even a piece for what is unknown: it is left out
+        Symbol *symbol = add_symbol(merger, bytes + i, length, id);
         symbol->previous = previous;
         if (previous >= 0)
             merger->symbols[previous].next = merger->n_symbols - 1;
@@ -1561,24 +1418,107 @@ static void add_word(Merger *merger, const char *bytes, int n) {
     }
 }
 
-// Copies a section of the source as the vocabulary wants to see it: spaces
-// added and taken away as the flags say. to has room for 2 n + 1 bytes;
-// returns the length. SentencePiece writes a space as U+2581, so that one
-// counts as a space.
+// ---- cutting into words
+
+// How many bytes of text (n) the pattern of a cutter matches from its start on, 0 if it does not.
+static int match(const Model *m, int cutter, const char *text, int n) {
+    const Tokenizer *tokenizer = m->tokenizer;
+    int n_classes = m->config.n_classes;
+    uint32_t state = cutter + 1; // where the automaton of this cutter begins; 0: the walk has ended
+    int matched = 0;
+    for (int at = 0, length = 0; state && at <= n; at += length) {
+        int class = n_classes; // the column for the end of the text
+        length = 1;
+        if (at < n) {
+            int character = character_at(text + at, n - at, &length);
+            if (character == NO_CHARACTER)
+                character = 0xFFFD; // U+FFFD is written for what is no character
+            class = look_up(tokenizer->classes, m->config.n_ranges, character, 0);
+        }
+        uint32_t step = tokenizer->steps[(ptrdiff_t)(state - 1) * (n_classes + 1) + class];
+        if (step & 1)
+            matched = at; // up to here, without the character that was looked at
+        state = step >> 1;
+    }
+    return matched;
+}
+
+// Adds text (n), cut into words by this cutter and all that follow it.
+static void add_words(Merger *merger, const char *text, int n, int cutter) {
+    if (cutter == merger->m->config.n_cutters) {
+        add_word(merger, text, n);
+        return;
+    }
+    int gap = 0; // where what no match has taken begins
+    for (int at = 0, length; at < n; at += length) {
+        length = match(merger->m, cutter, text + at, n - at);
+        if (!length) { // the gap grows by a character
+            character_at(text + at, n - at, &length);
+            continue;
+        }
+        if (at > gap)
+            add_words(merger, text + gap, at - gap, cutter + 1);
+        add_words(merger, text + at, length, cutter + 1);
+        gap = at + length;
+    }
+    if (n > gap)
+        add_words(merger, text + gap, n - gap, cutter + 1);
+}
+
+// ---- encoding
+
+// Where a section of a text stands: at its start, after a piece that was found whole, or in the
+// middle of other text.
+enum { AT_START, AFTER_PIECE, CONTINUED };
+
+// A text that is to become tokens.
+typedef struct {
+    const char *bytes;
+    size_t n;
+    int start;         // AT_START, AFTER_PIECE or CONTINUED: where its first section stands
+    bool bos;          // BOS comes first, if the model has one
+    bool controls;     // control pieces that are spelt in it are meant, ...
+    const char *typed; // ... but not (n) where this is not 0; NULL: everywhere
+} Source;
+
+// The longest piece that is found whole at a place of the source, NO_SYMBOL if there is none.
+static int whole_piece(const Model *m, const Source *source, size_t at) {
+    const Tokenizer *tokenizer = m->tokenizer;
+    const char *bytes = source->bytes + at;
+    for (int i = tokenizer->first_whole[(unsigned char)*bytes]; i < m->config.n_whole; i++) {
+        int id = (int)tokenizer->whole[i];
+        Span piece = string_at(m, id);
+        if (!piece.length || *piece.bytes != *bytes)
+            break; // from here on they begin with another byte
+        if ((size_t)piece.length > source->n - at || memcmp(bytes, piece.bytes, piece.length))
+            continue;
+        bool was_typed = source->typed && memchr(source->typed + at, 1, piece.length);
+        bool meant = source->controls && !was_typed;
+        if (meant || kind_of(m, id) == USER_DEFINED)
+            return id;
+    }
+    return NO_SYMBOL;
+}
+
+// Whether a text (n) begins with a space, or with U+2581, which SentencePiece writes for one.
+static bool begins_with_space(const Model *m, const char *text, int n) {
+    enum { METASPACE = 0x2581 };
+    int length;
+    if (!n || *text == ' ')
+        return n;
+    return character_at(text, n, &length) == METASPACE && symbol_of(m, METASPACE) >= 0;
+}
+
+// Copies a section of the source as the vocabulary wants to see it: spaces added and taken away as
+// the flags say. to has room for 2 n + 1 bytes; returns the length.
 static int normalise(const Model *m,
                      const char *bytes, // (n)
                      int n, int start,
                      char *to) {        // (2 n + 1) out
-    int flags = m->config.tokenizer_flags;
-    int n_to = 1; // to[0] is kept for the space before it
+    int flags = m->config.text_flags;
+    int n_to = 1;            // to[0] is kept for the space before it
     bool after_space = true; // at the start spaces are dropped as after another one
     for (int i = 0; i < n; i++) {
-        if (!m->config.cut_rule && n - i >= 3 && !memcmp(bytes + i, "\xE2\x96\x81", 3)) {
-            to[n_to++] = ' ';
-            after_space = false;
-            i += 2;
-            continue;
-        }
         bool space = bytes[i] == ' ';
         if (!(flags & COLLAPSE_SPACES && space && after_space))
             to[n_to++] = bytes[i];
@@ -1591,9 +1531,9 @@ static int normalise(const Model *m,
     if (flags & COLLAPSE_SPACES && after_space && n_to > 1)
         n_to--;
     bool wanted = flags & PREFIX_SPACE && n_to > 1 && start != CONTINUED;
-    if (start == BEHIND_PIECE && !(flags & PREFIX_EACH))
+    if (start == AFTER_PIECE && !(flags & PREFIX_EACH))
         wanted = false;
-    if (wanted && flags & PREFIX_UNLESS_SPACE && to[1] == ' ')
+    if (flags & PREFIX_UNLESS_SPACE && begins_with_space(m, to + 1, n_to - 1))
         wanted = false;
     *to = ' ';
     if (!wanted)
@@ -1601,29 +1541,20 @@ static int normalise(const Model *m,
     return n_to;
 }
 
-// Adds a section of the source in which no piece is found whole.
-static void add_section(Merger *merger,
-                        const char *bytes, // (n)
-                        int n, int start) {
-    const Model *m = merger->m;
+// Adds a section of the source (n) in which no piece is found whole.
+static void add_section(Merger *merger, const char *bytes, int n, int start) {
     char *text = resize(NULL, 2 * (ptrdiff_t)n + 1, 1); // each byte may get a space
-    int n_text = normalise(m, bytes, n, start, text);
-    for (int at = 0, length; at < n_text; at += length) {
-        length = n_text - at; // all of it is one word, unless there is a rule
-        if (m->config.cut_rule == CUT_GPT2)
-            length = cut_gpt2(m, text + at, n_text - at);
-        if (m->config.cut_rule == CUT_LLAMA3)
-            length = cut_llama3(m, text + at, n_text - at);
-        add_word(merger, text + at, length);
-    }
+    int n_text = normalise(merger->m, bytes, n, start, text);
+    add_words(merger, text, n_text, 0);
     free(text);
 }
 
-// Cuts the source at pieces that are found whole, and adds these and what
-// lies between them.
+// Cuts the source at pieces that are found whole, and adds these and what lies between them.
 static void add_source(Merger *merger, const Source *source) {
     const Model *m = merger->m;
-    int flags = m->config.tokenizer_flags;
+    int flags = m->config.text_flags;
+    // SentencePiece puts the space before the whole text, even where a user-defined piece begins it.
+    bool before_all = flags & PREFIX_SPACE && !(flags & (PREFIX_EACH | PREFIX_UNLESS_SPACE));
     size_t first = 0; // byte of the section
     int start = source->start;
     for (size_t at = 0; at < source->n;) {
@@ -1632,45 +1563,45 @@ static void add_source(Merger *merger, const Source *source) {
             at++;
             continue;
         }
-        const Piece *piece = &m->tokenizer->pieces[id];
-        bool always = flags & PREFIX_SPACE && !(flags & (PREFIX_EACH | PREFIX_UNLESS_SPACE));
-        if (!at && always && start == AT_START && piece->kind == USER_DEFINED)
-            add_word(merger, " ", 1); // the text begins with it, and still gets its space
+        Span piece = string_at(m, id);
+        if (!at && before_all && start == AT_START && kind_of(m, id) == USER_DEFINED)
+            add_word(merger, " ", 1);
         add_section(merger, source->bytes + first, at - first, start);
-        add_symbol(merger, piece->bytes, piece->length, id);
-        at += piece->length;
+        add_symbol(merger, piece.bytes, piece.length, id);
+        at += piece.length;
         first = at;
-        start = BEHIND_PIECE;
+        start = AFTER_PIECE;
     }
     add_section(merger, source->bytes + first, source->n - first, start);
 }
 
-// Writes the tokens of the symbols to out; returns how many there are. A
-// run of unknown characters is one <unk>, unless a flag says otherwise.
+// Adds a token to out (n_out). Several unknown ones in a row are one <unk>.
+static int add_token(const Model *m, int *out, int n_out, int id) {
+    bool unknown = id < 0 || id >= m->config.vocab_size;
+    if (unknown)
+        id = m->config.unknown;
+    bool again = unknown && n_out && out[n_out - 1] == id;
+    if (id >= 0 && !again)
+        out[n_out++] = id;
+    return n_out;
+}
+
+// Writes the tokens of the symbols to out; returns how many there are. A symbol that is no piece
+// falls apart into its bytes.
 static int write_tokens(const Merger *merger, int *out) {
-    const Tokenizer *tokenizer = merger->m->tokenizer;
-    int flags = merger->m->config.tokenizer_flags;
-    bool was_unknown = false;
+    const Model *m = merger->m;
     int n_out = 0;
     for (int i = 0; i < merger->n_symbols; i++) {
         const Symbol *symbol = &merger->symbols[i];
         const char *bytes = merger->text + symbol->start;
-        if (!symbol->length)
-            continue; // it was swallowed
-        int id = symbol->token;
-        if (id < 0)
-            id = find_piece(tokenizer, bytes, symbol->length);
-        bool unknown = id < 0 && !(flags & BYTE_PIECES);
-        if (id >= 0) {
-            out[n_out++] = id;
-        } else if (unknown) {
-            if (!was_unknown || flags & SEPARATE_UNKNOWN)
-                out[n_out++] = tokenizer->unknown_id;
-        } else {
-            for (int b = 0; b < symbol->length; b++) // a character that is no piece
-                out[n_out++] = tokenizer->byte_id[(unsigned char)bytes[b]];
+        if (symbol->id == SWALLOWED)
+            continue;
+        if (symbol->id < m->config.vocab_size) {
+            n_out = add_token(m, out, n_out, symbol->id);
+            continue;
         }
-        was_unknown = unknown;
+        for (int b = 0; b < symbol->length; b++)
+            n_out = add_token(m, out, n_out, symbol_of_byte(m, bytes[b]));
     }
     return n_out;
 }
@@ -1679,7 +1610,7 @@ static int write_tokens(const Merger *merger, int *out) {
 static int *encode(const Model *m, Source source, int *n_tokens) {
     if (source.n > INT_MAX / 16)
         die(1, "a text of %zu bytes is too long", source.n);
-    // A byte may get a space before or behind it, and there is BOS.
+    // A byte may get a space before or after it, and there is BOS.
     const ptrdiff_t most = 3 * (ptrdiff_t)source.n + 2;
     Merger merger = {.m = m};
     merger.text = resize(NULL, most, 1);
@@ -1703,15 +1634,15 @@ static int *encode(const Model *m, Source source, int *n_tokens) {
 
 // ---- decoding
 
-// Writes n bytes. A stream into memory may find none. What standard output
-// could not take is flush_output's business.
+// Writes n bytes. A stream into memory may find none. What standard output could not take,
+// flush_output will say.
 static void write_bytes(FILE *to, const char *bytes, size_t n) {
     if (fwrite(bytes, 1, n, to) < n && to != stdout)
         die(1, "out of memory");
 }
 
-// Tokens on their way to a stream. A character may be spread over several
-// tokens; it is printed when it is whole.
+// Tokens on their way to a stream. A character may be spread over several tokens; it is printed when
+// it is whole.
 typedef struct {
     FILE *to;
     bool terminal;   // control characters are not let through
@@ -1721,30 +1652,28 @@ typedef struct {
     char last;       // the byte before
 } Printer;
 
-// Prints what is waiting. If it is no character, each of its bytes is
-// printed as U+FFFD, as SentencePiece does.
+// Prints what is waiting. If it is no character, each of its bytes is printed as U+FFFD, as
+// SentencePiece does.
 static void print_rest(Printer *printer) {
     int n = printer->n_waiting;
-    uint32_t point = n ? code_point(printer->waiting, n) : 0;
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // of n bytes
-    bool whole = n && whole_character(printer->waiting, n) == n;
-    bool shortest = point >= least[n] && !(n == 1 && point > 127);
-    bool surrogate = point >= 0xD800 && point <= 0xDFFF;
-    bool valid = whole && shortest && point <= 0x10FFFF && !surrogate;
+    int length;
+    if (!n)
+        return;
+    printer->n_waiting = 0;
+    int point = character_at(printer->waiting, n, &length);
+    if (point == NO_CHARACTER) {
+        for (int i = 0; i < n; i++)
+            write_bytes(printer->to, "\xEF\xBF\xBD", 3);
+        return;
+    }
     bool control = point < ' ' && point != '\n' && point != '\t';
     control = control || (point >= 127 && point < 160);
-    // A terminal would obey a control character: move its cursor, change
-    // its title. So it gets the character's number instead.
-    char name[8];
-    printer->n_waiting = 0;
-    if (valid && control && printer->terminal) {
-        int n_name = sprintf(name, "<%02X>", point);
-        write_bytes(printer->to, name, n_name);
-    } else if (valid) {
+    // A terminal would obey a control character: move its cursor, change its title. So it gets the
+    // character's number instead.
+    if (control && printer->terminal)
+        fprintf(printer->to, "<%02X>", point);
+    else
         write_bytes(printer->to, printer->waiting, n);
-    }
-    for (int i = 0; i < n && !valid; i++)
-        write_bytes(printer->to, "\xEF\xBF\xBD", 3);
 }
 
 static void print_byte(Printer *printer, char byte) {
@@ -1756,26 +1685,23 @@ static void print_byte(Printer *printer, char byte) {
     printer->last = byte;
 }
 
-// Control pieces print nothing, an unknown one prints " ⁇ ", as in
-// SentencePiece. The spaces that encoding adds are left out again.
+// Control pieces print nothing, an unknown one prints " ⁇ ", as in SentencePiece. The spaces that
+// encoding adds are left out again.
 static void print_token(Printer *printer, const Model *m, int token) {
-    const Piece *piece = &m->tokenizer->pieces[token];
-    int flags = m->config.tokenizer_flags;
-    const char *bytes = piece->bytes;
-    int n = piece->length;
-    if (piece->kind == CONTROL || piece->kind == END)
+    Span piece = string_at(m, token);
+    int flags = m->config.text_flags;
+    int kind = kind_of(m, token);
+    if (kind == CONTROL || kind == END)
         return;
-    if (piece->kind == UNKNOWN) {
-        bytes = " \xE2\x81\x87 ";
-        n = 5;
-    }
-    for (int i = 0; i < n; i++) {
+    if (kind == UNKNOWN)
+        piece = (Span){" \xE2\x81\x87 ", 5};
+    for (int i = 0; i < piece.length; i++) {
         bool at_start = !i && printer->at_start && flags & PREFIX_SPACE;
         bool at_line = printer->last == '\n' && flags & NEWLINE_SPACE;
-        if (bytes[i] == ' ' && (at_start || at_line))
+        if (piece.bytes[i] == ' ' && (at_start || at_line))
             printer->last = ' '; // and no further one
         else
-            print_byte(printer, bytes[i]);
+            print_byte(printer, piece.bytes[i]);
     }
     printer->at_start = false;
 }
@@ -1783,39 +1709,30 @@ static void print_token(Printer *printer, const Model *m, int token) {
 /* ================================================================================================
  * 9  Reading the file
  *
- * export.py writes it and mmap reads it: the operating system brings in the
- * pages that are used, when they are used, so a model may be larger than
- * memory. Little-endian, in this order:
+ * export.py writes it and mmap reads it: the operating system brings in the pages that are used,
+ * when they are used, so a model may be larger than memory. Little-endian, in this order:
  *
- *   the header      256 bytes: "drugs.c" and a zero, then Config down to n_merges,
- *                   then zeros
+ *   the header      256 bytes: "drugs.c" and a zero, then Config down to n_text, then zeros
  *   RoPE            head_dim / 2 doubles, radians per position
- *   the ranges      (n_ranges) struct Range, ascending: classes 1 letter, 2 number,
- *                   3 space
- *   the merges      (n_merges) struct Merge, ascending by piece, then by left
- *   the chat        nothing, or six times a u16 length and the bytes of a Span
- *   the tokenizer   a record for each piece: float score, u8 kind, u8 zero, u16
- *                   length, u16 left, the bytes
- *   the weights     fp32 tensors, each at a multiple of 64 bytes, in the order in
- *                   which the forward pass reads them: embedding, layer after layer,
- *                   final norm, classifier
+ *   tables          of struct Tokenizer, in its order; their records consist of numbers of 32 bits
+ *   text            n_text bytes
+ *   the weights     fp32 tensors, each at a multiple of 64 bytes, in the order in which the forward
+ *                   pass reads them: embedding, layer after layer, final norm, classifier
  *
- * A file comes from strangers. Each number in it is checked before it is
- * used, with `if` and not with assert, which a build may leave out. What is
- * wrong comes back as a sentence in m->error, and not as an exit, so that
- * tests can try thousands of broken files.
+ * A file comes from strangers. Each number in it that leads somewhere is checked before it is used,
+ * with `if` and not with assert, which a build may leave out. What is wrong comes back as a sentence
+ * in m->error, and not as an exit, so that tests can try thousands of broken files.
  */
-// To turn numbers round while they are read would take a copy of all weights, in
-// memory that a large model does not have.
+// To turn numbers round while they are read would take a copy of all weights, in memory that a large
+// model does not have.
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "a model's file is little-endian, and this machine is not"
 #endif
-_Static_assert(offsetof(Config, q_dim) == 84, "no gaps between its members");
+_Static_assert(offsetof(Config, q_dim) == 100, "no gaps between its members");
 enum { HEADER_BYTES = 256, MAGIC_BYTES = 8, CONFIG_BYTES = offsetof(Config, q_dim) };
-enum { ALIGNMENT = 64, PIECE_BYTES = 10 }; // PIECE_BYTES: of a record, without the piece itself
+enum { VERSION = 3, ALIGNMENT = 64 };
 
-// Keeps a sentence about what is wrong with the file and returns false, for
-// `return broken(...)`.
+// Keeps a sentence about what is wrong with the file and returns false, for `return broken(...)`.
 __attribute__((format(printf, 2, 3)))
 static bool broken(Model *m, const char *format, ...) {
     va_list args;
@@ -1825,37 +1742,38 @@ static bool broken(Model *m, const char *format, ...) {
     return false;
 }
 
-// Says whether the numbers of the header can be true; n_bytes is the length
-// of the file. The bounds are far above any real model, and far below where
-// a product of two could overflow 64 bits.
-static bool check_config(Model *m, size_t n_bytes) {
+// Says whether the numbers of the header can be true. The bounds are far above any real model, and
+// far below where a product of two could overflow 64 bits.
+static bool check_config(Model *m) {
     const Config *c = &m->config;
     const struct {
         const char *name;
         int64_t value, least, most;
     } fields[] = {
-        {"version", c->version, 2, 2}, // this layout
+        {"version", c->version, VERSION, VERSION}, // this layout
         {"dim", c->dim, 1, 1 << 20},
         {"hidden_dim", c->hidden_dim, 1, 1 << 20},
         {"n_layers", c->n_layers, 1, 1 << 12},
         {"n_heads", c->n_heads, 1, 1 << 12},
         {"n_kv_heads", c->n_kv_heads, 1, c->n_heads}, // each is read by a query head
         {"head_dim", c->head_dim, 2, 1 << 12}, // a pair at least
-        {"vocab_size", c->vocab_size, 1, 1 << 24}, // a float holds every rank of it
+        {"vocab_size", c->vocab_size, 1, 1 << 24},
         {"seq_len", c->seq_len, 1, 1 << 28}, // a context of that many
         {"shared_classifier", c->shared_classifier, 0, 1}, // no or yes
         {"sliding_window", c->sliding_window, 0, 1 << 28}, // 0: none
+        {"storage", c->storage, 0, 0}, // fp32
         {"bos", c->bos, -1, (int64_t)c->vocab_size - 1}, // -1: none
-        {"tokenizer_flags", c->tokenizer_flags, 0, ALL_FLAGS},
-        {"cut_rule", c->cut_rule, CUT_NOWHERE, CUT_LLAMA3}, // of three
-        {"most_digits", c->most_digits, 0, 255}, // 0: all
+        {"unknown", c->unknown, -1, (int64_t)c->vocab_size - 1},
+        {"text_flags", c->text_flags, 0, ALL_FLAGS},
+        {"n_cutters", c->n_cutters, 0, 16}, // 0: a text is one word
+        {"n_states", c->n_states, c->n_cutters, 1 << 16}, // each cutter begins in one of its own
+        {"n_classes", c->n_classes, 1, 1 << 10},
         {"n_ranges", c->n_ranges, 0, 1 << 16}, // Unicode needs some 1,500
-        {"chat_bytes", c->chat_bytes, 0, 1 << 16}, // 0: no form is known
-        {"n_merges", c->n_merges, 0, 1 << 24},
-        // There is a record for each piece, so a lie about vocab_size asks
-        // for no memory.
-        {"tokenizer_bytes", c->tokenizer_bytes, PIECE_BYTES * (int64_t)c->vocab_size,
-         (int64_t)n_bytes - HEADER_BYTES},
+        {"n_units", c->n_units, 0, 1 << 21}, // all characters, and 256 bytes
+        {"n_pairs", c->n_pairs, 0, 1 << 24},
+        {"n_whole", c->n_whole, 0, c->vocab_size},
+        {"n_words", c->n_words, 0, c->vocab_size},
+        {"n_text", c->n_text, 0, 1 << 30},
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (fields[i].value < fields[i].least || fields[i].value > fields[i].most)
@@ -1879,15 +1797,12 @@ static bool read_header(Model *m,
     Config *c = &m->config;
     if (n_bytes < HEADER_BYTES)
         return broken(m, "too short for a header, %zu bytes", n_bytes);
-    if (memcmp(data, "drugs.c", MAGIC_BYTES)) // with the zero behind it
+    if (memcmp(data, "drugs.c", MAGIC_BYTES)) // with the zero after it
         return broken(m, "not made by export.py: python3 export.py CHECKPOINT -o FILE");
     memcpy(c, data + MAGIC_BYTES, CONFIG_BYTES); // all of Config that lies in the file
-    // Two versions that one meets, each with what to do.
-    if (c->version == 1)
+    if (c->version > 0 && c->version < VERSION)
         return broken(m, "made by an older export.py: export the checkpoint again");
-    if (c->version == 2 << 24)
-        return broken(m, "in little-endian byte order, which this machine does not use");
-    if (!check_config(m, n_bytes))
+    if (!check_config(m))
         return false;
     for (int i = MAGIC_BYTES + CONFIG_BYTES; i < HEADER_BYTES; i++)
         if (data[i]) // room for what later versions may want to say
@@ -1897,161 +1812,79 @@ static bool read_header(Model *m,
     return true;
 }
 
-// Reads the frequencies, ranges and merges, which lie at `data` in this
-// order. Returns what lies behind them, NULL for nonsense: see m->error.
-static const char *read_tables(Model *m, const char *data) {
-    const Config *c = &m->config;
+// Says whether the strings lie one after the other, and where in `whole` each byte begins. The other
+// tables are bounded by read_tables, which is enough: were they out of order, a text would become
+// other tokens, and nothing worse.
+static bool check_tokenizer(Model *m, int n_strings) {
     Tokenizer *tokenizer = m->tokenizer;
-    // They are read where they lie: doubles first, then records of 12
-    // bytes.
-    m->rope_freq = (const double *)(const void *)data;
-    tokenizer->ranges = (const Range *)(m->rope_freq + c->head_dim / 2);
-    tokenizer->merges = (const Merge *)(tokenizer->ranges + c->n_ranges);
+    for (int i = 1; i < n_strings; i++)
+        if (tokenizer->strings[i].end < tokenizer->strings[i - 1].end)
+            return broken(m, "string %d ends before it begins", i);
+    for (int byte = 0; byte < 256; byte++)
+        tokenizer->first_whole[byte] = m->config.n_whole;
+    for (int i = m->config.n_whole - 1; i >= 0; i--) { // backwards, so that the first one remains
+        Span piece = string_at(m, (int)tokenizer->whole[i]);
+        if (piece.length)
+            tokenizer->first_whole[(unsigned char)*piece.bytes] = i;
+    }
+    return true;
+}
+
+// Finds RoPE's frequencies, the tables and the text, which lie from byte `first` of the file on, and
+// checks every number of the tables. Returns the byte after them, 0 for nonsense: see m->error.
+static size_t read_tables(Model *m,
+                          const char *data, // (n_bytes) the file
+                          size_t first, size_t n_bytes) {
+    enum { ROPE, CLASSES, STEPS, UNITS, PAIRS, STRINGS, WHOLE, WORDS, TEXT, N_TABLES };
+    const Config *c = &m->config;
+    const uint32_t any = UINT32_MAX; // no index: any number but this one
+    const uint32_t n_pieces = c->vocab_size;
+    const int n_strings = c->vocab_size + N_CHAT_STRINGS + c->n_cutters;
+    const struct {
+        const char *name;
+        size_t n_records;
+        size_t width;      // of a record, in bytes
+        uint32_t below[4]; // what each number of it must be below; all 0: not checked here
+    } tables[N_TABLES] = {
+        [ROPE] = {"RoPE", c->head_dim / 2, sizeof(double), {0}},
+        [CLASSES] = {"range of characters", c->n_ranges, sizeof(Range), {any, any, c->n_classes}},
+        [STEPS] = {"step", (size_t)c->n_states * (c->n_classes + 1), 4, {2 * (c->n_states + 1)}},
+        [UNITS] = {"unit", c->n_units, sizeof(Range), {any, any, MAX_SYMBOLS}},
+        [PAIRS] = {"pair", c->n_pairs, sizeof(Pair), {MAX_SYMBOLS, MAX_SYMBOLS, n_pieces, any}},
+        [STRINGS] = {"string", n_strings, sizeof(String), {c->n_text + 1, N_KINDS}},
+        [WHOLE] = {"whole piece", c->n_whole, 4, {n_pieces}},
+        [WORDS] = {"word", c->n_words, 4, {n_pieces}},
+        [TEXT] = {"text", c->n_text, 1, {0}},
+    };
+    const void *found[N_TABLES];
+    for (int i = 0; i < N_TABLES; i++) {
+        size_t size = tables[i].n_records * tables[i].width;
+        if (size > n_bytes - first)
+            return broken(m, "has %zu bytes, too few for its tables", n_bytes);
+        found[i] = data + first;
+        first += size;
+        const uint32_t *numbers = found[i];
+        size_t width = tables[i].width / sizeof *numbers; // of a record, in numbers
+        for (size_t j = 0; tables[i].below[0] && j < tables[i].n_records * width; j++)
+            if (numbers[j] >= tables[i].below[j % width])
+                return broken(m, "%s %zu has %u where less than %u must stand", tables[i].name,
+                              j / width, numbers[j], tables[i].below[j % width]);
+    }
+    m->rope_freq = found[ROPE];
     for (int i = 0; i < c->head_dim / 2; i++) // in this form nan is no angle either
         if (!(m->rope_freq[i] > 0 && m->rope_freq[i] * c->seq_len <= 1 << 28)) // see cos_sin_of
-            return broken(m, "RoPE's frequency %d is no angle", i), NULL;
-    for (int i = 0; i < c->n_ranges; i++) {
-        const Range *range = &tokenizer->ranges[i];
-        // class_of halves the ranges again and again: they must be in order
-        // for that.
-        bool ascends = !i || range->first > range[-1].last;
-        if (!ascends || range->last < range->first || range->last > 0x10FFFF)
-            return broken(m, "range %d of characters does not ascend", i), NULL;
-        if (range->class < LETTER || range->class > WHITE)
-            return broken(m, "range %d of characters has class %u", i, range->class), NULL;
-    }
-    return (const char *)(tokenizer->merges + c->n_merges);
-}
-
-// Reads the strings of a chat, from p to end. False: see m->error.
-static bool read_chat(Model *m, const char *p, const char *end) {
-    for (int i = 0; i < N_CHAT_SPANS && m->config.chat_bytes; i++) {
-        uint16_t length = 0; // of the string
-        if (end - p >= 2)
-            memcpy(&length, p, sizeof length);
-        if (end - p < 2 + length)
-            return broken(m, "the chat ends within its string %d", i);
-        m->tokenizer->chat[i] = (Span){p + 2, length};
-        p += 2 + length;
-    }
-    return p == end || broken(m, "%td bytes are left over behind the chat", end - p);
-}
-
-// Reads the record at p into a piece; end is where the tokenizer ends.
-// False: see m->error.
-static bool read_piece(Model *m,
-                       Piece *piece, // out
-                       const char *p, const char *end) {
-    int id = (int)(piece - m->tokenizer->pieces);
-    uint16_t length, left;
-    if (end - p < PIECE_BYTES)
-        return broken(m, "the tokenizer ends within piece %d of %d", id, m->config.vocab_size);
-    // Records may have odd lengths, so numbers may stand at odd addresses:
-    // memcpy does not mind.
-    memcpy(&piece->score, p, sizeof piece->score);
-    memcpy(&length, p + 6, sizeof length);
-    memcpy(&left, p + 8, sizeof left);
-    piece->kind = (unsigned char)p[4];
-    piece->length = length;
-    piece->left = left;
-    piece->bytes = p + PIECE_BYTES;
-    if (piece->kind >= N_KINDS)
-        return broken(m, "piece %d is of kind %d", id, piece->kind);
-    if (p[5])
-        return broken(m, "piece %d has a reserved byte that is not zero", id);
-    if (end - piece->bytes < length)
-        return broken(m, "piece %d is longer than the tokenizer", id);
-    if (!isfinite(piece->score))
-        return broken(m, "piece %d has a score that is no number", id);
-    if (!length && piece->kind != CONTROL)
-        return broken(m, "piece %d is empty", id);
-    if (piece->kind == BYTE && length != 1)
-        return broken(m, "byte piece %d has %d bytes", id, length);
-    return true;
-}
-
-// Makes a piece known to the tokenizer. False: see m->error.
-static bool enter_piece(Model *m, int id) {
-    Tokenizer *tokenizer = m->tokenizer;
-    const Piece *piece = &tokenizer->pieces[id];
-    int *known = NULL; // where a kind that exists once is noted
-    if (piece->kind == UNKNOWN)
-        known = &tokenizer->unknown_id;
-    if (piece->kind == BYTE)
-        known = &tokenizer->byte_id[(unsigned char)*piece->bytes];
-    if (known) {
-        if (*known >= 0)
-            return broken(m, "pieces %d and %d are the same byte, or both unknown", *known, id);
-        *known = id;
-        return true;
-    }
-    // All others are found by their bytes.
-    bool whole = piece->kind != NORMAL;
-    unsigned hash = hash_bytes(piece->bytes, piece->length);
-    int *slot = find_slot(tokenizer, hash, piece->bytes, piece->length, whole);
-    if (*slot < 0) // of two equal pieces the first one counts
-        *slot = id;
-    if (whole && piece->length) {
-        tokenizer->begins_whole[(unsigned char)*piece->bytes] = true;
-        if (piece->length > tokenizer->longest_whole)
-            tokenizer->longest_whole = piece->length;
-    }
-    return true;
-}
-
-// Every text must become tokens, whatever bytes it has: so all bytes are
-// pieces, or there is a piece for what is unknown. (Where text is cut, a
-// byte that is no piece is left out.) And each further merge makes a piece
-// that is there.
-static bool check_tokenizer(Model *m) {
-    const Tokenizer *tokenizer = m->tokenizer;
-    const Config *c = &m->config;
-    bool has_all = true;
-    for (int i = 0; i < 256; i++) {
-        char byte = (char)i;
-        int id = tokenizer->byte_id[i];
-        if (c->cut_rule) // merging begins with bytes that are pieces like any other
-            id = find_piece(tokenizer, &byte, 1);
-        has_all = has_all && id >= 0;
-    }
-    bool says_all = c->tokenizer_flags & BYTE_PIECES;
-    if (says_all != has_all && (says_all || !c->cut_rule))
-        return broken(m, "tokenizer_flags and the byte pieces disagree");
-    if (!c->cut_rule && !has_all && tokenizer->unknown_id < 0)
-        return broken(m, "the tokenizer has neither byte pieces nor an unknown piece");
-    for (int i = 0; i < c->n_merges; i++) {
-        const Merge *merge = &tokenizer->merges[i];
-        bool ascends = !i || compare_merges(merge - 1, merge) < 0;
-        if (!ascends || merge->piece >= (uint32_t)c->vocab_size || !isfinite(merge->score))
-            return broken(m, "merge %d does not ascend, or makes no piece", i);
-        const Piece *piece = &tokenizer->pieces[merge->piece];
-        if (piece->kind != NORMAL || !merge->left || merge->left >= (uint32_t)piece->length)
-            return broken(m, "merge %d does not make piece %u", i, merge->piece);
-    }
-    return true;
-}
-
-// Reads the pieces, which lie from p to end. False: see m->error.
-static bool read_tokenizer(Model *m, const char *p, const char *end) {
-    Tokenizer *tokenizer = m->tokenizer;
-    int n = m->config.vocab_size;
-    tokenizer->unknown_id = -1;
-    memset(tokenizer->byte_id, -1, sizeof tokenizer->byte_id);
-    tokenizer->n_slots = 2; // at least half of the table stays empty
-    while (tokenizer->n_slots < 2 * (unsigned)n) // and a power of two makes a mask
-        tokenizer->n_slots *= 2;
-    tokenizer->table = resize(NULL, tokenizer->n_slots, sizeof *tokenizer->table);
-    memset(tokenizer->table, -1, tokenizer->n_slots * sizeof *tokenizer->table);
-    tokenizer->pieces = resize(NULL, n, sizeof *tokenizer->pieces);
-    for (int id = 0; id < n; id++) { // record by record
-        Piece *piece = &tokenizer->pieces[id];
-        if (!read_piece(m, piece, p, end) || !enter_piece(m, id))
-            return false;
-        p = piece->bytes + piece->length;
-    }
-    if (p != end)
-        return broken(m, "%td bytes are left over behind the last piece", end - p);
-    return check_tokenizer(m);
+            return broken(m, "RoPE's frequency %d is no angle", i);
+    *m->tokenizer = (Tokenizer){
+        .classes = found[CLASSES],
+        .steps = found[STEPS],
+        .units = found[UNITS],
+        .pairs = found[PAIRS],
+        .strings = found[STRINGS],
+        .whole = found[WHOLE],
+        .words = found[WORDS],
+        .text = found[TEXT],
+    };
+    return check_tokenizer(m, n_strings) ? first : 0;
 }
 
 static void tensor_shape(const Config *c, int which, int *n_out, int *n_in) {
@@ -2127,29 +1960,17 @@ static bool find_tensors(Model *m,
     return true;
 }
 
-// Makes a model of the bytes of a file, which must lie at a multiple of 64
-// and stay in use. False: see m->error; close it even so.
+// Makes a model of the bytes of a file, which must lie at a multiple of 64 and stay in use. False:
+// see m->error; close it even so.
 static bool model_parse(Model *m,
                         const char *data, // (n_bytes)
                         size_t n_bytes) {
     *m = (Model){0};
     if (!read_header(m, data, n_bytes))
         return false;
-    const Config *c = &m->config;
-    // In 64 bits nothing of this overflows: check_config has seen to it.
-    size_t n_tables = HEADER_BYTES + c->head_dim / 2 * sizeof(double)
-                    + c->n_ranges * sizeof(Range) + c->n_merges * sizeof(Merge);
-    size_t first = n_tables + c->chat_bytes + (size_t)c->tokenizer_bytes; // of the tensors
-    if (first > n_bytes)
-        return broken(m, "has %zu bytes, too few for its tokenizer", n_bytes);
     m->tokenizer = resize(NULL, 1, sizeof *m->tokenizer);
-    const char *chat = read_tables(m, data + HEADER_BYTES);
-    if (!chat)
-        return false;
-    const char *pieces = chat + c->chat_bytes;
-    return read_chat(m, chat, pieces)
-        && read_tokenizer(m, pieces, pieces + c->tokenizer_bytes)
-        && find_tensors(m, data, first, n_bytes);
+    size_t first = read_tables(m, data, HEADER_BYTES, n_bytes); // of the tensors
+    return first && find_tensors(m, data, first, n_bytes);
 }
 
 #ifdef __APPLE__
@@ -2212,10 +2033,6 @@ static bool model_open(Model *m, const char *path) {
 // Gives back what model_parse and model_open took, even if they failed half
 // way.
 static void model_close(Model *m) {
-    if (m->tokenizer) {
-        free(m->tokenizer->pieces);
-        free(m->tokenizer->table);
-    }
     free(m->tokenizer);
     free(m->layers);
     if (m->file) {
@@ -2357,7 +2174,7 @@ static double now(void) {
 
 // Why a text ends with this token, NULL if it does not.
 static const char *ending(const Model *m, int token) {
-    if (m->tokenizer->pieces[token].kind == END)
+    if (kind_of(m, token) == END)
         return "the end of the text (EOS)";
     return token == m->config.bos ? "the start of another text (BOS)" : NULL;
 }
@@ -2434,14 +2251,14 @@ static void generate(Talk *talk) {
     free(tokens);
 }
 
-// A conversation in the making: its bytes, and for each of them whether a
-// person typed it. What is typed never becomes a control piece.
+// A conversation in the making: its bytes, and for each of them whether a person typed it. What is
+// typed never becomes a control piece; what the model's own form spells does.
 typedef struct {
     char *bytes, *typed; // (n) each
     ptrdiff_t n;
 } Writer;
 
-// Adds a span to a conversation.
+// Adds some bytes to a conversation.
 static void write_span(Writer *writer, Span span, bool typed) {
     ptrdiff_t first = writer->n;
     writer->n += span.length;
@@ -2451,35 +2268,43 @@ static void write_span(Writer *writer, Span span, bool typed) {
     memset(writer->typed + first, typed, span.length);
 }
 
-// What the model is to read in a round. Every family writes conversations
-// in a form of its own; export.py found it out, and the file has it in six
-// strings:
+// The strings of the chat, OPENING to AFTER_ANSWER.
+static Span chat_string(const Model *m, int which) {
+    return string_at(m, m->config.vocab_size + which);
+}
+
+// Whether the file says how a chat is written. If it does not, all six strings are empty.
+static bool has_chat(const Model *m) {
+    const String *strings = m->tokenizer->strings + m->config.vocab_size;
+    return strings[N_CHAT_STRINGS - 1].end > strings[-1].end; // vocab_size is 1 at least
+}
+
+// What the model is to read in a round. Every family writes conversations in a form of its own.
+// export.py found it out, and the file has it as six strings:
 //
-//     first round:    OPENING                              question AFTER_QUESTION
+//     first round      OPENING                            question AFTER_QUESTION
 //     with a system
-//     prompt:         BEFORE_SYSTEM system AFTER_SYSTEM    question AFTER_QUESTION
-//     later:          AFTER_ANSWER BEFORE_QUESTION         question AFTER_QUESTION
+//     prompt           BEFORE_SYSTEM system AFTER_SYSTEM  question AFTER_QUESTION
+//     later            AFTER_ANSWER BEFORE_QUESTION       question AFTER_QUESTION
 //
-// BOS comes before the first round. AFTER_ANSWER has the end piece of the
-// answer before, because the program stops at that and does not feed it.
-// For Llama 2, OPENING is "[INST] " and AFTER_QUESTION " [/INST]".
+// BOS comes before the first round. AFTER_ANSWER has the end piece of the answer before, because
+// the program stops at that and does not feed it. For Llama 2, OPENING is "[INST] " and
+// AFTER_QUESTION " [/INST]".
 static void write_round(Writer *writer, const Talk *talk, Span question) {
-    const Span *chat = talk->run.model->tokenizer->chat;
+    const Model *m = talk->run.model;
     const char *system = talk->options->system;
-    // What the template spells is meant as control pieces, what was typed
-    // is not.
     if (talk->sequence.length) {
-        write_span(writer, chat[AFTER_ANSWER], false);
-        write_span(writer, chat[BEFORE_QUESTION], false);
+        write_span(writer, chat_string(m, AFTER_ANSWER), false);
+        write_span(writer, chat_string(m, BEFORE_QUESTION), false);
     } else if (system) {
-        write_span(writer, chat[BEFORE_SYSTEM], false);
+        write_span(writer, chat_string(m, BEFORE_SYSTEM), false);
         write_span(writer, (Span){system, strlen(system)}, true);
-        write_span(writer, chat[AFTER_SYSTEM], false);
+        write_span(writer, chat_string(m, AFTER_SYSTEM), false);
     } else {
-        write_span(writer, chat[OPENING], false);
+        write_span(writer, chat_string(m, OPENING), false);
     }
     write_span(writer, question, true);
-    write_span(writer, chat[AFTER_QUESTION], false);
+    write_span(writer, chat_string(m, AFTER_QUESTION), false);
 }
 
 // One round of a conversation. What was said before is in the cache.
@@ -2507,7 +2332,7 @@ static bool chat_round(Talk *talk, Span question) {
     // of the question.
     int n_closing = 0;
     for (int i = 0; i < n && s->length && !n_closing; i++)
-        if (m->tokenizer->pieces[tokens[i]].kind == END)
+        if (kind_of(m, tokens[i]) == END)
             n_closing = i + 1;
     n -= n_closing;
     int room = m->config.seq_len - s->length - n_closing;
@@ -2529,7 +2354,7 @@ static bool chat_round(Talk *talk, Span question) {
 // A conversation with whoever types on standard input. The cold shower is
 // taken before each question, unless -c is 0.
 static void chat(Talk *talk) {
-    if (!talk->run.model->config.chat_bytes)
+    if (!has_chat(talk->run.model))
         die(1, "this model has no form of a chat that is known; give it a prompt with -i");
     char *line = NULL;
     size_t line_size = 0;

@@ -22,30 +22,34 @@ The flat file, all little-endian.  It says everything that using the model as it
 needs, so that the C program need not know one family from another:
 
     byte 0     char[8] magic "drugs.c\\0"
-         8     i32 version = 2
+         8     i32 version = 3
         12     i32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, seq_len
         44     i32 shared_classifier: 1 = the embedding is also the classifier
         48     i32 sliding_window: how many positions attention looks back, 0 = all of them
-        52     i32 bos: the piece that begins a text, -1 = none
-        56     i32 tokenizer_flags, see section 5
-        60     i32 cut_rule: how text is cut before pieces are merged.  0 = not at all, and merging
-               starts from characters; 1 = as GPT-2 does, 2 = as Llama 3 does, from single bytes
-        64     i32 most_digits: rule 1: 1 = every digit stands alone; rule 2: the longest number
-        68     i32 n_ranges, chat_bytes: the sizes of two of the tables below
-        76     f32 norm_eps
-        80     i64 tokenizer_bytes: the size of the pieces
-        88     i32 n_more_merges: the size of another table
-        92     zeros
+        52     f32 norm_eps
+        56     i32 storage: 0 = fp32
+        60     i32 bos: the piece that begins a text, -1 = none
+        64     i32 unknown: the piece for what is unknown, -1 = none
+        68     i32 text_flags, see section 6
+        72     i32 n_cutters, n_states, n_classes, n_ranges, n_units, n_pairs, n_whole, n_words,
+               n_text: the sizes of what follows
+       108     zeros
        256     head_dim / 2 times f64: by how many radians RoPE turns a pair at each position
-       ...     n_ranges times {u32 first, u32 last, u32 class}: which characters are letters (1),
-               numbers (2) and spaces (3), for the cut rules
-       ...     n_more_merges times {u32 piece, u32 left, f32 score}: further ways to make a piece
-       ...     chat_bytes: nothing, or the six strings of a chat, see section 6
-       ...     vocab_size times the piece {f32 score, u8 kind, u8 zero, u16 length, u16 left,
-               bytes}.  kind 0 normal, 1 control (never made from text, prints nothing), 2 unknown,
-               3 one raw byte, 4 user-defined (found whole, before merging), 5 end of a text.
-               left: two neighbours become this piece only if the first has so many bytes; 0 =
-               however long it is, 65535 = never
+       ...     n_ranges times {u32 first, last, class}: the classes of characters, for cutting
+       ...     n_states times (n_classes + 1) u32: the automata that cut a text, see section 5.  A
+               cell is 2 * next state (from 1 on, 0 = the walk ends), + 1 if what was read so far is
+               a word; the last column is for the end of the text
+       ...     n_units times {u32 unit, unit, id}: what merging begins with.  A unit is a character,
+               or 0x110000 + a byte; an id of vocab_size and more is a character that is no piece
+       ...     n_pairs times {u32 left, right, merged, rank}: what two ids become; low ranks first
+       ...     vocab_size + 6 + n_cutters times {u32 end, kind}: strings, one after the other in the
+               text below.  The pieces, the six strings of a chat (section 7), the patterns that the
+               automata were made of.  kind 0 normal, 1 control (never made from text, prints
+               nothing), 2 unknown, 3 one raw byte, 4 user-defined (found whole, before merging),
+               5 end of a text
+       ...     n_whole times u32: the pieces that are found whole, by first byte, longer ones first
+       ...     n_words times u32: the pieces that are taken where they are a word, by their bytes
+       ...     n_text bytes: the strings
        ...     the tensors, fp32, each from a multiple of 64 bytes on, in the order of use:
 
     tok_emb   (vocab_size, dim)
@@ -213,7 +217,7 @@ BOUNDS = {
     "n_heads": (1, 1 << 12), "n_kv_heads": (1, 1 << 12), "head_dim": (2, 1 << 12),
     "vocab_size": (1, 1 << 24), "seq_len": (1, 1 << 28), "sliding_window": (0, 1 << 28)}
 MOST_RADIANS = float(1 << 20)
-MOST_RANGES = MOST_CHAT_BYTES = 1 << 16
+MOST_CUTTERS = 16
 
 
 @dataclass
@@ -517,63 +521,476 @@ def gather(config, found, family):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Tokenizers
+# 5. Cutting: a pattern becomes an automaton
+#
+# Before pieces are merged, some tokenizers cut a text into words, by a regular expression: each
+# match is a word, and so is what lies between two.  To try the alternatives of an expression one
+# after the other takes a long program.  An automaton is a table, and walking it is a loop.
+#
+#     expression --parse--> tree --thompson--> nodes --determinise--> table
+#
+# The nodes are a machine that may be at several places at once: at a set of characters, which it
+# steps over; at a fork, whose ways come in the order in which a regular expression tries them; at a
+# look-ahead; or at the end, a match.  A state of the table is the list of all places where the
+# machine may be, the most wanted first (Thompson 1968; with the order as in RE2).
+#
+# The expressions are those of Oniguruma, as far as tokenizers use them: characters, classes,
+# groups, alternatives, greedy repeats, a look-ahead of one character.  All else is refused.
+
+MOST_STATES, MOST_CLASSES, MOST_NODES = 1 << 16, 1 << 10, 1 << 14
+
+# A set of characters: whether it is what is not in it, and of what it is made, which is a range
+# (first, last), a general category ("Lu", or "L" for all of them) or another set.
+Chars = collections.namedtuple("Chars", "negated items")
+WHITE = "white"                     # the property White_Space, which str.isspace() is not
+WHITE_SPACE = {*range(9, 14), 0x20, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029,
+               0x202f, 0x205f, 0x3000}
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v"}
+SHORT = {"s": (False, WHITE), "S": (True, WHITE), "d": (False, "Nd"), "D": (True, "Nd")}
+
+
+def has(chars, code):
+    """Whether a character is in a set."""
+    def of(item):
+        if isinstance(item, Chars):
+            return has(item, code)
+        if item == WHITE:
+            return code in WHITE_SPACE
+        if isinstance(item, str):
+            return unicodedata.category(chr(code)).startswith(item)
+        return item[0] <= code <= item[1]
+    return chars.negated != any(map(of, chars.items))
+
+
+@functools.lru_cache(maxsize=None)
+def foldings():
+    """({what a character folds to: all that do}, what becomes several characters by folding)."""
+    alike, longer = collections.defaultdict(list), set()
+    for code in range(sys.maxunicode + 1):
+        folded = chr(code).casefold()
+        if len(folded) > 1:
+            longer.add(folded)
+        elif folded != chr(code):
+            alike[folded].append(code)
+    return alike, longer
+
+
+class Expression:
+    """Parses a regular expression: .tree is ("set", Chars), ("ahead", wanted, Chars),
+    ("row", trees), ("or", trees) or ("repeat", tree, least, most), most None for any number."""
+
+    def __init__(self, text):
+        self.text, self.at, self.fold = text, 0, False
+        self.tree = self.alternatives()
+        self.check(self.at == len(text), "a ) without its (")
+        self.check(not may_be_empty(self.tree), "it can match nothing at all")
+
+    def check(self, fine, what):
+        demand(fine, f"cuts text by {self.text[:200]!r}, which drugs.c does not know: {what}")
+
+    def peek(self, n=1):
+        return self.text[self.at:self.at + n]
+
+    def take(self, n=1):
+        found = self.peek(n)
+        self.check(len(found) == n, "it ends too early")
+        self.at += n
+        return found
+
+    def skip(self, text):
+        found = self.text.startswith(text, self.at)
+        self.at += len(text) * found
+        return found
+
+    def alternatives(self):
+        rows = [self.row()]
+        while self.skip("|"):
+            rows.append(self.row())
+        return ("or", rows) if len(rows) > 1 else rows[0]
+
+    def row(self):
+        parts, spelt = [], ""           # spelt: the characters that the last parts spell
+        while self.peek() not in ("", "|", ")"):
+            first = self.at
+            part = self.repeated(self.part())
+            single = self.at - first == 1 and part[0] == "set"
+            spelt = spelt + self.text[first] if single else ""
+            if self.fold and spelt:
+                odd = [text for text in foldings()[1] if text in spelt.casefold()]
+                self.check(not odd, f"in any case, {some(odd)} may be one character")
+            parts.append(part)
+        return ("row", parts)
+
+    def repeated(self, part):
+        least, most = 1, 1
+        if self.peek() in ("?", "*", "+") and self.peek():
+            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None)}[self.take()]
+        else:
+            counts = re.compile(r"\{(\d+)(,?)(\d*)\}").match(self.text, self.at)
+            if not counts:
+                self.check(self.peek() != "{", "a { that counts nothing")
+                return part
+            self.at = counts.end()
+            least, most = int(counts[1]), int(counts[3]) if counts[3] else None
+            most = most if counts[2] else least
+        self.check(self.peek() not in ("?", "+", "*", "{") or not self.peek(),
+                   f"a repeat that is followed by {self.peek()}")
+        self.check(max(least, most or 0) <= 1000 and (most is None or least <= most),
+                   "a repeat of a wrong number")
+        self.check(part[0] != "ahead" and not may_be_empty(part), "a repeat of what can be empty")
+        return ("repeat", part, least, most)
+
+    def part(self):
+        if not self.skip("("):
+            return ("set", self.chars())
+        ahead = next((sign for sign in ("?=", "?!") if self.skip(sign)), None)
+        fold = self.fold
+        if not ahead and not self.skip("?:"):
+            self.fold = self.skip("?i:") or fold
+            self.check(self.peek() != "?", f"the group ({self.peek(3)}")
+        tree = self.alternatives()
+        self.check(self.skip(")"), "a ( without its )")
+        self.fold = fold
+        if not ahead:
+            return tree
+        while tree[0] == "row" and len(tree[1]) == 1:
+            tree = tree[1][0]
+        self.check(tree[0] == "set", "a look-ahead of more than one character")
+        return ("ahead", ahead == "?=", tree[1])
+
+    def chars(self):
+        if self.peek() == "[":
+            return self.bracket()
+        character = self.take()
+        self.check(character not in ".^$*+?{", f"{character} at byte {self.at - 1}")
+        if character == "\\":
+            character = self.escape()
+        return character if isinstance(character, Chars) else self.only(ord(character))
+
+    def only(self, first, last=None):
+        """The set of these characters, in any case where that is asked for."""
+        last = first if last is None else last
+        items = [(first, last)]
+        if self.fold:
+            self.check(last - first < 1000, "a long range of characters in any case")
+            for code in range(first, last + 1):
+                folded = chr(code).casefold()
+                items += [(alike, alike) for alike in foldings()[0][folded]]
+                items += [(ord(folded), ord(folded))] if len(folded) == 1 else []
+        return Chars(False, tuple(sorted(set(items))))
+
+    def escape(self):
+        """What follows a backslash: a character, or a set."""
+        letter = self.take()
+        if letter in SHORT:
+            negated, item = SHORT[letter]
+            return Chars(negated, (item,))
+        if letter in "pP":
+            name = re.compile(r"\{(\^?)([A-Z][a-z]?)\}").match(self.text, self.at)
+            self.check(name, f"\\{letter}{self.peek(12)}, which is no general category")
+            known = {unicodedata.category(chr(code)) for code in range(0x3000)} | {"Cs", "Co", "Cn"}
+            self.check(any(category.startswith(name[2]) for category in known),
+                       f"the category {name[2]}")
+            self.check(not self.fold, f"\\{letter} in any case")
+            self.at = name.end()
+            return Chars((letter == "P") != bool(name[1]), (name[2],))
+        self.check(letter in ESCAPES or not letter.isalnum(), f"\\{letter}")
+        return ESCAPES.get(letter, letter)
+
+    def bracket(self):
+        self.take()
+        negated, items = self.skip("^"), []
+        while not self.skip("]") or not items:
+            self.check(self.peek(2) not in ("[:", "&&"), f"{self.peek(2)} in a class")
+            if self.peek() == "[":
+                items.append(self.bracket())
+                continue
+            first = self.in_bracket()
+            if isinstance(first, Chars):
+                items.append(first)
+                continue
+            last = first
+            if self.peek() == "-" and self.peek(2)[1:] not in ("]", ""):
+                self.take()
+                last = self.in_bracket()
+                self.check(isinstance(last, str) and first <= last, "a range that is none")
+            items.append(self.only(ord(first), ord(last)))
+        return Chars(negated, tuple(items))
+
+    def in_bracket(self):
+        character = self.take()
+        return self.escape() if character == "\\" else character
+
+
+def may_be_empty(tree):
+    kind, *rest = tree
+    if kind == "row":
+        return all(map(may_be_empty, rest[0]))
+    if kind == "or":
+        return any(map(may_be_empty, rest[0]))
+    return kind == "ahead" or kind == "repeat" and (not rest[1] or may_be_empty(rest[0]))
+
+
+def thompson(tree, following, nodes):
+    """Adds the nodes of a tree, after which `following` comes; returns the first one."""
+    demand(len(nodes) < MOST_NODES, "cuts text by a pattern that is too long")
+    kind, *rest = tree
+    if kind in ("set", "ahead"):
+        nodes.append((kind, *rest, following))
+        return len(nodes) - 1
+    if kind == "row":
+        for part in reversed(rest[0]):
+            following = thompson(part, following, nodes)
+        return following
+    if kind == "or":
+        ways = [thompson(part, following, nodes) for part in rest[0]]
+        nodes.append(("fork", ways))
+        return len(nodes) - 1
+    part, least, most = rest
+    if most is None:                    # once more, or on; and back to here
+        fork = len(nodes)
+        nodes.append(None)
+        nodes[fork] = ("fork", [thompson(part, fork, nodes), following])
+        following = fork
+    for _ in range(0 if most is None else most - least):
+        nodes.append(("fork", [thompson(part, following, nodes), following]))
+        following = len(nodes) - 1
+    for _ in range(least):
+        following = thompson(part, following, nodes)
+    return following
+
+
+def advance(state, within, nodes):
+    """(the state after a character, whether the places before it are a match).
+
+    `within` says whether the character that comes is in a set; at the end of a text it is in none.
+    """
+    after, seen, matched = {}, set(), False
+    waiting = list(reversed(state))
+    while waiting:
+        place = waiting.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        kind, *rest = nodes[place]
+        if kind == "match":
+            matched = True              # what is wanted less is not tried any more
+            break
+        if kind == "fork":
+            waiting += reversed(rest[0])
+        elif kind == "ahead":
+            waiting += [rest[2]] if within(rest[1]) == rest[0] else []
+        elif within(rest[0]):
+            after[rest[1]] = True       # a dict keeps the order
+    return tuple(after), matched
+
+
+def classes_of(sets):
+    """([(first, last, class)], [for each class the sets that have its characters]).
+
+    Characters are of one class if every set has all of them or none.  Class 0, that of most
+    characters, has no ranges.
+    """
+    bounds = {0}
+    for chars in sets:
+        bounds.update(bound for first, last in explicit(chars) for bound in (first, last + 1))
+    bounds.update(code for code in category_runs())
+    runs = collections.defaultdict(list)        # the sets that have them -> [(first, last)]
+    starts = sorted(code for code in bounds if code <= sys.maxunicode)
+    for first, beyond in zip(starts, starts[1:] + [sys.maxunicode + 1]):
+        owners = frozenset(chars for chars in sets if has(chars, first))
+        if runs[owners] and runs[owners][-1][1] == first - 1:
+            first = runs[owners].pop()[0]
+        runs[owners].append((first, beyond - 1))
+    order = sorted(runs, key=lambda owners: (-len(runs[owners]), runs[owners]))
+    ranges = sorted((first, last, number) for number, owners in enumerate(order) if number
+                    for first, last in runs[owners])
+    return ranges, order
+
+
+def explicit(chars):
+    for item in chars.items:
+        if isinstance(item, Chars):
+            yield from explicit(item)
+        elif isinstance(item, tuple):
+            yield item
+
+
+@functools.lru_cache(maxsize=None)
+def category_runs():
+    """Where the general category changes, or White_Space."""
+    changes, before = [], None
+    for code in range(sys.maxunicode + 1):
+        now = unicodedata.category(chr(code)), code in WHITE_SPACE
+        if now != before:
+            changes.append(code)
+        before = now
+    return changes
+
+
+def build_automata(patterns):
+    """(ranges, n_classes, rows of the table) for patterns that cut one after the other."""
+    if not patterns:
+        return (), 1, ()
+    nodes = [("match",)]
+    starts = [(thompson(Expression(pattern).tree, 0, nodes),) for pattern in patterns]
+    sets = list(dict.fromkeys(part for node in nodes for part in node if isinstance(part, Chars)))
+    ranges, owners = classes_of(sets)
+    demand(len(owners) <= MOST_CLASSES and len(ranges) <= 1 << 16,
+           "cuts text by patterns with too many classes of characters")
+    numbers, states, rows = {}, list(starts), []
+    for number, state in enumerate(states, 1):
+        numbers.setdefault(state, number)
+    while len(rows) < len(states):
+        row = []
+        for owned in owners + [frozenset()]:
+            after, matched = advance(states[len(rows)], owned.__contains__, nodes)
+            if after and after not in numbers:
+                states.append(after)
+                numbers[after] = len(states)
+                demand(len(states) <= MOST_STATES, "cuts text by patterns with too many states")
+            row.append(2 * numbers.get(after, 0) + matched)
+        rows.append(tuple(row))
+    return tuple(ranges), len(owners), tuple(rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Tokenizers
 #
 # A text becomes pieces by merging: start from single characters (or bytes), and as long as two
-# neighbours together are a piece, join the two whose piece scores best.  There are two schools.
-# SentencePiece joins any two neighbours whose union is a piece.  Hugging Face's tokenizer.json
-# lists the pairs that may be joined: then a piece remembers where its best pair parts (`left`),
-# and a table, more_merges, holds the others.
+# neighbours are a pair, join the pair of the lowest rank.  There are two schools.  SentencePiece
+# has a score for each piece and joins any two neighbours whose union is a piece.  Hugging Face's
+# tokenizer.json lists the pairs, the best first.  Both become one table of pairs.
 
 SPACE = "\u2581"                    # how SentencePiece writes one
 NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END = range(6)
-NEVER = 65535                       # the `left` of a piece that no merge makes
+BYTE_UNIT = 0x110000                # + a byte: beyond all characters
 
 # The flags: what is done to a text before it is cut into pieces.
 PREFIX_SPACE = 1            # a space is put before it,
-BYTE_PIECES = 2             # (all 256 bytes have a piece)
-PREFIX_EACH = 4             # ... and also behind each control or user-defined piece,
+PREFIX_EACH = 2             # ... and also after each control or user-defined piece,
+PREFIX_UNLESS_SPACE = 4     # ... but only where there is none yet
 COLLAPSE_SPACES = 8         # runs of spaces become one, those at both ends none
-IGNORE_MERGES = 16          # a part that is a piece is taken whole, whatever the merges say
-SEPARATE_UNKNOWN = 32       # each unknown character is one, not each run of them
-PREFIX_UNLESS_SPACE = 64    # the space before the text only where there is none yet
-NEWLINE_SPACE = 128         # a space is put behind every newline, and not printed there
-ALL_FLAGS = 255
+NEWLINE_SPACE = 16          # a space is put after every newline, and not printed there
+ALL_FLAGS = 31
 
-UNCUT, GPT2_RULE, LLAMA3_RULE = range(3)
-
-Piece = collections.namedtuple("Piece", "score kind text left")
-Piece.__new__.__defaults__ = (0,)
+Piece = collections.namedtuple("Piece", "kind text")
+EMPTY = Piece(CONTROL, b"")
 
 
 @dataclass
 class Tokenizer:
     pieces: dict                    # token id -> Piece
     flags: int = 0
-    cut_rule: int = UNCUT
-    most_digits: int = 0
-    more_merges: list = field(default_factory=list)     # of (token id, left, score)
+    byte_level: bool = False        # merging begins with bytes, not with characters
+    patterns: tuple = ()            # that cut a text, one after the other
+    scores: dict = None             # token id -> score, of SentencePiece
+    merges: list = field(default_factory=list)  # else (left, right, merged), the best first
+    takes_words: bool = False       # a word that is a piece is taken, whatever the merges say
     begins: int = -1                # the piece that begins every text, or -1
     bos: int = -1                   # the same, or the one that would
     eos: int = -1                   # the piece that ends a text, as far as the tokenizer knows
-    ranges: tuple = None            # of (first, last, class); None: unicode_ranges()
-    chat: tuple = ()                # six strings
+    chat: tuple = ("",) * 6
     by_sentencepiece: bool = False  # it was read from tokenizer.model
     added: set = field(default_factory=set)             # ids of tokens that came after training
+    # What all this comes to, see settle_tables().
+    automata: tuple = None          # see section 5
+    units: dict = None              # unit -> id
+    pairs: list = None              # (left, right, merged, rank)
+    words: list = field(default_factory=list)
 
     def id_of(self, text):
         """A piece that is never made from text, by its name: -1 if there is none."""
         return next((token for token, piece in self.pieces.items()
-                     if piece.text == text and may_be_control(piece)), -1)
+                     if piece.text == text and self.may_be_control(token)), -1)
 
     def text_of(self, token):
         return self.pieces[token].text.decode("utf-8", "replace") if token in self.pieces else None
 
+    def may_be_control(self, token):
+        """Whether no text has this piece; it may have been forgotten to mark it as control."""
+        piece = self.pieces.get(token, EMPTY)
+        if piece.kind == NORMAL:
+            return bool(piece.text) and self.scores is None and token not in self.made()
+        return bool(piece.text) and piece.kind != BYTE
 
-def may_be_control(piece):
-    """Whether no text has this piece; it may have been forgotten to mark it as control."""
-    made = piece.kind == BYTE or piece.kind == NORMAL and piece.left != NEVER
-    return bool(piece.text) and not made
+    def made(self):
+        """The pieces that merges make, and those that they begin with."""
+        single = {token for token, piece in self.pieces.items() if piece.kind == NORMAL
+                  and len(piece.text if self.byte_level else piece.text.decode()) == 1}
+        return single | {merged for _, _, merged in self.merges}
+
+    def of_kind(self, *kinds):
+        return [token for token, piece in sorted(self.pieces.items()) if piece.kind in kinds]
+
+
+def settle_tables(tokenizer, vocab_size):
+    """Makes the tables of the flat file, when nothing about the pieces changes any more."""
+    pieces, first = tokenizer.pieces, {}        # first: text -> id, of equal pieces the first
+    for token in tokenizer.of_kind(NORMAL):
+        first.setdefault(pieces[token].text, token)
+    tokenizer.automata = build_automata(tokenizer.patterns)
+    tokenizer.words = sorted(first.values(), key=lambda token: pieces[token].text) \
+        if tokenizer.takes_words else []
+    settle_units(tokenizer, first, vocab_size)
+    if tokenizer.scores is None:
+        normal = set(tokenizer.of_kind(NORMAL))
+        known = [merge for merge in tokenizer.merges if normal.issuperset(merge)]
+        tokenizer.pairs = sorted((*merge, rank) for rank, merge in enumerate(known))
+    else:
+        tokenizer.pairs = pairs_of(tokenizer.scores, first, tokenizer.units)
+
+
+def settle_units(tokenizer, first, vocab_size):
+    pieces, units = tokenizer.pieces, {}
+    if tokenizer.byte_level:
+        units.update((BYTE_UNIT + text[0], token) for text, token in first.items()
+                     if len(text) == 1)
+    else:
+        texts = {characters_of(text): token for text, token in first.items()}
+        texts.pop(None, None)
+        units.update((ord(text), token) for text, token in texts.items() if len(text) == 1)
+        if tokenizer.scores is not None:
+            # SentencePiece also joins characters that are no pieces.
+            unnamed = sorted(set(map(ord, "".join(texts))) - units.keys())
+            units.update(zip(unnamed, itertools.count(vocab_size)))
+        if ord(" ") in units:
+            units[ord(SPACE)] = units[ord(" ")]
+        raw = tokenizer.of_kind(BYTE)
+        if len(raw) == 256:
+            units.update((BYTE_UNIT + pieces[token].text[0], token) for token in raw)
+    tokenizer.units = units
+
+
+def characters_of(text):
+    """None for what is no UTF-8, which no characters make."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def pairs_of(scores, first, units):
+    """All ways to make a piece of two: (left, right, merged, rank), the rank by the scores."""
+    symbols = {chr(unit).encode(): token for unit, token in units.items()
+               if unit < BYTE_UNIT and unit != ord(SPACE)}
+    symbols.update(first)
+    found = []
+    for text, merged in first.items():
+        for cut in range(1, len(text)):
+            left, right = symbols.get(text[:cut]), symbols.get(text[cut:])
+            if left is not None and right is not None:
+                found.append((left, right, merged))
+    ranks = {score: rank for rank, score in
+             enumerate(sorted({scores[merged] for _, _, merged in found}, reverse=True))}
+    return sorted((*pair, ranks[scores[pair[2]]]) for pair in found)
+
+
+def found_whole(tokenizer):
+    """The pieces that are found whole, in the order of the flat file."""
+    pieces = tokenizer.pieces
+    named = [token for token in tokenizer.of_kind(CONTROL, END, USER_DEFINED) if pieces[token].text]
+    return sorted(named, key=lambda token: (pieces[token].text[0], -len(pieces[token].text), token))
 
 
 def find_tokenizer(folder, named, rows):
@@ -655,23 +1072,16 @@ def read_tokenizer(path, rows, added=()):
         tokenizer = readers.get(os.path.splitext(path)[1], read_sentencepiece)(path)
         add_tokens(path, tokenizer, added)
         drop_unreachable(path, tokenizer, rows)
-        if tokenizer.cut_rule:
-            note_bytes(path, tokenizer)
-        elif sum(piece.kind == BYTE for piece in tokenizer.pieces.values()) == 256:
-            tokenizer.flags |= BYTE_PIECES
         check_tokenizer(tokenizer, rows)
         doubt_tokenizer(path, tokenizer, rows)
     return tokenizer
 
 
-def note_bytes(path, tokenizer):
-    """Whether all bytes are pieces of a byte-level vocabulary; an added token may take the id of one."""
-    single = {piece.text for piece in tokenizer.pieces.values()
-              if piece.kind == NORMAL and len(piece.text) == 1}
-    tokenizer.flags |= BYTE_PIECES if len(single) == 256 else 0
+def doubt_bytes(path, texts):
+    """What a byte-level vocabulary lacks; an added token may take the id of a byte."""
     # These bytes never occur in UTF-8: no text needs a piece for them.
     absent = {bytes([byte]) for byte in (0xc0, 0xc1, *range(0xf5, 0x100))}
-    missing = 256 - len(single | absent)
+    missing = 256 - len(absent.union(text for text in texts if len(text) == 1))
     if missing:
         warn(path, f"has no pieces for {missing} bytes; like Hugging Face, drugs.c leaves "
              "them out of a text")
@@ -679,12 +1089,12 @@ def note_bytes(path, tokenizer):
 
 def check_tokenizer(tokenizer, rows):
     """What drugs.c demands of a tokenizer."""
-    seen = {}
-    for token, (score, kind, text, left) in tokenizer.pieces.items():
+    seen, scores = {}, tokenizer.scores or {}
+    for token, (kind, text) in tokenizer.pieces.items():
         demand(whole(token, 0, rows), f"piece {text!r} has id {token!r}, but the model knows "
                f"only {rows}: the tokenizer belongs to another model")
-        demand(math.isfinite(score), f"is damaged: piece {token} has the score {score}")
-        demand(len(text) < 2 ** 16, f"piece {token} is {len(text)} bytes long, more than 65535")
+        demand(math.isfinite(scores.get(token, 0)),
+               f"is damaged: piece {token} has the score {scores.get(token)}")
         demand(kind <= END and (kind != BYTE or len(text) == 1) and (text or kind == CONTROL),
                f"is damaged: piece {token}, {text!r}, is of kind {kind}")
         if kind in (BYTE, UNKNOWN):
@@ -692,7 +1102,7 @@ def check_tokenizer(tokenizer, rows):
             demand(name not in seen, f"pieces {seen.get(name)} and {token} are both {name!r}: "
                    "there can be only one")
             seen[name] = token
-    demand(tokenizer.cut_rule or tokenizer.flags & BYTE_PIECES or "unknown" in seen,
+    demand(tokenizer.byte_level or len(tokenizer.of_kind(BYTE)) == 256 or "unknown" in seen,
            "has no pieces for all bytes and none for what is unknown")
 
 
@@ -706,6 +1116,8 @@ def doubt_tokenizer(path, tokenizer, rows):
     n_doubled = len(texts) - len(set(texts))
     if n_doubled >= 100:
         warn(path, f"has {n_doubled} pieces that spell the same as others; is it of a known kind?")
+    if tokenizer.byte_level:
+        doubt_bytes(path, texts)
 
 
 def byte_piece(name):
@@ -720,11 +1132,11 @@ def add_tokens(path, tokenizer, added):
     for entry in added:
         token, text = entry["id"], entry["content"]
         demand(type(token) is int, f"is damaged: added token {text!r} has the id {token!r}")
-        old = tokenizer.pieces.get(token, Piece(0, NORMAL, b""))
+        old = tokenizer.pieces.get(token, Piece(NORMAL, b""))
         kind = CONTROL if entry.get("special") else USER_DEFINED
         if old.kind != UNKNOWN and (old.kind, old.text) != (kind, text.encode()):
-            name = text if tokenizer.cut_rule else text.replace(SPACE, " ")
-            tokenizer.pieces[token] = Piece(0, kind, name.encode())
+            name = text if tokenizer.byte_level else text.replace(SPACE, " ")
+            tokenizer.pieces[token] = Piece(kind, name.encode())
         tokenizer.added.add(token)
         spaces = entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")
         moved = entry.get("normalized") and tokenizer.flags & PREFIX_SPACE
@@ -785,7 +1197,7 @@ SP_KINDS = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 6: BYTE, UNUSED:
 def read_sentencepiece(path, quiet=False):
     demand(not is_tiktoken(path), "is a tiktoken list of Llama 3, which does not say how text is "
            "cut; put tokenizer.json of the same model beside it")
-    pieces, settings, file, seen = {}, {2: {}, 3: {}}, File(path), set()
+    pieces, scores, settings, file, seen = {}, {}, {2: {}, 3: {}}, File(path), set()
     for number, value in proto_fields(file.read(0, file.size)):
         if number == 1:
             piece = dict(proto_fields(value))
@@ -793,15 +1205,15 @@ def read_sentencepiece(path, quiet=False):
             demand(name and name not in seen, f"is damaged: piece {len(pieces)} is "
                    + (f"{name!r}, as another one" if name else "empty"))
             seen.add(name)
+            scores[len(pieces)], = struct.unpack("<f", piece.get(2, bytes(4)))
             pieces[len(pieces)] = sentencepiece_piece(piece, name, len(pieces))
         elif number in settings:
             settings[number].update(proto_fields(value))
     demand(pieces, "is damaged, or no SentencePiece model: it has no pieces")
-    return sentencepiece_settings(path, pieces, settings[2], settings[3], quiet)
+    return sentencepiece_settings(path, pieces, scores, settings[2], settings[3], quiet)
 
 
 def sentencepiece_piece(piece, name, token):
-    score, = struct.unpack("<f", piece.get(2, bytes(4)))
     number = piece.get(3, 1)
     kind = SP_KINDS[number]
     if kind == BYTE:
@@ -809,10 +1221,10 @@ def sentencepiece_piece(piece, name, token):
         demand(text is not None, f"is damaged: byte piece {token} names no byte")
     else:
         text = b"" if number == UNUSED else name.replace(SPACE, " ").encode()
-    return Piece(score, kind, text)
+    return Piece(kind, text)
 
 
-def sentencepiece_settings(path, pieces, trainer, normaliser, quiet):
+def sentencepiece_settings(path, pieces, scores, trainer, normaliser, quiet):
     demand(trainer.get(3, 1) == 2, f"is not a BPE tokenizer (SentencePiece model_type "
            f"{trainer.get(3, 1)}); only BPE can be exported")
     demand(not trainer.get(24, 0), "puts spaces behind words (treat_whitespace_as_suffix), which "
@@ -829,7 +1241,8 @@ def sentencepiece_settings(path, pieces, trainer, normaliser, quiet):
     # (At user-defined pieces it is SentencePiece itself that cuts, and puts no further space.)
     if all(piece.kind != USER_DEFINED for piece in pieces.values()):
         flags |= (flags & PREFIX_SPACE) * PREFIX_EACH
-    return Tokenizer(pieces, flags, begins=bos, bos=bos, eos=eos, by_sentencepiece=True)
+    return Tokenizer(pieces, flags, scores=scores, begins=bos, bos=bos, eos=eos,
+                     by_sentencepiece=True)
 
 
 def read_tokenizer_bin(path):
@@ -838,36 +1251,30 @@ def read_tokenizer_bin(path):
     Kinds are not stored.  Byte pieces are known by their names; ids 0, 1 and 2 are <unk>, the
     begin and the end of a text, always.
     """
-    file, at, pieces = File(path), 4, {}
+    file, at, pieces, scores = File(path), 4, {}, {}
     while at < file.size or len(pieces) < 3:
         score, length = struct.unpack("<fi", file.read(at, 8))
         text, at = file.read(at + 8, length), at + 8 + length
         if len(pieces) < 3:
             # Line feeds stand around <s> and </s> so that they look well when printed.
-            piece = Piece(score, CONTROL if pieces else UNKNOWN, text.strip(b"\n"))
+            piece = Piece(CONTROL if pieces else UNKNOWN, text.strip(b"\n"))
         else:
             byte = byte_piece(text.decode("utf-8", "replace"))
-            piece = Piece(score, BYTE if byte else NORMAL, byte or text)
-        pieces[len(pieces)] = piece
+            piece = Piece(BYTE if byte else NORMAL, byte or text)
+        scores[len(pieces)], pieces[len(pieces)] = score, piece
     # Until August 2023, byte pieces were written as the characters 0 to 255 instead.
     if all(token + 3 in pieces and pieces[token + 3].text == chr(token).encode()
            for token in range(256)):
         for token in range(256):
-            pieces[token + 3] = Piece(pieces[token + 3].score, BYTE, bytes([token]))
-    return Tokenizer(pieces, PREFIX_SPACE | PREFIX_EACH, begins=1, bos=1, eos=2)
+            pieces[token + 3] = Piece(BYTE, bytes([token]))
+    return Tokenizer(pieces, PREFIX_SPACE | PREFIX_EACH, scores=scores, begins=1, bos=1, eos=2)
 
 
 # tokenizer.json is a pipeline of many possible steps.  Each of those below is done exactly, or
 # refused, or warned about; what is not mentioned is refused.
 
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|#|"
-                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 ENDS_REGEX = r"\A +| +\z"
-# How # is spelt: how many digits at most are cut as one number, 0 = any.
-DIGITS = {r"\p{N}": 1, r"\p{N}{1,2}": 2, r"\p{N}{1,3}": 3, r"\p{N}+": 0}
-REGEXES = {LLAMA3_REGEX.replace("#", digits): (LLAMA3_RULE, DIGITS[digits]) for digits in DIGITS}
-REGEXES[GPT2_REGEX] = GPT2_RULE, 0
 
 
 def read_tokenizer_json(path):
@@ -877,10 +1284,15 @@ def read_tokenizer_json(path):
                f"is a {model.get('type')} tokenizer; only BPE can be exported")
         refuse_settings(model, "dropout", "continuing_subword_prefix", "end_of_word_suffix")
         plan = Plan(path, content)
-        tokenizer = Tokenizer({}, plan.flags, plan.cut_rule, plan.most_digits)
+        tokenizer = Tokenizer({}, plan.flags, plan.byte_level, tuple(plan.patterns),
+                              takes_words=bool(model.get("ignore_merges")))
         read_vocabulary(path, model, plan, tokenizer)
         add_tokens(path, tokenizer, content.get("added_tokens") or [])
         read_merges(path, model, plan, tokenizer)
+        one_by_one = model.get("unk_token") and not model.get("fuse_unk") and not plan.byte_level
+        demand(not one_by_one or len(tokenizer.of_kind(BYTE)) == 256,
+               "makes each unknown character a token of its own (fuse_unk is off), which drugs.c "
+               "does not know")
         tokenizer.begins = begin_of_template(path, content)
         tokenizer.bos = tokenizer.begins
         if tokenizer.begins < 0:
@@ -890,10 +1302,10 @@ def read_tokenizer_json(path):
 
 
 class Plan:
-    """What a tokenizer.json does to a text before merging: flags, cut_rule, most_digits."""
+    """What a tokenizer.json does to a text before merging: flags, byte_level, patterns."""
 
     def __init__(self, path, content):
-        self.flags, self.cut_rule, self.most_digits = 0, UNCUT, 0
+        self.flags, self.byte_level, self.patterns = 0, False, []
         self.doubts = []            # warnings, for when nothing is refused
         self.spaces = False         # whether a space is written as U+2581
         self.split = False          # whether Metaspace cuts before every space
@@ -909,18 +1321,18 @@ class Plan:
         demand(not self.stripped or self.flags & COLLAPSE_SPACES,
                "has a normalizer that strips spaces, but none that joins them, which drugs.c "
                "does not know")
-        demand(self.cut_rule or not self.most_digits,
-               "has a pre_tokenizer Digits without ByteLevel, which drugs.c does not know")
-        model = content["model"]
-        self.flags |= IGNORE_MERGES if model.get("ignore_merges") else 0
-        self.flags |= 0 if model.get("fuse_unk") or self.cut_rule else SEPARATE_UNKNOWN
-        demand(self.cut_rule or not model.get("ignore_merges"),
+        demand(self.byte_level or not self.patterns,
+               "has a pre_tokenizer Digits or Split without ByteLevel, which drugs.c does not know")
+        demand(len(self.patterns) <= MOST_CUTTERS,
+               f"cuts text by {len(self.patterns)} patterns; {MOST_CUTTERS} are the most")
+        demand(self.byte_level or not content["model"].get("ignore_merges"),
                "sets ignore_merges for text that is not cut, which drugs.c does not know")
         for doubt in self.doubts:
             warn(path, doubt)
 
     def spell(self, step):
-        text = json.dumps({key: step[key] for key in step if key != "type"}, ensure_ascii=False)
+        settings = sorted(step.keys() - {"type"}, key=lambda key: (key == "pattern", key))
+        text = json.dumps({key: step[key] for key in settings}, ensure_ascii=False)
         return step["type"] + ("" if text == "{}" else " " + text[:100])
 
     def normalizer(self, kind, step):
@@ -963,7 +1375,9 @@ class Plan:
         return False
 
     def pre_tokenizer(self, kind, step):
-        if kind == "Metaspace" and not self.cut_rule and not self.spaces:
+        if self.byte_level:
+            return False                # its bytes are no characters any more
+        if kind == "Metaspace" and not self.patterns and not self.spaces:
             # Two generations of one setting; "always" unless it says otherwise.
             scheme = step.get("prepend_scheme", "always")
             if scheme != "never" and step.get("add_prefix_space", True):
@@ -974,24 +1388,25 @@ class Plan:
             self.spaces, self.split = True, step.get("split", True)
             known = scheme in ("always", "first", "never")
             return known and step.get("replacement", SPACE) == SPACE
-        if kind == "Digits" and not self.cut_rule:
-            self.most_digits = 1
-            return step.get("individual_digits", False)
-        if kind == "Split" and not (self.cut_rule or self.most_digits):
-            regex = step["pattern"].get("Regex")
-            self.cut_rule, self.most_digits = REGEXES.get(regex, (UNCUT, 0))
-            return regex in REGEXES and step["behavior"] == "Isolated" and not step.get("invert")
-        if kind != "ByteLevel" or self.spaces:
+        if self.spaces:
             return False
+        if kind == "Digits":
+            self.patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+            return True
+        if kind == "Split":
+            (of, pattern), = step["pattern"].items()
+            self.patterns.append(pattern if of == "Regex" else re.sub(r"(\W)", r"\\\1", pattern))
+            return step["behavior"] == "Isolated" and not step.get("invert")
+        if kind != "ByteLevel":
+            return False
+        self.byte_level = True
+        if step.get("use_regex", True):
+            self.patterns.append(GPT2_REGEX)
         if step.get("add_prefix_space", True):
             self.flags |= PREFIX_SPACE | PREFIX_EACH | PREFIX_UNLESS_SPACE
-            # It would be put before each part, digit by digit.
-            if self.cut_rule or self.most_digits:
-                return False
-        # With a regex before it, this one has none of its own.
-        known = bool(step.get("use_regex", True)) == (self.cut_rule == UNCUT)
-        self.cut_rule = self.cut_rule or GPT2_RULE
-        return known
+            # It would be put before each part that other steps cut.
+            return self.patterns in ([], [GPT2_REGEX])
+        return True
 
     def decoder(self, kind, step):
         """The way back to text is implied by the pieces; but is it this one?"""
@@ -1000,7 +1415,7 @@ class Plan:
             return undone == (SPACE, " ") or (self.flags & NEWLINE_SPACE
                                               and undone == ("\n ", "\n"))
         if kind == "ByteLevel":
-            return self.cut_rule != UNCUT
+            return self.byte_level
         if kind == "Strip":
             return step.get("content") == " "
         return kind in ("ByteFallback", "Fuse", "Metaspace")
@@ -1045,86 +1460,53 @@ def byte_alphabet():
 
 def bytes_of(name, plan, alphabet):
     """What the piece of this name stands for."""
-    if plan.cut_rule and alphabet.keys() >= set(name):
+    if plan.byte_level and alphabet.keys() >= set(name):
         return bytes(alphabet[character] for character in name)
     return (name.replace(SPACE, " ") if plan.spaces else name).encode()
 
 
 def read_vocabulary(path, model, plan, tokenizer):
-    """The pieces, all of them as if no merge made them."""
     pieces, alphabet = tokenizer.pieces, byte_alphabet()
     for name, token in model["vocab"].items():
         demand(token not in pieces, f"pieces {name!r} and {tokenizer.text_of(token)!r} "
                f"have one id, {token!r}")
-        text = bytes_of(name, plan, alphabet)
-        single = len(text if plan.cut_rule else text.decode()) == 1
-        pieces[token] = Piece(0, NORMAL, text, 0 if single else NEVER)
+        pieces[token] = Piece(NORMAL, bytes_of(name, plan, alphabet))
         if name == model.get("unk_token"):
-            pieces[token] = Piece(0, UNKNOWN, text)
-        elif model.get("byte_fallback") and not plan.cut_rule and byte_piece(name):
-            pieces[token] = Piece(0, BYTE, byte_piece(name))
-    demand(plan.spaces or plan.cut_rule or all(SPACE not in name for name in model["vocab"]),
+            pieces[token] = Piece(UNKNOWN, bytes_of(name, plan, alphabet))
+        elif model.get("byte_fallback") and not plan.byte_level and byte_piece(name):
+            pieces[token] = Piece(BYTE, byte_piece(name))
+    demand(plan.spaces or plan.byte_level or all(SPACE not in name for name in model["vocab"]),
            "has pieces with U+2581, but no normalizer or pre_tokenizer that makes it of spaces")
 
 
 def read_merges(path, model, plan, tokenizer):
-    """Gives every piece the place where its best merge parts, and lists the other merges."""
+    """The pairs that may be joined, the best first."""
     ids, pieces, ranked, strangers = model["vocab"], tokenizer.pieces, {}, 0
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         for name in left, right, left + right:
             demand(name in ids, f"merges {left!r} and {right!r}, but {name!r} is no piece")
-        normal = all(pieces[ids[name]].kind == NORMAL for name in (left, right, left + right))
+        merge = ids[left], ids[right], ids[left + right]
+        normal = all(pieces[token].kind == NORMAL for token in merge)
         strangers += not normal
         # Metaspace cuts before every space, so that nothing is ever joined across it.
         crosses = plan.split and SPACE in (left + right)[1:]
         if normal and not crosses:
-            # Of a pair that stands there twice, the later one counts.
-            ranked[ids[left + right], len(pieces[ids[left]].text)] = rank
+            ranked[merge] = rank        # of a pair that stands there twice, the later one counts
     if strangers:
         warn(path, f"has {strangers} merges of control pieces and the like, which are never made "
              "from text; they were dropped")
-    # Ranks are counted anew, so that what was dropped leaves no gaps.
-    for score, (token, left) in enumerate(sorted(ranked, key=ranked.get)):
-        if pieces[token].left in (0, NEVER):
-            pieces[token] = Piece(float(-score), NORMAL, pieces[token].text, left)
-        else:
-            tokenizer.more_merges.append((token, left, float(-score)))
-    tokenizer.more_merges.sort()
-
-
-# Which characters are letters, numbers and spaces: the general categories L* and N* and the
-# property White_Space of Unicode, which str.isspace() is not.
-
-LETTER, NUMBER, WHITE = 1, 2, 3
-WHITE_SPACE = {*range(9, 14), 0x20, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029,
-               0x202f, 0x205f, 0x3000}
-
-
-def class_of(code):
-    category = unicodedata.category(chr(code))[0]
-    return WHITE if code in WHITE_SPACE else {"L": LETTER, "N": NUMBER}.get(category, 0)
-
-
-@functools.lru_cache(maxsize=None)
-def unicode_ranges():
-    """The runs of characters of one class: (first, last, class)."""
-    ranges, at = [], 0
-    for kind, run in itertools.groupby(map(class_of, range(sys.maxunicode + 1))):
-        length = sum(1 for _ in run)
-        if kind:
-            ranges.append((at, at + length - 1, kind))
-        at += length
-    return tuple(ranges)
+    tokenizer.merges = sorted(ranked, key=ranked.get)
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. What stands beside: how a text begins, what ends it, and how a chat is written
+# 7. What stands beside: how a text begins, what ends it, and how a chat is written
 #
 # config.json, generation_config.json, tokenizer_config.json and special_tokens_map.json all have
 # their say, and often contradict each other.  The rule: what begins a text is the tokenizer's
 # business, and everything that anybody names as an end is one.
 
+NO_CHAT = ("",) * 6
 BESIDE = "tokenizer_config", "generation_config", "special_tokens_map", "chat_template"
 
 
@@ -1189,9 +1571,9 @@ def settle_begin(path, config, tokenizer, says, beside):
              "which; none is put")
     demand(whole(tokenizer.begins, -1, config.vocab_size),
            f"bos is {tokenizer.begins}, but there are {config.vocab_size} tokens")
-    begin = tokenizer.pieces.get(tokenizer.begins, Piece(0, CONTROL, b""))
+    begin = tokenizer.pieces.get(tokenizer.begins, EMPTY)
     if begin.kind == NORMAL:
-        tokenizer.pieces[tokenizer.begins] = Piece(begin.score, CONTROL, begin.text)
+        tokenizer.pieces[tokenizer.begins] = Piece(CONTROL, begin.text)
     said = says.get("bos_token_id")
     if tokenizer.begins >= 0 and type(said) is int and said not in (-1, tokenizer.begins):
         warn(path, f"config.json says that token {said} begins a text (bos_token_id), the tokenizer"
@@ -1211,13 +1593,13 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
                 named[token] = file
     own = {tokenizer.eos, *map(tokenizer.id_of, chat_ends)} - {-1}
     for token in sorted(own | set(named)):
-        piece = tokenizer.pieces.get(token, Piece(0, CONTROL, b""))
-        fits = may_be_control(piece) and piece.kind != UNKNOWN
+        piece = tokenizer.pieces.get(token, EMPTY)
+        fits = tokenizer.may_be_control(token) and piece.kind != UNKNOWN
         # What begins a text ends one only where nothing else does.
         if token == tokenizer.begins and len(own | set(named)) > 1:
             fits = False
         if fits:
-            tokenizer.pieces[token] = Piece(piece.score, END, piece.text)
+            tokenizer.pieces[token] = Piece(END, piece.text)
         elif token in named:
             warn(path, f"{named[token]} says that token {token} ends a text (eos_token_id), but "
                  f"the tokenizer knows it as {tokenizer.text_of(token)!r}; it was not believed")
@@ -1244,22 +1626,20 @@ def settle_chat(path, tokenizer, beside, family):
     if isinstance(template, list):      # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     bos = special_token(beside, "bos_token") or tokenizer.pieces.get(
-        tokenizer.bos, Piece(0, CONTROL, b"")).text
+        tokenizer.bos, EMPTY).text
     names = bos.decode("utf-8", "replace"), tokenizer.text_of(tokenizer.eos) or ""
     if not template:
         # Whoever says that there is none, means it.  Others are from before there were any.
         silent = "chat_template" not in settings
-        if silent and names[1] == "</s>" and tokenizer.cut_rule == UNCUT:
+        if silent and names[1] == "</s>" and not tokenizer.byte_level:
             return default_chat(tokenizer, names, family), ()
-        return (), ()
+        return NO_CHAT, ()
     # A line feed may stand in a literal of the template as itself or as \n.
     found = chat_of(template.replace("\\n", "\n"), template, tokenizer, names)
     if not found:
         warn(path, "its chat template is of no form that drugs.c knows; chats are not possible")
-        return (), ()
-    chat, ends = found
-    demand(len(pack_chat(chat)) <= MOST_CHAT_BYTES, "its chat template is longer than 65536 bytes")
-    return chat, ends
+        return NO_CHAT, ()
+    return found
 
 
 def default_chat(tokenizer, names, family):
@@ -1408,14 +1788,8 @@ def own_chat(template):
                            for place in range(1, 7))
 
 
-def pack_chat(chat):
-    strings = [string.encode() for string in chat]
-    demand(all(len(string) < 2 ** 16 for string in strings), "a string of its chat is too long")
-    return b"".join(struct.pack("<H", len(string)) + string for string in strings)
-
-
 # ------------------------------------------------------------------------------------------------
-# 7. Reader: a Hugging Face folder
+# 8. Reader: a Hugging Face folder
 
 # What config.json calls the fields of a Config.
 SETTINGS = dict(
@@ -1526,7 +1900,7 @@ def without_doubles(pairs):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Readers: what PyTorch wrote, and the folders of Meta and Mistral
+# 9. Readers: what PyTorch wrote, and the folders of Meta and Mistral
 #
 # A file of PyTorch's is a zip.  NAME/data.pkl is a pickle, the tree of Python objects that was
 # saved; NAME/data/0, NAME/data/1, ... are the bytes of the tensors.  A pickle is a program: it may
@@ -1734,7 +2108,7 @@ def meta_model(params, found):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Reader: llama2.c's export, version 0
+# 10. Reader: llama2.c's export, version 0
 #
 # Seven int32, then fp32 tensors without names: one kind after the other, each for all layers.
 
@@ -1758,9 +2132,9 @@ def read_v0(path):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Which reader
+# 11. Which reader
 
-MAGIC, VERSION = b"drugs.c\0", 2
+MAGIC, VERSION = b"drugs.c\0", 3
 STRANGERS = {
     MAGIC: "is a flat file already; --to hf DIR turns it back into a Hugging Face folder",
     b"GGUF": "is a GGUF file; export the checkpoint that it was made from",
@@ -1797,18 +2171,18 @@ def read_model(path, named_tokenizer):
     # What lies beside a single file may belong to anything.
     beside = read_beside(folder) if is_folder else dict.fromkeys(BESIDE, {})
     settle(path, config, tokenizer, says, beside, family)
+    with reading(path):
+        settle_tables(tokenizer, config.vocab_size)
     return config, tensors, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. The writer of the flat file
+# 12. The writer of the flat file
 
-# magic, version, eight sizes, shared_classifier and sliding_window, bos, flags, rule, digits,
-# n_ranges, chat_bytes, norm_eps, tokenizer_bytes, n_more_merges
-HEADER, HEADER_BYTES, ALIGNMENT = "<8s17ifqi", 256, 64
+# magic, version, ten sizes, norm_eps, storage, bos, unknown, text_flags, nine sizes of tables
+HEADER, HEADER_BYTES, ALIGNMENT = "<8s11if13i", 256, 64
 SIZES = ("dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size seq_len shared_classifier "
          "sliding_window").split()
-RANGE, MORE_MERGE, PIECE = struct.Struct("<III"), struct.Struct("<IIf"), struct.Struct("<fBBHH")
 CHUNK_BYTES = 1 << 18               # of fp32, at a time: what stays in the caches is fastest
 
 
@@ -1821,22 +2195,31 @@ def write_flat(config, tensors, tokenizer, output):
 
 def front(c, tokenizer):
     """All that comes before the tensors."""
-    if tokenizer.ranges is None:
-        tokenizer.ranges = unicode_ranges() if tokenizer.cut_rule else ()
-    chat = pack_chat(tokenizer.chat)
-    section = bytearray()
-    for token in range(c.vocab_size):
-        # An embedding is often padded to a round number of rows; the rest gets empty pieces.
-        score, kind, text, left = tokenizer.pieces.get(token, Piece(0, CONTROL, b""))
-        section += PIECE.pack(score, kind, 0, len(text), left) + text
+    ranges, n_classes, rows = tokenizer.automata
+    # An embedding is often padded to a round number of rows; the rest gets empty pieces.
+    pieces = [tokenizer.pieces.get(token, EMPTY) for token in range(c.vocab_size)]
+    texts = [piece.text for piece in pieces]
+    texts += [text.encode() for text in (*tokenizer.chat, *tokenizer.patterns)]
+    kinds = [piece.kind for piece in pieces] + [NORMAL] * (len(texts) - len(pieces))
+    units = [(unit, unit, token) for unit, token in sorted(tokenizer.units.items())]
+    unknown, = tokenizer.of_kind(UNKNOWN) or [-1]
+    whole_pieces, n_text = found_whole(tokenizer), sum(map(len, texts))
+    demand(n_text <= 1 << 30, "its pieces are longer than 2^30 bytes in all")
+    tables = ranges, rows, units, tokenizer.pairs, whole_pieces, tokenizer.words
     header = struct.pack(
-        HEADER, MAGIC, VERSION, *(getattr(c, name) for name in SIZES), tokenizer.begins,
-        tokenizer.flags, tokenizer.cut_rule, tokenizer.most_digits, len(tokenizer.ranges),
-        len(chat), c.norm_eps, len(section), len(tokenizer.more_merges))
-    tables = (struct.pack(f"<{len(c.frequencies)}d", *c.frequencies),
-              *(RANGE.pack(*entry) for entry in tokenizer.ranges),
-              *(MORE_MERGE.pack(*entry) for entry in tokenizer.more_merges))
-    return b"".join((header.ljust(HEADER_BYTES, b"\0"), *tables, chat, section))
+        HEADER, MAGIC, VERSION, *(getattr(c, name) for name in SIZES), c.norm_eps, 0,
+        tokenizer.begins, unknown, tokenizer.flags, len(tokenizer.patterns), len(rows), n_classes,
+        len(ranges), *map(len, tables[2:]), n_text)
+    rope = struct.pack(f"<{len(c.frequencies)}d", *c.frequencies)
+    strings = zip(itertools.accumulate(map(len, texts)), kinds)
+    return b"".join((header.ljust(HEADER_BYTES, b"\0"), rope, *map(numbers, tables[:4]),
+                     numbers(strings), numbers(tables[4:]), *texts))
+
+
+def numbers(records):
+    """Records of u32, one after the other."""
+    flat = list(itertools.chain.from_iterable(records))
+    return struct.pack(f"<{len(flat)}I", *flat)
 
 
 def write_tensors(stream, c, tensors, alignment=1):
@@ -1874,36 +2257,51 @@ def replacing(output, folder=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. The way back: from a flat file to a Hugging Face folder
+# 13. The way back: from a flat file to a Hugging Face folder
 
 
 def read_flat(path):
     demand(not os.path.isdir(path), "is a folder; --to needs a flat file")
     file = File(path)
     demand(file.read(0, min(8, file.size)) == MAGIC, "is no flat file, which --to needs")
-    numbers = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
-    demand(numbers[1] == VERSION, f"is a flat file of version {numbers[1]}; this export.py knows "
+    said = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
+    demand(said[1] == VERSION, f"is a flat file of version {said[1]}; this export.py knows "
            f"version {VERSION}: export the checkpoint again")
-    sizes, (begins, flags, cut_rule, most_digits, n_ranges, n_chat_bytes, norm_eps, _,
-            n_more_merges) = numbers[2:12], numbers[12:]
+    sizes, norm_eps, (_, begins, _, flags, n_cutters, *counts) = said[2:12], said[12], said[13:]
     demand(sizes[8] in (0, 1), "is damaged: shared_classifier is neither 0 nor 1")
-    demand(0 <= flags <= ALL_FLAGS and UNCUT <= cut_rule <= LLAMA3_RULE and 0 <= most_digits < 256
-           and 0 <= n_ranges <= MOST_RANGES and 0 <= n_chat_bytes <= MOST_CHAT_BYTES
-           and n_more_merges >= 0, "is damaged: its header says impossible things of its tokenizer")
+    n_states, n_classes, n_ranges, n_units, n_pairs, n_whole, n_words, n_text = counts
+    demand(0 <= flags <= ALL_FLAGS and 0 <= n_cutters <= MOST_CUTTERS and min(counts) >= 0
+           and 0 < n_classes <= MOST_CLASSES,
+           "is damaged: its header says impossible things of its tokenizer")
     # The frequencies are needed, but not before head_dim is known to be sane.
     sane = Config(*sizes, norm_eps=norm_eps)
     parts = Parts(file, HEADER_BYTES)
     config = Config(*sizes, norm_eps=norm_eps, frequencies=tuple(
-        radians for radians, in parts.records(struct.Struct("<d"), sane.head_dim // 2)))
+        radians for radians, in parts.records("d", 1, sane.head_dim // 2)))
     demand(-1 <= begins < config.vocab_size,
            f"bos is {begins}, but there are {config.vocab_size} tokens")
-    tokenizer = Tokenizer({}, flags, cut_rule, most_digits, begins=begins)
-    tokenizer.ranges = tuple(parts.records(RANGE, n_ranges))
-    tokenizer.more_merges = list(parts.records(MORE_MERGE, n_more_merges))
-    tokenizer.chat = unpack_chat(parts.take(n_chat_bytes))
-    for token in range(config.vocab_size):
-        score, kind, _, length, left = PIECE.unpack(parts.take(PIECE.size))
-        tokenizer.pieces[token] = Piece(score, kind, parts.take(length), left)
+    ranges = tuple(parts.records("I", 3, n_ranges))
+    rows = tuple(parts.records("I", n_classes + 1, n_states))
+    units = {unit: token for unit, _, token in parts.records("I", 3, n_units)}
+    pairs = list(parts.records("I", 4, n_pairs))
+    strings = list(parts.records("I", 2, config.vocab_size + 6 + n_cutters))
+    parts.take(4 * n_whole)             # which follow from the pieces
+    words = [token for token, in parts.records("I", 1, n_words)]
+    text, ends = parts.take(n_text), [0] + [end for end, _ in strings]
+    demand(ends == sorted(ends) and ends[-1] == n_text,
+           "is damaged: its strings do not fill its text")
+    texts = [text[first:end] for first, end in zip(ends, ends[1:])]
+    pieces = {token: Piece(kind, texts[token])
+              for token, (_, kind) in enumerate(strings[:config.vocab_size])}
+    chat, patterns = (tuple(text.decode() for text in some_texts) for some_texts in (
+        texts[config.vocab_size:][:6], texts[config.vocab_size + 6:]))
+    # Both schools know bytes.  Where no piece is a raw one, they are all that merging begins with.
+    byte_level = max(units, default=0) >= BYTE_UNIT and not any(
+        piece.kind == BYTE for piece in pieces.values())
+    # The automata stay as they are: another Python knows another Unicode.
+    tokenizer = Tokenizer(
+        pieces, flags, byte_level, patterns, takes_words=bool(words), begins=begins, chat=chat,
+        automata=(ranges, n_classes, rows), units=units, pairs=pairs, words=words)
     check_tokenizer(tokenizer, config.vocab_size)
     demand(front(config, tokenizer) == file.read(0, parts.at),
            "is damaged: its header or its tokenizer is not as export.py writes them")
@@ -1922,18 +2320,9 @@ class Parts:
         self.at += length
         return data
 
-    def records(self, record, count):
+    def records(self, kind, width, count):
+        record = struct.Struct(f"<{width}{kind}")
         return record.iter_unpack(self.take(record.size * count))
-
-
-def unpack_chat(data):
-    strings, at = [], 0
-    while at < len(data):
-        length, = struct.unpack_from("<H", data, at)
-        strings.append(data[at + 2:at + 2 + length].decode())
-        at += 2 + length
-    demand(len(strings) in (0, 6) and at == len(data), "is damaged: its chat is not six strings")
-    return tuple(strings)
 
 
 def write_hf(c, tensors, tokenizer, folder):
@@ -1993,20 +2382,30 @@ def shortest(number):
 
 def is_sentencepiece(tokenizer):
     """Whether pieces are joined as SentencePiece does; then tokenizer.model says it best."""
-    simple = PREFIX_SPACE | PREFIX_EACH | BYTE_PIECES | COLLAPSE_SPACES
-    lefts = {piece.left for piece in tokenizer.pieces.values()}
-    return not (tokenizer.cut_rule or tokenizer.flags & ~simple or lefts - {0})
+    if tokenizer.byte_level or tokenizer.flags & ~(PREFIX_SPACE | PREFIX_EACH | COLLAPSE_SPACES):
+        return False
+    first = {}
+    for token in tokenizer.of_kind(NORMAL):
+        first.setdefault(tokenizer.pieces[token].text, token)
+    return tokenizer.pairs == pairs_of(ranks_of(tokenizer), first, tokenizer.units)
+
+
+def ranks_of(tokenizer):
+    """A score for each piece: the sooner it is merged the higher."""
+    scores = dict.fromkeys(tokenizer.pieces, 0.0)
+    scores.update((merged, float(-rank)) for _, _, merged, rank in tokenizer.pairs)
+    return scores
 
 
 def hf_sentencepiece(tokenizer):
     """tokenizer.model; read_sentencepiece() is the way back."""
     numbers = {kind: number for number, kind in SP_KINDS.items() if number != UNUSED}
     numbers[END] = numbers[CONTROL]
-    flags, data = tokenizer.flags, bytearray()
+    flags, scores, data = tokenizer.flags, ranks_of(tokenizer), bytearray()
     last = max(token for token, piece in tokenizer.pieces.items()
                if piece.kind != CONTROL and piece.kind != USER_DEFINED)
     for token in range(last + 1):
-        score, kind, text, _ = tokenizer.pieces[token]
+        kind, text = tokenizer.pieces[token]
         number, name = numbers[kind], text
         if kind == BYTE:
             name = b"<0x%02X>" % text[0]
@@ -2015,7 +2414,7 @@ def hf_sentencepiece(tokenizer):
         if not text or kind == USER_DEFINED and flags & PREFIX_EACH:
             number, name = UNUSED, b"<unused %d>" % token
         name = name.replace(b" ", SPACE.encode())
-        data += proto(1, proto(1, name) + proto(2, score) + proto(3, number))
+        data += proto(1, proto(1, name) + proto(2, scores[token]) + proto(3, number))
     ends = ends_of(tokenizer)
     data += proto(2, proto(3, 2) + proto(41, tokenizer.begins) + proto(42, (ends + [-1])[0]))
     return data + proto(3, proto(1, b"identity") + proto(3, flags & PREFIX_SPACE)
@@ -2055,15 +2454,14 @@ def hf_tokenizer(tokenizer, folder):
             added.append(dict(id=token, content=name, single_word=False, lstrip=False, rstrip=False,
                               normalized=False, special=kind != USER_DEFINED))
     normalizer, pre_tokenizer, decoder = hf_steps(tokenizer, folder)
-    separate = bool(tokenizer.flags & SEPARATE_UNKNOWN)
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
         "post_processor": hf_template(tokenizer, names), "decoder": decoder,
         "model": {"type": "BPE", "dropout": None, "unk_token": unknown,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": not (separate or tokenizer.cut_rule), "byte_fallback": n_bytes > 0,
-                  "ignore_merges": bool(tokenizer.flags & IGNORE_MERGES), "vocab": vocab,
+                  "fuse_unk": not tokenizer.byte_level, "byte_fallback": n_bytes > 0,
+                  "ignore_merges": tokenizer.takes_words, "vocab": vocab,
                   "merges": hf_merges(tokenizer, names, folder)}}
 
 
@@ -2072,10 +2470,10 @@ def hf_names(tokenizer):
     spaced = uses_spaces(tokenizer)
     alphabet = {byte: character for character, byte in byte_alphabet().items()}
     names = {}
-    for token, (_, kind, text, _) in tokenizer.pieces.items():
+    for token, (kind, text) in tokenizer.pieces.items():
         if kind == BYTE:
             names[token] = f"<0x{text[0]:02X}>"
-        elif kind == NORMAL and tokenizer.cut_rule:
+        elif kind == NORMAL and tokenizer.byte_level:
             names[token] = "".join(alphabet[byte] for byte in text)
         elif text:
             names[token] = text.decode()
@@ -2089,7 +2487,7 @@ def hf_names(tokenizer):
 def uses_spaces(tokenizer):
     """Whether a space may be a part of a piece, for which tokenizer.json writes U+2581."""
     texts = (piece.text for piece in tokenizer.pieces.values() if piece.kind == NORMAL)
-    return not tokenizer.cut_rule and (
+    return not tokenizer.byte_level and (
         bool(tokenizer.flags & PREFIX_SPACE) or any(b" " in text for text in texts))
 
 
@@ -2110,7 +2508,7 @@ def hf_steps(tokenizer, folder):
     if flags & COLLAPSE_SPACES:
         before += [step("Replace", pattern={"Regex": ENDS_REGEX}, content=""),
                    step("Replace", pattern={"Regex": " {2,}"}, content=" ")]
-    if tokenizer.cut_rule:
+    if tokenizer.byte_level:
         return sequence("normalizers", before), hf_cut(tokenizer), step(
             "ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     fuse = [step("ByteFallback"), step("Fuse")]
@@ -2133,18 +2531,13 @@ def hf_steps(tokenizer, folder):
 
 
 def hf_cut(tokenizer):
-    """The pre_tokenizer of a cut_rule."""
-    prefixed = bool(tokenizer.flags & PREFIX_SPACE)
-    level = step("ByteLevel", add_prefix_space=prefixed, trim_offsets=True, use_regex=True)
-    if tokenizer.cut_rule == GPT2_RULE:
-        digits = [step("Digits", individual_digits=True)] if tokenizer.most_digits else []
-        return sequence("pretokenizers", digits + [level])
-    spelt = [regex for regex, plan in REGEXES.items() if plan == (LLAMA3_RULE,
-                                                                   tokenizer.most_digits)]
-    demand(spelt, f"cuts numbers after {tokenizer.most_digits} digits, for which no tokenizer.json "
-           "is known")
-    split = step("Split", pattern={"Regex": spelt[0]}, behavior="Isolated", invert=False)
-    return sequence("pretokenizers", [split, {**level, "use_regex": False}])
+    """The pre_tokenizer of a byte-level vocabulary."""
+    patterns, gpt2 = tokenizer.patterns, tokenizer.patterns == (GPT2_REGEX,)
+    splits = [] if gpt2 else [step("Split", pattern={"Regex": pattern}, behavior="Isolated",
+                                   invert=False) for pattern in patterns]
+    return sequence("pretokenizers", splits + [
+        step("ByteLevel", add_prefix_space=bool(tokenizer.flags & PREFIX_SPACE),
+             trim_offsets=True, use_regex=gpt2)])
 
 
 def hf_template(tokenizer, names):
@@ -2160,43 +2553,14 @@ def hf_template(tokenizer, names):
 
 def hf_merges(tokenizer, names, folder):
     """The pairs that may be joined, the best first."""
-    pieces = tokenizer.pieces
-    if is_sentencepiece(tokenizer):
-        return all_merges({names[token]: piece.score for token, piece in pieces.items()
-                           if piece.kind == NORMAL}, folder)
-    merges = [(piece.score, token, piece.left) for token, piece in pieces.items()
-              if piece.kind == NORMAL and piece.left not in (0, NEVER)]
-    merges += [(score, token, left) for token, left, score in tokenizer.more_merges]
-    pairs = []
-    for _, token, left in sorted(merges, key=lambda merge: -merge[0]):
-        text = pieces[token].text
-        demand(left < len(text), f"is damaged: piece {token} cannot part behind byte {left}")
-        # As many characters as the left part has: of one byte each, if the vocabulary is of bytes.
-        cut = left if tokenizer.cut_rule else len(text[:left].decode())
-        pairs.append(f"{names[token][:cut]} {names[token][cut:]}")
-    return pairs
-
-
-def all_merges(scores, folder):
-    """All ways to join two pieces into one, the best first; scores are those of normal pieces."""
-    merges, ranked, inexact = [], set(), False
-    for name in sorted(scores, key=scores.get, reverse=True):
-        known = len(merges)
-        for cut in range(1, len(name)):
-            left, right = name[:cut], name[cut:]
-            if left in scores and right in scores:
-                merges.append(f"{left} {right}")
-            # SentencePiece also joins characters that are no pieces ...
-            elif (left in scores or cut == 1) and (right in scores or len(right) == 1):
-                inexact = True
-        if len(merges) > known:
-            # ... and of equals the leftmost first.
-            inexact |= scores[name] in ranked
-            ranked.add(scores[name])
-    if inexact:
+    pieces, pairs = tokenizer.pieces, sorted(tokenizer.pairs, key=lambda pair: pair[3])
+    named = [pair for pair in pairs if pair[0] in pieces and pair[1] in pieces]
+    merged = dict((rank, merged) for _, _, merged, rank in pairs)
+    if len(named) < len(pairs) or any(merged[rank] != piece for _, _, piece, rank in pairs):
+        # SentencePiece also joins characters that are no pieces, and of equals the leftmost first.
         warn(folder, "some pieces have equal scores, or characters that are no pieces; "
              "other tools may cut text that has them in another way")
-    return merges
+    return [f"{names[left]} {names[right]}" for left, right, _, _ in named]
 
 
 def hf_tokenizer_settings(tokenizer):
@@ -2212,11 +2576,11 @@ def hf_tokenizer_settings(tokenizer):
             "eos_token": tokenizer.text_of(ends[0]) if ends else None,
             "unk_token": tokenizer.text_of(unknown[0]) if unknown else None,
             # Null says that there is no form, where silence would mean an old one.
-            "chat_template": own_template(tokenizer.chat, begins) if tokenizer.chat else None}
+            "chat_template": own_template(tokenizer.chat, begins) if any(tokenizer.chat) else None}
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. The command line
+# 14. The command line
 
 
 def main():

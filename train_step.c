@@ -1080,13 +1080,13 @@ static char *text_of(const Model *m, const int *tokens, int n) {
 // A token as a word of a table: what it prints, on one line, with <0A> and
 // the like for what cannot be seen. The caller frees it.
 static char *visible(const Model *m, int token) {
-    const Piece *piece = &m->tokenizer->pieces[token];
-    char *text = resize(NULL, 4 * (ptrdiff_t)piece->length + 1, 1); // <0A> takes four
+    const Span piece = string_at(m, token);
+    char *text = resize(NULL, 4 * (ptrdiff_t)piece.length + 1, 1); // <0A> takes four
     char *to = text;
-    for (int i = 0; i < piece->length; i++) {
-        unsigned char byte = (unsigned char)piece->bytes[i];
+    for (int i = 0; i < piece.length; i++) {
+        unsigned char byte = (unsigned char)piece.bytes[i];
         bool plain = byte >= ' ' && byte != 127;
-        if (piece->kind == BYTE && byte > 127)
+        if (kind_of(m, token) == BYTE && byte > 127)
             plain = false; // a part of a character
         if (plain)
             *to++ = (char)byte;

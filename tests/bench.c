@@ -6,6 +6,7 @@
  */
 #define TRAIN_STEP_LIBRARY
 #include "../train_step.c"
+#include "flat.h"
 #include <signal.h>
 #include <sys/wait.h>
 #ifdef _OPENMP
@@ -20,7 +21,6 @@ enum {
     N_COLUMNS = 8, // of the table
     N_TEXTS = 64,  // without a step
     BENCH_VOCAB = 32000,
-    BENCH_PIECE_BYTES = PIECE_BYTES + 1, // every piece is one letter
 };
 
 // ---- a model of any shape, whose weights are a repeated block of small random numbers
@@ -36,39 +36,33 @@ static size_t tensor_floats(const Config *c, int which) {
     return (size_t)n_out * n_in;
 }
 
-static size_t pieces_at(const Config *c) {
-    return HEADER_BYTES + c->head_dim / 2 * sizeof(double); // behind RoPE's frequencies
+// The header's room, RoPE's frequencies, and a tokenizer of 32,000 pieces: one unknown piece, the
+// others the same letter each.
+static Bytes start_of_file(Config *c) {
+    Bytes file = {0};
+    Vocabulary vocabulary = {0};
+    append_zeros(&file, HEADER_BYTES);
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        double frequency = pow(10000, -2. * i / c->head_dim);
+        append(&file, &frequency, sizeof frequency);
+    }
+    for (int i = 0; i < c->vocab_size; i++)
+        append_piece(&vocabulary.pieces, 0, i ? NORMAL : UNKNOWN, "x", 1);
+    append_tokenizer(&file, c, &vocabulary);
+    free(vocabulary.pieces.data);
+    return file;
 }
 
-static size_t size_of_file(const Config *c) {
-    size_t offset = pieces_at(c) + c->tokenizer_bytes;
+static size_t size_of_file(const Config *c, size_t offset) {
     int layer, which;
     for (int i = 0; tensor_at(c, i, &layer, &which); i++)
         offset = align(offset) + tensor_floats(c, which) * sizeof(float);
     return offset;
 }
 
-static void fill_frequencies(char *file, int head_dim) {
-    for (int i = 0; i < head_dim / 2; i++) {
-        double frequency = pow(10000, -2. * i / head_dim);
-        memcpy(file + HEADER_BYTES + i * sizeof frequency, &frequency, sizeof frequency);
-    }
-}
-
-// One unknown piece, the others the same letter each.
-static void fill_pieces(char *pieces) {
-    for (int i = 0; i < BENCH_VOCAB; i++) {
-        char *piece = pieces + i * BENCH_PIECE_BYTES;
-        piece[4] = i ? NORMAL : UNKNOWN;
-        piece[6] = 1; // byte long
-        piece[PIECE_BYTES] = 'x';
-    }
-}
-
-static void fill_weights(char *file, const Config *c) {
+static void fill_weights(char *file, size_t offset, const Config *c) {
     enum { BLOCK_FLOATS = 4099 }; // a prime, so that rows differ
     static float block[BLOCK_FLOATS];
-    size_t offset = pieces_at(c) + c->tokenizer_bytes;
     int layer, which;
     for (int i = 0; i < BLOCK_FLOATS; i++)
         block[i] = (uniform(1, i) - .5f) * .05f;
@@ -85,19 +79,17 @@ static void fill_weights(char *file, const Config *c) {
 
 // The file of a model of this shape.
 static char *make_file(Config c, size_t *n_bytes) {
-    c.version = 2;
+    c.version = VERSION;
     c.head_dim = c.dim / c.n_heads;
     c.vocab_size = BENCH_VOCAB;
-    c.tokenizer_bytes = BENCH_VOCAB * BENCH_PIECE_BYTES;
     c.q_dim = c.dim;
     c.kv_dim = c.dim;
-    *n_bytes = size_of_file(&c);
-    char *file = resize(NULL, *n_bytes, 1);
+    Bytes start = start_of_file(&c);
+    *n_bytes = size_of_file(&c, start.n);
+    char *file = resize(start.data, *n_bytes, 1);
     memcpy(file, "drugs.c", MAGIC_BYTES);
     memcpy(file + MAGIC_BYTES, &c, CONFIG_BYTES);
-    fill_frequencies(file, c.head_dim);
-    fill_pieces(file + pieces_at(&c));
-    fill_weights(file, &c);
+    fill_weights(file, start.n, &c);
     return file;
 }
 

@@ -148,7 +148,7 @@ static void digest_hamlet(const char *path) {
     const float *logits = feed(&run, &s, prompt, n, WANTS_LOGITS);
     for (int i = 0; i < N_WRITTEN; i++) {
         int token = argmax(logits, m.config.vocab_size);
-        text = hash(text, m.tokenizer->pieces[token].bytes, (size_t)m.tokenizer->pieces[token].length);
+        text = hash(text, string_at(&m, token).bytes, (size_t)string_at(&m, token).length);
         logits = feed(&run, &s, &token, 1, WANTS_LOGITS);
     }
     line(text, "what %s writes behind \"To be\"", path);

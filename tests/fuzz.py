@@ -33,20 +33,19 @@ CHAT = ["[INST] ", "<<SYS>>\n", "\n<</SYS>>\n", "<s>[INST] ", " [/INST]", "</s>"
 def models():
     """Flat files, as small as they can be: with byte pieces, without, byte-level, and with a chat."""
     whole = small.ENDS + small.BYTES + small.LEARNED + [(0, 1, b"")] * 3
-    bare = small.ENDS + small.LEARNED + [(0, 4, b"<u>"), (-1, 0, b"ab", 1)]
+    bare = small.ENDS + small.LEARNED + [(0, 4, b"<u>"), (-1, 0, "a\u6f22".encode())]
     level = [(0, 1, b"<s>"), (0, 5, b"</s>"), *((0, 0, bytes([b])) for b in range(256)),
              *((-rank, 0, text.encode()) for rank, text in enumerate(small.WORDS) if len(text) > 1)]
-    ranges = [(48, 57, 2), (65, 90, 1), (97, 122, 1), (0xE0, 0xFF, 1), (0x2000, 0x200A, 3)]
-
+    digits = r"\p{N}"
     def make(pieces, **more):
         sized = small.Small(True, vocab=len(pieces), **TINY)
         return small.flat(pieces, sized, **more)
 
     return [make(whole, chat=CHAT), make(bare),
-            make(level, bos=0, flags=2, cut_rule=1, ranges=ranges),
-            make(level, bos=0, flags=2, cut_rule=2, most_digits=3, ranges=ranges,
-                 more=[(262, 1, -2.0)]),
-            make(whole, flags=2, window=4)]
+            make(level, bos=0, flags=0, byte_level=True, patterns=[digits, small.GPT2]),
+            make(level, bos=0, flags=0, byte_level=True, patterns=[small.LLAMA3_PATTERN],
+                 takes_words=True),
+            make(whole, flags=0, window=4)]
 
 
 # Plain ones, and of the kinds that once came out wrong: broken characters, a terminal's, zeros.

@@ -888,9 +888,9 @@ static void print_shaded_text(const Model *m, const Probe *probe) {
     if (!probe->n_tokens || !isatty(STDOUT_FILENO))
         return;
     for (int i = 0; i < probe->n_tokens; i++) {
-        const Piece *piece = &m->tokenizer->pieces[probe->tokens[i]];
+        const Span piece = string_at(m, probe->tokens[i]);
         int gray = 236 + (int)(19 * probe->agreement[i]);
-        printf("\033[38;5;%dm%.*s", gray, piece->length, piece->bytes);
+        printf("\033[38;5;%dm%.*s", gray, (int)piece.length, piece.bytes);
     }
     puts("\033[0m\n");
 }

@@ -1,74 +1,82 @@
 """A tokenizer that does what a flat file says, slowly and plainly: the reference for the tests.
 
-    file = read_file(data)                      # the bytes of a flat file, version 2
+    file = read_file(data)                      # the bytes of a flat file, version 3
     ids = encode_like_huggingface(file, text)
 
-It shares nothing with export.py, and knows nothing but what the file holds.
+It shares nothing with export.py, and knows nothing but what the file holds.  Where drugs.c walks
+the automata of the file, here Python's own regular expressions match the patterns they were made of.
 """
 
-import bisect
 import collections
+import functools
+import itertools
 import re
 import struct
+import sys
+import unicodedata
 
 NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END = range(6)
-PREFIX_SPACE, BYTE_PIECES, PREFIX_EACH, COLLAPSE_SPACES = 1, 2, 4, 8
-IGNORE_MERGES, SEPARATE_UNKNOWN, PREFIX_UNLESS_SPACE, NEWLINE_SPACE = 16, 32, 64, 128
-LETTER, NUMBER, WHITE = 1, 2, 3
+PREFIX_SPACE, PREFIX_EACH, PREFIX_UNLESS_SPACE, COLLAPSE_SPACES, NEWLINE_SPACE = 1, 2, 4, 8, 16
+BYTE_UNIT = 0x110000
 
-NAMES = ("version dim hidden layers heads kv head vocab seq shared window bos flags cut_rule "
-         "most_digits n_ranges chat_bytes eps tokenizer_bytes n_more").split()
-Piece = collections.namedtuple("Piece", "score kind text left")
+NAMES = ("version dim hidden layers heads kv head vocab seq shared window eps storage bos unknown "
+         "flags n_cutters n_states n_classes n_ranges n_units n_pairs n_whole n_words n_text").split()
+Piece = collections.namedtuple("Piece", "kind text")
 
 
 class File:
-    """The parts of a flat file that come before the tensors, which begin behind `end`."""
+    """The parts of a flat file that come before the tensors, which begin at `end`."""
 
 
 def read_file(data):
-    assert data[:8] == b"drugs.c\0" and not any(data[92:256])
+    assert data[:8] == b"drugs.c\0" and not any(data[108:256])
     file = File()
-    file.__dict__.update(zip(NAMES, struct.unpack("<17ifqi", data[8:92])))
-    assert file.version == 2
-    at = 256
-    file.frequencies = struct.unpack_from("<%dd" % (file.head // 2), data, at)
-    at += 8 * len(file.frequencies)
-    file.ranges = [struct.unpack_from("<III", data, at + 12 * n) for n in range(file.n_ranges)]
-    at += 12 * file.n_ranges
-    file.more = [struct.unpack_from("<IIf", data, at + 12 * n) for n in range(file.n_more)]
-    at += 12 * file.n_more
-    file.chat, chat_end = [], at + file.chat_bytes
-    while at < chat_end:
-        length, = struct.unpack_from("<H", data, at)
-        file.chat.append(data[at + 2:at + 2 + length].decode())
-        at += 2 + length
-    assert at == chat_end and len(file.chat) in (0, 6)
-    file.pieces, pieces_end = [], at + file.tokenizer_bytes
-    for _ in range(file.vocab):
-        score, kind, zero, length, left = struct.unpack_from("<fBBHH", data, at)
-        file.pieces.append(Piece(score, kind, data[at + 10:at + 10 + length], left))
-        assert zero == 0 and (length or kind == CONTROL)
-        at += 10 + length
-    assert at == pieces_end
-    file.end = at
-    prepare(file)
+    file.__dict__.update(zip(NAMES, struct.unpack("<11if13i", data[8:108])))
+    assert file.version == 3 and file.storage == 0
+    file.end = 256
+
+    def records(kind, width, count):
+        size = count * struct.calcsize("<%d%s" % (width, kind))
+        file.end += size
+        return list(struct.iter_unpack("<%d%s" % (width, kind), data[file.end - size:file.end]))
+    file.frequencies = tuple(itertools.chain(*records("d", 1, file.head // 2)))
+    file.ranges = records("I", 3, file.n_ranges)
+    file.steps = records("I", file.n_classes + 1, file.n_states)
+    units = records("I", 3, file.n_units)
+    pairs = records("I", 4, file.n_pairs)
+    strings = records("I", 2, file.vocab + 6 + file.n_cutters)
+    file.whole = [token for token, in records("I", 1, file.n_whole)]
+    words = [token for token, in records("I", 1, file.n_words)]
+    text = data[file.end:file.end + file.n_text]
+    file.end += file.n_text
+    ends = [0] + [end for end, _ in strings]
+    assert ends == sorted(ends) and ends[-1] == file.n_text == len(text)
+    texts = [text[first:end] for first, end in zip(ends, ends[1:])]
+    file.pieces = [Piece(kind, texts[token]) for token, (_, kind) in enumerate(strings[:file.vocab])]
+    file.chat = [string.decode() for string in texts[file.vocab:file.vocab + 6]]
+    file.chat = file.chat if any(file.chat) else []
+    file.patterns = [string.decode() for string in texts[file.vocab + 6:]]
+    file.units = {first: token for first, last, token in units}
+    assert units == sorted(units) and all(first == last for first, last, _ in units)
+    assert pairs == sorted(pairs)
+    file.pairs = {(left, right): (rank, merged) for left, right, merged, rank in pairs}
+    assert len(file.pairs) == len(pairs)
+    file.words = {file.pieces[token].text: token for token in words}
+    assert [file.pieces[token].text for token in words] == sorted(file.words)
+    check_whole(file)
     return file
 
 
-def prepare(file):
-    """Tables that look things up by what they are."""
-    file.of_text, file.of_byte, file.unknown, file.found_whole = {}, {}, None, {}
-    for token, piece in enumerate(file.pieces):
-        if piece.kind == NORMAL:
-            file.of_text.setdefault(piece.text, token)
-        elif piece.kind == BYTE:
-            file.of_byte[piece.text] = token
-        elif piece.kind == UNKNOWN:
-            file.unknown = token
-        elif piece.text:
-            file.found_whole[piece.text.decode()] = token
-    file.scores = {(token, left): score for token, left, score in file.more}
-    file.firsts = [first for first, _, _ in file.ranges]
+def check_whole(file):
+    wanted = [token for token, piece in enumerate(file.pieces)
+              if piece.kind in (CONTROL, USER_DEFINED, END) and piece.text]
+    texts = [file.pieces[token].text for token in file.whole]
+    assert sorted(file.whole) == wanted
+    assert file.whole == sorted(wanted, key=lambda token: (
+        file.pieces[token].text[0], -len(file.pieces[token].text), token))
+    file.found_whole = {}
+    for text, token in zip(texts, file.whole):
+        file.found_whole.setdefault(text.decode(), token)
 
 
 def encode_like_huggingface(file, text, begin=True, control=False):
@@ -82,7 +90,14 @@ def encode_like_huggingface(file, text, begin=True, control=False):
             ids.append(file.found_whole[section])
         else:
             ids += encode_section(file, normalise(file, section, at == 0))
-    return ids
+    return fused(file, ids)
+
+
+def fused(file, ids):
+    """A run of unknown tokens is one; None stands for what is not there at all."""
+    ids = [token for before, token in zip([None] + ids, ids)
+           if (before, token) != (file.unknown,) * 2]
+    return [token for token in ids if token is not None]
 
 
 def is_control(file, section):
@@ -110,146 +125,99 @@ def normalise(file, text, is_first):
         text = text.replace("\n", "\n ")
     if file.flags & COLLAPSE_SPACES:
         text = re.sub(" {2,}", " ", text.strip(" "))
-    if not file.cut_rule:
-        text = text.replace("\u2581", " ")         # SentencePiece writes a space so
     if file.flags & PREFIX_SPACE and text:
+        spaces = " \u2581" if 0x2581 in file.units else " "
         wanted = file.flags & PREFIX_EACH or is_first
-        if wanted and not (file.flags & PREFIX_UNLESS_SPACE and text[0] == " "):
+        if wanted and not (file.flags & PREFIX_UNLESS_SPACE and text[0] in spaces):
             text = " " + text
     return text
 
 
 def encode_section(file, text):
-    ids = []
-    for part in cut(file, text):
-        data = part.encode()
-        if file.flags & IGNORE_MERGES and data in file.of_text:
-            ids.append(file.of_text[data])
+    ids, words = [], [text]
+    for pattern in file.patterns:
+        words = [part for word in words for part in isolated(pattern, word)]
+    for word in words:
+        if word.encode() in file.words:
+            ids.append(file.words[word.encode()])
             continue
-        units = [bytes([byte]) for byte in data] if file.cut_rule else [c.encode() for c in part]
-        if file.cut_rule and file.unknown is None:
-            units = [unit for unit in units if unit in file.of_text]
-        for symbol in merge(file, units):
-            ids += symbol_ids(file, symbol)
-    if file.flags & SEPARATE_UNKNOWN or file.unknown is None:
-        return ids
-    return [token for before, token in zip([None] + ids, ids)
-            if (before, token) != (file.unknown,) * 2]
+        for symbol, data in merge(file, list(units(file, word))):
+            ids += symbol_ids(file, symbol, data)
+    return ids
 
 
-def symbol_ids(file, symbol):
-    if symbol in file.of_text:
-        return [file.of_text[symbol]]
-    if file.flags & BYTE_PIECES:
-        return [file.of_byte[symbol[at:at + 1]] for at in range(len(symbol))]
-    return [file.unknown]
+def units(file, word):
+    """(id or None, bytes) of what merging begins with."""
+    for character in word:
+        data = character.encode()
+        if ord(character) in file.units:
+            yield file.units[ord(character)], data
+            continue
+        for byte in data:
+            token = file.units.get(BYTE_UNIT + byte)
+            if token is not None or file.unknown >= 0:
+                yield token, bytes([byte])
 
 
-def score_of(file, left, right):
-    """How good it is to join these two; None: they must not be joined."""
-    token = file.of_text.get(left + right)
-    if token is None:
-        return None
-    piece = file.pieces[token]
-    if piece.left in (0, len(left)):
-        return piece.score
-    return file.scores.get((token, len(left)))
+def symbol_ids(file, symbol, data):
+    if symbol is not None and symbol < file.vocab:
+        return [symbol]
+    found = [file.units.get(BYTE_UNIT + byte) for byte in data] if symbol is not None else [None]
+    unknown = file.unknown if file.unknown >= 0 else None
+    return [unknown if token is None else token for token in found]
 
 
-def merge(file, units):
-    units = list(units)
+def merge(file, symbols):
     while True:
-        scores = [score_of(file, a, b) for a, b in zip(units, units[1:])]
-        best = max((score for score in scores if score is not None), default=None)
+        ranks = [file.pairs.get((a, b)) for (a, _), (b, _) in zip(symbols, symbols[1:])]
+        best = min((pair[0] for pair in ranks if pair), default=None)
         if best is None:
-            return units
-        at = scores.index(best)
-        units[at:at + 2] = [units[at] + units[at + 1]]
+            return symbols
+        at = [pair and pair[0] for pair in ranks].index(best)
+        symbols[at:at + 2] = [(ranks[at][1], symbols[at][1] + symbols[at + 1][1])]
 
 
 # ------------------------------------------------------------------------------------------------
-# The rules by which text is cut.  Each alternative of the regular expression is a function that
-# says where a match that begins at `at` ends, or returns `at` if there is none.
+# Cutting.  Python's re knows neither \p{..} nor the White_Space of Unicode, so these are written
+# out as ranges of characters.
+
+WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 
 
-def class_of(file, character):
-    place = bisect.bisect_right(file.firsts, ord(character)) - 1
-    if place >= 0 and ord(character) <= file.ranges[place][1]:
-        return file.ranges[place][2]
-    return 0
-
-
-def run(kinds, at, wanted, most=None):
-    """The end of the run of characters of these classes."""
-    end = at
-    while end < len(kinds) and kinds[end] in wanted and (not most or end - at < most):
-        end += 1
-    return end
-
-
-def cut(file, text):
-    if not file.cut_rule:
-        return [text]
-    kinds = [class_of(file, character) for character in text]
-    if file.cut_rule == 1 and file.most_digits == 1:
-        out, at = [], 0
-        for place, kind in enumerate(kinds + [NUMBER]):
-            if kind == NUMBER:
-                out += cut_by(text[at:place], kinds[at:place], gpt2_end, 0)
-                out += [text[place]] if place < len(text) else []
-                at = place + 1
-        return out
-    return cut_by(text, kinds, gpt2_end if file.cut_rule == 1 else llama3_end, file.most_digits)
-
-
-def cut_by(text, kinds, end_of, most_digits):
+def isolated(pattern, text):
     out, at = [], 0
-    while at < len(text):
-        end = end_of(text, kinds, at, most_digits)
-        out.append(text[at:end])
-        at = end
-    return out
+    for match in compiled(pattern).finditer(text):
+        out += [text[at:match.start()], match.group()]
+        at = match.end()
+    return [part for part in out + [text[at:]] if part]
 
 
-CONTRACTIONS = "'s", "'t", "'re", "'ve", "'m", "'ll", "'d"
+@functools.lru_cache(maxsize=None)
+def compiled(pattern):
+    out, inside, at = [], False, 0
+    special = re.compile(r"\\([pP])\{(\w+)\}|\\([sSdD])|\\.|.", re.S)
+    while at < len(pattern):
+        found = special.match(pattern, at)
+        at = found.end()
+        if found[1] or found[3]:
+            ranges = written_out(found[2] or found[3].lower(), (found[1] or found[3]).isupper())
+            out.append(ranges if inside else "[%s]" % ranges)
+            continue
+        inside = found[0] == "[" or inside and found[0] != "]"
+        out.append(found[0])
+    return re.compile("".join(out))
 
 
-def white_end(text, kinds, at):
-    r"""\s+(?!\S)|\s+"""
-    end = run(kinds, at, {WHITE})
-    return end if end == len(text) or end - at == 1 else end - 1
-
-
-def gpt2_end(text, kinds, at, _):
-    for word in CONTRACTIONS:
-        if text.startswith(word, at):
-            return at + len(word)
-    start = at + (text[at] == " ")
-    for wanted in {LETTER}, {NUMBER}, {0}:
-        end = run(kinds, start, wanted)
-        if end > start:
-            return end
-    return white_end(text, kinds, at)
-
-
-def llama3_end(text, kinds, at, most_digits):
-    for word in CONTRACTIONS:
-        if text[at:at + len(word)].casefold() == word:
-            return at + len(word)
-    start = at + (kinds[at] not in (LETTER, NUMBER) and text[at] not in "\r\n")
-    end = run(kinds, start, {LETTER})
-    if end > start:
-        return end
-    end = run(kinds, at, {NUMBER}, most_digits)
-    if end > at:
-        return end
-    start = at + (text[at] == " ")
-    end = run(kinds, start, {0})
-    if end > start:
-        while end < len(text) and text[end] in "\r\n":
-            end += 1
-        return end
-    end = run(kinds, at, {WHITE})
-    while end > at and text[end - 1] not in "\r\n":
-        end -= 1
-    return end if end > at else white_end(text, kinds, at)
+@functools.lru_cache(maxsize=None)
+def written_out(name, negated):
+    def has(code):
+        if name == "s":
+            return bool(WHITE_SPACE.match(chr(code)))
+        return unicodedata.category(chr(code)).startswith("Nd" if name == "d" else name)
+    out, at = [], 0
+    for kind, run in itertools.groupby(range(sys.maxunicode + 1), has):
+        length = sum(1 for _ in run)
+        if kind != negated:
+            out.append("\\U%08x-\\U%08x" % (at, at + length - 1))
+        at += length
+    return "".join(out)

@@ -13,6 +13,7 @@
  */
 #define TRAIN_STEP_LIBRARY
 #include "../train_step.c"
+#include "flat.h"
 
 /* ================================================================================================
  * 1  The language
@@ -436,61 +437,38 @@ enum { BOS = 1, EOS = 2 }; // pieces
 static char *file;
 static size_t file_bytes;
 
-static void put(const void *data, size_t n) {
-    file = resize(file, file_bytes + n, 1);
-    memcpy(file + file_bytes, data, n);
-    file_bytes += n;
-}
-
-static void put_zeros(size_t n) {
-    for (size_t i = 0; i < n; i++)
-        put("", 1);
-}
-
 // The frequencies of RoPE, in radians per position.
-static void put_frequencies(int head_dim) {
+static void put_frequencies(Bytes *to, int head_dim) {
     for (int i = 0; i < head_dim / 2; i++) {
         double frequency = pow(10000, -2. * i / head_dim);
-        put(&frequency, sizeof frequency);
+        append(to, &frequency, sizeof frequency);
     }
 }
 
-// The form of a chat: Llama 2's.
-static void put_chat(void) {
-    static const char *const strings[N_CHAT_SPANS] = {
-        [OPENING] = "[INST] ",
-        [BEFORE_SYSTEM] = "[INST] <<SYS>>\n",
-        [AFTER_SYSTEM] = "\n<</SYS>>\n\n",
-        [BEFORE_QUESTION] = "<s>[INST] ",
-        [AFTER_QUESTION] = " [/INST]",
-        [AFTER_ANSWER] = " </s>",
+// The pieces, and the form of a chat, which is Llama 2's.
+static void put_tokenizer(Bytes *to, Config *c) {
+    Vocabulary vocabulary = {
+        .chat = {
+            [OPENING] = "[INST] ",
+            [BEFORE_SYSTEM] = "[INST] <<SYS>>\n",
+            [AFTER_SYSTEM] = "\n<</SYS>>\n\n",
+            [BEFORE_QUESTION] = "<s>[INST] ",
+            [AFTER_QUESTION] = " [/INST]",
+            [AFTER_ANSWER] = " </s>",
+        },
     };
-    for (int i = 0; i < N_CHAT_SPANS; i++) {
-        const uint16_t length = (uint16_t)strlen(strings[i]);
-        put(&length, sizeof length);
-        put(strings[i], length);
-    }
-}
-
-static void put_piece(float score, int kind, const char *bytes, size_t n) {
-    const unsigned char kind_and_zero[2] = {(unsigned char)kind, 0};
-    const uint16_t length_and_left[2] = {(uint16_t)n, 0}; // 0: any two halves make it
-    put(&score, 4);
-    put(kind_and_zero, 2);
-    put(length_and_left, 4);
-    put(bytes, n);
-}
-
-static void put_pieces(void) {
-    put_piece(0, UNKNOWN, "<unk>", 5);
-    put_piece(0, CONTROL, "<s>", 3);
-    put_piece(0, END, "</s>", 4);
+    Bytes *pieces = &vocabulary.pieces;
+    append_piece(pieces, 0, UNKNOWN, "<unk>", 5);
+    append_piece(pieces, 0, CONTROL, "<s>", 3);
+    append_piece(pieces, 0, END, "</s>", 4);
     for (int i = 0; i < 256; i++) {
         const char byte = (char)i;
-        put_piece(0, BYTE, &byte, 1);
+        append_piece(pieces, 0, BYTE, &byte, 1);
     }
     for (int i = 0; i < n_symbols; i++) // the earlier a merge, the better its score
-        put_piece((float)-i, NORMAL, symbols[i], strlen(symbols[i]));
+        append_piece(pieces, (float)-i, NORMAL, symbols[i], (int)strlen(symbols[i]));
+    append_tokenizer(to, c, &vocabulary);
+    free(pieces->data);
 }
 
 // log x without libm, whose last digits differ from machine to machine: x = m 2^e, and
@@ -516,16 +494,16 @@ static double normal(void) {
 
 // Random weights: outputs are as large as inputs. What is added to the residual stream is smaller,
 // as 2 n_layers of these add up. Gains are 1.
-static void put_tensor(const Config *c, int which) {
+static void put_tensor(Bytes *to, const Config *c, int which) {
     int n_out, n_in;
     tensor_shape(c, which, &n_out, &n_in);
     double scale = which == TOK_EMB ? .05 : 1 / sqrt(n_in);
     if (which == WO || which == W2)
         scale /= sqrt(2 * c->n_layers);
-    put_zeros((ALIGNMENT - file_bytes % ALIGNMENT) % ALIGNMENT);
+    append_zeros(to, (ALIGNMENT - to->n % ALIGNMENT) % ALIGNMENT);
     for (ptrdiff_t i = 0; i < (ptrdiff_t)n_out * n_in; i++) {
         float weight = n_out == 1 ? 1 : (float)(scale * normal());
-        put(&weight, sizeof weight);
+        append(to, &weight, sizeof weight);
     }
 }
 
@@ -535,20 +513,18 @@ static void put_config(const Config *c) {
 
 static void make_file(Config c) {
     int layer, which;
+    Bytes made = {0};
     c.q_dim = c.n_heads * c.head_dim;
     c.kv_dim = c.n_kv_heads * c.head_dim;
-    put("drugs.c", MAGIC_BYTES);
-    put_zeros(HEADER_BYTES - MAGIC_BYTES);
-    put_frequencies(c.head_dim);
-    size_t chat = file_bytes;
-    put_chat();
-    c.chat_bytes = (int32_t)(file_bytes - chat);
-    size_t pieces = file_bytes;
-    put_pieces();
-    c.tokenizer_bytes = (int64_t)(file_bytes - pieces);
-    put_config(&c);
+    append(&made, "drugs.c", MAGIC_BYTES);
+    append_zeros(&made, HEADER_BYTES - MAGIC_BYTES);
+    put_frequencies(&made, c.head_dim);
+    put_tokenizer(&made, &c);
     for (int i = 0; tensor_at(&c, i, &layer, &which); i++)
-        put_tensor(&c, which);
+        put_tensor(&made, &c, which);
+    file = made.data;
+    file_bytes = made.n;
+    put_config(&c);
 }
 
 static float *weights(const Model *m, int layer, int which) {
@@ -755,7 +731,7 @@ int main(int argc, char **argv) {
     dice_key = scramble(seed + 1000);
     dice_thrown = 0;
     make_file((Config){
-        .version = 2,
+        .version = VERSION,
         .dim = 48,
         .hidden_dim = 128,
         .n_layers = 10,
@@ -767,7 +743,7 @@ int main(int argc, char **argv) {
         .shared_classifier = 1,
         .norm_eps = 1e-5f * GAUGE * GAUGE, // which the gauge makes 1e-5
         .bos = BOS,
-        .tokenizer_flags = PREFIX_SPACE | BYTE_PIECES,
+        .text_flags = PREFIX_SPACE,
     });
     Model m;
     if (!model_parse(&m, file, file_bytes))

@@ -15,6 +15,8 @@ import tempfile
 import termios
 import unittest
 
+from naive_tokenizer import read_file
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 DRUGS = os.path.join(os.path.dirname(HERE), "drugs")
 MODEL = os.path.join(HERE, "hamlet.bin")
@@ -39,15 +41,15 @@ def without_numbers(share=1):
 
 def with_chat(*strings):
     """The small model with another form of a chat: six strings, or none."""
-    data, align = content(), lambda n: (n + 63) // 64 * 64
-    head_dim, = struct.unpack_from("<i", data, 32)
-    chat_bytes, _, n_pieces = struct.unpack_from("<ifq", data, 72)
-    start = 256 + 8 * (head_dim // 2)           # behind RoPE's frequencies; there are no tables
-    behind = start + chat_bytes + n_pieces
-    chat = b"".join(struct.pack("<H", len(string)) + string for string in strings)
-    out = data[:72] + struct.pack("<i", len(chat)) + data[76:start] + chat
-    out += data[start + chat_bytes:behind]
-    return out.ljust(align(len(out)), b"\0") + data[align(behind):]
+    data, file = content(), read_file(content())
+    at = file.end - file.n_text - 4 * (file.n_words + file.n_whole)     # where the strings' ends end
+    ends = at - 8 * (6 + file.n_cutters)        # of the chat; its text is the last one
+    first, = struct.unpack_from("<i", data, ends - 8)
+    lengths = [len(string) for string in strings or 6 * [b""]]
+    table = b"".join(struct.pack("<ii", first + sum(lengths[:n + 1]), 0) for n in range(6))
+    tables = data[:ends] + table + data[at:file.end - file.n_text + first] + b"".join(strings)
+    tables = tables[:104] + struct.pack("<i", first + sum(lengths)) + tables[108:]
+    return tables + bytes(-len(tables) % 64) + data[-(-file.end // 64) * 64:]
 
 
 def run(*arguments, stdin=b"", stdout=subprocess.PIPE):
@@ -283,7 +285,7 @@ class TestChat(Case):
     def test_what_closes_an_answer(self):
         """It is fed before the next question, and that gets no BOS but the form's own."""
         def chat(after, before, said=b"x\nx\n"):
-            path = self.path("chat.bin", with_chat(b"", b"", b"", before, b"", after))
+            path = self.path("chat.bin", with_chat(b"", b"", b"?", before, b"", after))
             done = run(path, "-m", "chat", "-n", "9", stdin=said)
             self.assertEqual(done.status, 0, done)
             return int(re.search(r"read (\d+) ", done.err).group(1)), done.out
@@ -491,7 +493,7 @@ class TestErrors(Case):
             self.assertRegex(last, r"\A(drugs: \S*/model.bin was written to|read \d)[^\n]*\Z", how)
 
     def test_an_older_file(self):
-        old = b"drugs.c\0" + struct.pack("<i", 1) + content()[12:]
+        old = b"drugs.c\0" + struct.pack("<i", 2) + content()[12:]
         self.bad(1, self.path("old.bin", old), words=["older", "export the checkpoint again"])
 
     def test_closed_streams(self):

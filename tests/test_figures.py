@@ -16,6 +16,7 @@ import tempfile
 import unittest
 
 import test_cli
+from naive_tokenizer import read_file
 import test_step_cli
 from test_cli import CONTEXT, HERE, MODEL, on_a_terminal
 from test_step_cli import losses, norm, table
@@ -383,20 +384,12 @@ class TestLab(unittest.TestCase):
 class TestOddModels(test_step_cli.Case):
     """Models that are in order but lack something, and places where nothing can be written."""
 
-    def model_with(self, place, value, cut=b""):
-        """hamlet.bin with a number of its header changed, and bytes of its tables cut out."""
+    def model_with(self, place, value):
+        """hamlet.bin with a number of its header changed."""
         data = bytearray(self.content(MODEL))
-        at, = re.finditer(re.escape(cut), data) if cut else [None]
-        pieces, = struct.unpack_from("<q", data, 80)
-        end = 256 + 8 * struct.unpack_from("<i", data, 32)[0] // 2
-        end += struct.unpack_from("<i", data, 72)[0] + pieces
-        weights = data[-(-end // 64) * 64:]
         struct.pack_into("<i", data, place, value)
-        tables = data[:end]
-        if cut:
-            del tables[at.start():at.end()]
         with open(self.path("odd.bin"), "wb") as stream:
-            stream.write(tables + bytes(-len(tables) % 64) + weights)
+            stream.write(data)
         return self.path("odd.bin")
 
     def refused(self, program, *arguments, words=(), out=""):
@@ -408,18 +401,16 @@ class TestOddModels(test_step_cli.Case):
 
     def test_a_model_without_bos(self):
         """It writes behind a prompt, and without one says why it cannot."""
-        model = self.model_with(52, -1)
+        model = self.model_with(60, -1)
         self.refused(test_cli.DRUGS, model, "-n", "5", words=["no BOS", "-i"])
         text = output(test_cli.DRUGS, model, "-n", "5", "-i", "To be")
         self.assertTrue(text.startswith("To be") and len(text) > 6, text)
 
     def test_a_model_that_does_not_chat(self):
         """Its file has no form of a chat; it writes texts as before."""
-        data = self.content(MODEL)
-        head_dim, = struct.unpack_from("<i", data, 32)
-        n, = struct.unpack_from("<i", data, 72)
-        chat = data[256 + 4 * head_dim:][:n]
-        model = self.model_with(72, 0, cut=chat)
+        model = self.path("odd.bin")
+        with open(model, "wb") as stream:
+            stream.write(test_cli.with_chat())
         self.refused(test_cli.DRUGS, model, "-m", "chat", words=["chat", "-i"])
         command = ["-i", "To be", "-n", "20"]
         self.assertEqual(output(test_cli.DRUGS, model, *command),
@@ -438,11 +429,12 @@ class TestOddModels(test_step_cli.Case):
 
     def test_the_default_length_in_a_long_context(self):
         """256 tokens, where the context holds more and nothing ends the text."""
-        data = self.content(self.model_with(40, 600))
-        model, end = self.path("endless.bin"), b"\4\0\0\0</s>"
-        self.assertEqual(data.count(b"\5\0" + end), 1)
+        data, model = self.content(self.model_with(40, 600)), self.path("endless.bin")
+        file, end = read_file(data), 5
+        kind = file.end - file.n_text - 4 * (file.n_words + file.n_whole) - 8 * (file.vocab + 6) + 20
+        self.assertEqual((file.pieces[2], data[kind]), ((end, b"</s>"), end))
         with open(model, "wb") as stream:
-            stream.write(data.replace(b"\5\0" + end, b"\1\0" + end))    # it was the END piece
+            stream.write(data[:kind] + b"\1" + data[kind + 1:])         # a control piece like others
         done = test_step_cli.run(model, "-i", "To be", program=test_cli.DRUGS)
         self.assertRegex(done.err, "wrote 256 at .* until -n")
         probe = output(LAB, model, "probe", "-i", "To be", "-k", "1")

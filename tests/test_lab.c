@@ -182,7 +182,7 @@ static void to_name(char *name, const char *ending) {
 // A prompt of n tokens for a model of single characters, among them BOS and maybe a space in front.
 static const char *prompt_of(const Model *m, int n) {
     static char text[128];
-    const int length = n - 1 - (m->config.tokenizer_flags & PREFIX_SPACE);
+    const int length = n - 1 - (m->config.text_flags & PREFIX_SPACE);
     for (int i = 0; i < length; i++)
         text[i] = (char)('A' + i * i % 26);
     text[length] = '\0';

@@ -13,8 +13,8 @@ Test(loader, a_model_file_opens) {
     cr_assert_eq(model.config.dim, 48);
     cr_assert_eq(model.config.vocab_size, 768);
     cr_assert_eq(model.config.seq_len, 160);
-    cr_assert_eq(model.tokenizer->pieces[422].length, 3);
-    cr_assert(!memcmp(model.tokenizer->pieces[422].bytes, " To", 3));
+    cr_assert_eq(string_at(&model, 422).length, 3);
+    cr_assert(!memcmp(string_at(&model, 422).bytes, " To", 3));
     model_close(&model);
 
     cr_assert(!model_open(&model, "tests/macbeth.bin"));
@@ -25,29 +25,26 @@ Test(loader, a_model_file_opens) {
 // ---- small files
 
 // Files of three kinds: in the manner of SentencePiece, with an unknown piece or with bytes; and
-// byte-level, with ranges of characters and a further merge for " ab" and for "abab".
+// byte-level, with an automaton and a further merge for " ab" and for "abab".
 enum { WITH_UNKNOWN, WITH_BYTES, BYTE_LEVEL, N_FILES };
-enum { N_RANGES = 4, N_MERGES = 3 };
-static const uint32_t RANGES[N_RANGES][3] = {
-    {' ', ' ', WHITE}, {'0', '9', NUMBER}, {'a', 'z', LETTER}, {0xC0, 0x24F, LETTER},
+enum { N_MERGES = 3, N_SMALL_CLASSES = 3, N_SMALL_STATES = 3 };
+static const Range SMALL_CLASSES[] = {{' ', ' ', 1}, {'a', 'z', 2}, {0xC0, 0x24F, 2}};
+static const uint32_t SMALL_STEPS[N_SMALL_STATES][N_SMALL_CLASSES + 1] = { // letters, with a space
+    {0, 2 * 2, 2 * 3, 0}, {0, 0, 2 * 3, 0}, {1, 1, 2 * 3, 1},
 };
-typedef struct {
-    uint32_t piece, left;
-    float score;
-} FurtherMerge;
 static const FurtherMerge MERGES[N_MERGES] = {
     {BEHIND_BYTES + 4, 2, -3}, {BEHIND_BYTES + 5, 1, -5}, {BEHIND_BYTES + 5, 3, -6},
 };
 
-// A row of a matrix takes 64 bytes, so no wrong size can hide in the padding behind a tensor.
+// A row of a matrix takes 64 bytes, so no wrong size can hide in the padding after a tensor.
 static Bytes small_file(int kind) {
     const char *const words[] = {" ", "a", "b", "ab", " ab", "abab"};
     const int lefts[] = {0, 0, 0, 0, 1, 2};
     const int n_words = kind == BYTE_LEVEL ? 6 : 5;
-    Bytes pieces = first_pieces(kind != WITH_UNKNOWN);
+    Bytes pieces = first_pieces(kind == WITH_BYTES);
     for (int i = 0; kind == BYTE_LEVEL && i < 256; i++) { // its bytes are normal pieces
-        const size_t at = pieces.n - (size_t)(256 - i) * 11;
-        pieces.data[at + 4] = NORMAL;
+        const char byte = (char)i;
+        append_piece(&pieces, 0, NORMAL, &byte, 1);
     }
     for (int i = 0; i < n_words; i++) {
         const int piece_kind = i == 2 ? USER_DEFINED : NORMAL;
@@ -55,24 +52,29 @@ static Bytes small_file(int kind) {
                           kind == BYTE_LEVEL ? lefts[i] : 0);
     }
     FileHeader header = {
-        .magic = "drugs.c", .version = 2, .dim = 16, .hidden_dim = 16, .n_layers = 2, .n_heads = 4,
+        .magic = "drugs.c", .version = 3, .dim = 16, .hidden_dim = 16, .n_layers = 2, .n_heads = 4,
         .n_kv_heads = 2, .head_dim = 4,
         .vocab_size = n_words + (kind == WITH_UNKNOWN ? FIRST_BYTE : BEHIND_BYTES), .seq_len = 16,
-        .sliding_window = 3, .norm_eps = 1e-5f, .bos = 1, .rope_theta = 100, .chat = llama2_chat(),
-        .tokenizer_flags = PREFIX_SPACE | (kind == WITH_UNKNOWN ? 0 : BYTE_PIECES),
+        .sliding_window = 3, .norm_eps = 1e-5f, .bos = 1, .rope_theta = 100,
+        .text_flags = PREFIX_SPACE,
     };
+    give_llama2_chat(&header.vocabulary);
     if (kind == BYTE_LEVEL) {
-        header.tokenizer_flags = BYTE_PIECES | IGNORE_MERGES;
-        header.cut_rule = CUT_LLAMA3;
-        header.most_digits = 3;
-        append(&header.ranges, RANGES, sizeof RANGES);
-        append(&header.merges, MERGES, sizeof MERGES);
+        header.text_flags = 0;
+        header.n_cutters = 1;
+        header.n_states = N_SMALL_STATES;
+        header.n_classes = N_SMALL_CLASSES;
+        header.vocabulary.byte_level = true;
+        header.vocabulary.takes_words = true;
+        append(&header.vocabulary.classes, SMALL_CLASSES, sizeof SMALL_CLASSES);
+        append(&header.vocabulary.steps, SMALL_STEPS, sizeof SMALL_STEPS);
+        append(&header.vocabulary.merges, MERGES, sizeof MERGES);
     }
     Bytes file = model_file(header, pieces);
     free(pieces.data);
-    free(header.ranges.data);
-    free(header.merges.data);
-    free(header.chat.data);
+    free(header.vocabulary.classes.data);
+    free(header.vocabulary.steps.data);
+    free(header.vocabulary.merges.data);
     return file;
 }
 
@@ -80,27 +82,19 @@ static const FileHeader *header_of(const Bytes *file) {
     return (const void *)file->data;
 }
 
-// Where the tables of a file lie.
-static size_t ranges_at(const Bytes *file) {
-    return 256 + (size_t)header_of(file)->head_dim / 2 * 8;
-}
-
-static size_t merges_at(const Bytes *file) {
-    return ranges_at(file) + 12 * (size_t)header_of(file)->n_ranges;
-}
-
-static size_t chat_at(const Bytes *file) {
-    return merges_at(file) + 12 * (size_t)header_of(file)->n_merges;
-}
-
-// The record of the id-th piece.
-static size_t piece_at(const Bytes *file, int id) {
-    size_t at = chat_at(file) + (size_t)header_of(file)->chat_bytes;
-    for (int i = 0; i < id; i++) {
-        uint16_t length;
-        memcpy(&length, file->data + at + 6, 2);
-        at += 10u + length;
-    }
+// Where the tables of a file lie, in their order, and where they end.
+enum { AT_CLASSES, AT_STEPS, AT_UNITS, AT_PAIRS, AT_STRINGS, AT_WHOLE, AT_WORDS, AT_TEXT, AT_END };
+static size_t table_at(const Bytes *file, int table) {
+    const FileHeader *h = header_of(file);
+    const size_t n_strings = (size_t)(h->vocab_size + N_CHAT_STRINGS + h->n_cutters);
+    const size_t sizes[] = {
+        (size_t)h->n_ranges * 12, (size_t)h->n_states * ((size_t)h->n_classes + 1) * 4,
+        (size_t)h->n_units * 12, (size_t)h->n_pairs * 16, n_strings * 8, (size_t)h->n_whole * 4,
+        (size_t)h->n_words * 4, (size_t)h->n_text,
+    };
+    size_t at = 256 + (size_t)h->head_dim / 2 * 8;
+    for (int i = 0; i < table; i++)
+        at += sizes[i];
     return at;
 }
 
@@ -117,8 +111,8 @@ static void use(Model *m) {
     const char text[] = "ab a\xC3\xA9\xFF 's12345\n  <s>abab</s>b \0";
     const Source source = {.bytes = text, .n = sizeof text - 1, .bos = true, .controls = true};
     int *tokens = encode(m, source, &n_tokens);
-    for (int i = 0; i < N_CHAT_SPANS; i++) {
-        const Span span = m->tokenizer->chat[i];
+    for (int i = 0; i < N_CHAT_STRINGS; i++) {
+        const Span span = chat_string(m, i);
         int n;
         Source part = {.n = (size_t)span.length, .controls = true};
         part.bytes = span.length ? span.bytes : "";
@@ -201,12 +195,10 @@ static void check_lie(Bytes file, const Lie *lie, int32_t value) {
 Test(loader, every_header_field) {
     const char *const size = "header promises"; // so many bytes, but the file has another number
     Bytes file = small_file(WITH_UNKNOWN);
-    const int chat_bytes = header_of(&file)->chat_bytes;
     const Lie lies[] = {
 #define FIELD(name) offsetof(FileHeader, name), #name
-        {FIELD(version), {0, 3, -1, INT32_MIN}, ""},
-        {FIELD(version), {1}, "export the checkpoint again"}, // which was the format before
-        {FIELD(version), {2 << 24}, "byte order"},
+        {FIELD(version), {0, 4, -1, INT32_MIN, 3 << 24}, ""},
+        {FIELD(version), {1, 2}, "export the checkpoint again"}, // which were the formats before
         {FIELD(dim), {0, -1, (1 << 20) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(dim), {15, 17, 32, 1 << 20}, size},
         {FIELD(hidden_dim), {0, -1, (1 << 20) + 1, INT32_MAX, INT32_MIN}, ""},
@@ -221,23 +213,33 @@ Test(loader, every_header_field) {
         {FIELD(head_dim), {0, 1, 3, 5, -2, INT32_MAX, INT32_MIN}, ""},
         {FIELD(head_dim), {2, 6, 1 << 12}, " "}, // what follows is looked for elsewhere
         {FIELD(vocab_size), {0, -1, (1 << 24) + 1, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(vocab_size), {9, 1 << 24}, "tokenizer"},
-        {FIELD(vocab_size), {7, 6, 5, 3}, "left over"},
+        {FIELD(vocab_size), {9, 7, 1 << 24}, " "}, // what follows is looked for elsewhere
         {FIELD(seq_len), {0, -1, (1 << 28) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(shared_classifier), {2, -1, INT32_MAX, INT32_MIN, 256}, ""},
         {FIELD(shared_classifier), {1}, size},
         {FIELD(sliding_window), {-1, (1 << 28) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(bos), {-2, 8, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(tokenizer_flags), {256, -1, BYTE_PIECES, BYTE_PIECES | PREFIX_SPACE, INT32_MIN}, ""},
-        {FIELD(cut_rule), {-1, 3, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(most_digits), {-1, 256, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(storage), {1, -1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(unknown), {-2, 8, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(text_flags), {32, 64, -1, INT32_MIN}, ""},
+        {FIELD(n_cutters), {-1, 17, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_cutters), {1}, "n_states"}, // for which there is no state
+        {FIELD(n_states), {-1, (1 << 16) + 1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_states), {1, 1 << 16}, " "},
+        {FIELD(n_classes), {0, -1, (1 << 10) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(n_ranges), {-1, (1 << 16) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(n_ranges), {1, 2, 1 << 16}, " "},
-        {FIELD(chat_bytes), {-1, (1 << 16) + 1, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(chat_bytes), {1, 11, chat_bytes - 1, chat_bytes + 1}, "chat"},
-        {FIELD(chat_bytes), {0, 1 << 16}, " "},
-        {FIELD(n_merges), {-1, (1 << 24) + 1, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(n_merges), {1, 2, 1 << 24}, " "},
+        {FIELD(n_units), {-1, (1 << 21) + 1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_units), {1, 2, 1 << 21}, " "},
+        {FIELD(n_pairs), {-1, (1 << 24) + 1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_pairs), {7, 9, 1 << 24}, " "},
+        {FIELD(n_whole), {-1, 9, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_whole), {8}, " "},
+        {FIELD(n_words), {-1, 9, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_words), {8}, " "},
+        {FIELD(n_text), {-1, (1 << 30) + 1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(n_text), {1, 70}, "string"}, // which ends after the text
+        {FIELD(n_text), {1 << 30}, "tables"},
         // as bits of a float: -1, 1, infinity, NaN, hardly below 0
         {FIELD(norm_eps),
          {(int)0xBF800000, 0x3F800000, 0x7F800000, 0x7FC00000, (int)0x80000001},
@@ -252,7 +254,7 @@ Test(loader, every_header_field) {
     free(file.data);
 }
 
-// So are a wrong magic, any number in the header's unused bytes, ...
+// So are a wrong magic and any number in the header's unused bytes.
 Test(loader, rest_of_the_header) {
     Bytes file = small_file(WITH_UNKNOWN);
     for (size_t i = 0; i < 256; i++) {
@@ -263,25 +265,6 @@ Test(loader, rest_of_the_header) {
         cr_assert(!parses(file.data, file.n, magic ? "export.py" : "header byte"), "%zu", i);
         file.data[i] ^= 1;
     }
-    free(file.data);
-}
-
-// ... and every other tokenizer length.
-Test(loader, tokenizer_length) {
-    Bytes file = small_file(WITH_UNKNOWN);
-    FileHeader *header = (void *)file.data;
-    const int64_t n = (int64_t)file.n;
-    const int64_t right = header->tokenizer_bytes;
-    const int64_t wrong[] = {
-        0, 1, right - 1, right + 1, right + 64, -1, INT32_MAX, INT64_MAX, INT64_MIN,
-        right + (1ll << 32), n, n - 256,
-    };
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        header->tokenizer_bytes = wrong[i];
-        cr_assert(!parses(file.data, file.n, ""), "tokenizer_bytes %lld", (long long)wrong[i]);
-    }
-    header->tokenizer_bytes = right - 5; // half of the last record's first eight bytes
-    cr_assert(!parses(file.data, file.n, "ends within piece 7"));
     free(file.data);
 }
 
@@ -328,132 +311,76 @@ Test(loader, frequencies) {
     }
 }
 
-// Ranges of characters ascend, none touches another, all are letters, numbers or spaces of Unicode.
-Test(loader, ranges) {
-    const struct {
-        int i;
-        uint32_t range[3];
-        const char *reason;
-    } lies[] = {
-        {0, {' ', '0', WHITE}, "range 1"},     // reaches into the next one
-        {0, {' ', 'b', WHITE}, "range 1"},
-        {1, {' ', '9', NUMBER}, "range 1"},
-        {1, {'9', '0', NUMBER}, "range 1"},    // backwards
-        {2, {'0', '9', LETTER}, "range 2"},    // the one before once more
-        {2, {0, 1, LETTER}, "range 2"},
-        {3, {0xC0, 0x110000, LETTER}, "range 3"},
-        {3, {0xC0, UINT32_MAX, LETTER}, "range 3"},
-        {3, {UINT32_MAX, UINT32_MAX, LETTER}, "range 3"},
-        {3, {0xC0, 0x24F, 0}, "class 0"},
-        {0, {' ', ' ', 4}, "class 4"},
-        {3, {0xC0, 0x24F, UINT32_MAX}, "class"},
-    };
+// Every number of a table that leads somewhere, one too large: the record and the number in it, and
+// the largest value that is right.
+Test(loader, numbers_of_the_tables) {
     Bytes file = small_file(BYTE_LEVEL);
-    const size_t first = ranges_at(&file);
-    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
-        check_bytes(BYTE_LEVEL, first + 12 * (size_t)lies[i].i, lies[i].range, 12, lies[i].reason);
-    const uint32_t last[3] = {0xC0, 0x10FFFF, LETTER};
-    memcpy(file.data + first + 12 * 3, last, 12);
-    cr_assert(parses(file.data, file.n, ""), "%s", last_error);
-    free(file.data);
-}
-
-// Further merges ascend, make a normal piece of two halves that are not empty, and have a score.
-Test(loader, merges) {
-    enum { AB = BEHIND_BYTES + 4, ABAB = BEHIND_BYTES + 5 };
+    const FileHeader *h = header_of(&file);
+    const uint32_t vocab_size = (uint32_t)h->vocab_size;
     const struct {
-        int i;
-        FurtherMerge merge;
-        const char *reason;
+        int table, record, width, number; // width: numbers of a record
+        uint32_t most;
+        const char *name;
     } lies[] = {
-        {0, {ABAB, 1, 0}, "merge 1"}, // is there twice
-        {0, {ABAB, 2, 0}, "merge 1"}, // the next one has fewer bytes on the left
-        {1, {ABAB, 3, 0}, "merge 2"},
-        {2, {AB, 1, 0}, "merge 2"},
-        {2, {ABAB + 1, 1, 0}, "merge 2"}, // no piece
-        {2, {UINT32_MAX, 1, 0}, "merge 2"},
-        {2, {ABAB, 4, 0}, "merge 2"}, // the right half is empty
-        {2, {ABAB, 65535, 0}, "merge 2"},
-        {2, {ABAB, UINT32_MAX, 0}, "merge 2"},
-        {0, {AB, 0, 0}, "merge 0"}, // the left one
-        {0, {2, 1, 0}, "merge 0"},  // makes </s>
-        {0, {BEHIND_BYTES + 2, 1, 0}, "merge 0"}, // user-defined
-        {0, {FIRST_BYTE, 1, 0}, "merge 0"}, // a byte
-        {0, {AB, 2, NAN}, "merge 0"},
-        {0, {AB, 2, INFINITY}, "merge 0"},
-        {0, {AB, 2, -INFINITY}, "merge 0"},
-    };
-    Bytes file = small_file(BYTE_LEVEL);
-    const size_t first = merges_at(&file);
-    free(file.data);
-    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++)
-        check_bytes(BYTE_LEVEL, first + 12 * (size_t)lies[i].i, &lies[i].merge, 12, lies[i].reason);
-}
-
-// The six strings of a chat fill it.
-Test(loader, chat) {
-    for (int kind = 0; kind < N_FILES; kind++) {
-        Bytes file = small_file(kind);
-        size_t at = chat_at(&file);
-        for (int i = 0; i < 6; i++) {
-            uint16_t length;
-            memcpy(&length, file.data + at, 2);
-            const uint16_t wrong[] = {length + 1, length - 1, 0, 255, 65535};
-            for (int w = 0; w < 5; w++)
-                check_bytes(kind, at, &wrong[w], 2, "chat");
-            at += 2u + length;
-        }
-        free(file.data);
-    }
-    // Without a form there is nothing; and strings may be empty.
-    const int n_bytes[] = {0, 12, 11, 10, 2, 1, 13};
-    for (int i = 0; i < 7; i++) {
-        FileHeader header = G;
-        append_zeros(&header.chat, (size_t)n_bytes[i]);
-        Bytes pieces = first_pieces(true);
-        header.vocab_size = BEHIND_BYTES;
-        Bytes file = model_file(header, pieces);
-        cr_assert_eq(parses(file.data, file.n, "chat"), i < 2, "%d bytes", n_bytes[i]);
-        free(file.data);
-        free(pieces.data);
-        free(header.chat.data);
-    }
-}
-
-// Every lie that a record of the tokenizer can tell, one at a time: other bytes (n) at byte `at` of
-// piece `id`. Score, kind, a reserved byte, length, left half and text are at 0, 4, 5, 6, 8 and 10.
-Test(loader, tokenizer_records) {
-    const struct {
-        int id, at, n;
-        const char *bytes;
-        const char *reason;
-    } lies[] = {
-        {4, 4, 1, "\6", "kind 6"},
-        {4, 4, 1, "\xFF", "kind 255"},
-        {4, 5, 1, "\1", "reserved"},
-        {263, 6, 2, "\4\0", "longer"},
-        {263, 6, 2, "\xFF\xFF", "longer"},
-        {263, 6, 2, "\1\0", "left over"},
-        {259, 6, 2, "\0\0", "empty"},
-        {0, 0, 4, "\0\0\xC0\x7F", "score"},
-        {5, 0, 4, "\0\0\x80\xFF", "score"},
-        {7, 10, 1, "\5", "same byte"},
-        {2, 6, 2, "\0\0", "empty"}, // an END piece
-        {3, 4, 1, "\0", "byte pieces"},
-        {258, 4, 1, "\1", "byte pieces"},
-        {260, 4, 1, "\3", "byte"},
-        {263, 4, 1, "\3", "3 bytes"},
-        {100, 6, 2, "\0\0", "empty"},
-        {262, 6, 2, "\0\xFF", "longer"},
+        {AT_CLASSES, 0, 3, 2, N_SMALL_CLASSES - 1, "range of characters 0"},
+        {AT_CLASSES, 2, 3, 2, N_SMALL_CLASSES - 1, "range of characters 2"},
+        {AT_STEPS, 5, 1, 0, 2 * N_SMALL_STATES + 1, "step 5"},
+        {AT_STEPS, 0, 1, 0, 2 * N_SMALL_STATES + 1, "step 0"},
+        {AT_UNITS, 17, 3, 2, MAX_SYMBOLS - 1, "unit 17"},
+        {AT_PAIRS, 1, 4, 0, MAX_SYMBOLS - 1, "pair 1"},
+        {AT_PAIRS, 1, 4, 1, MAX_SYMBOLS - 1, "pair 1"},
+        {AT_PAIRS, 1, 4, 2, vocab_size - 1, "pair 1"},
+        {AT_STRINGS, 7, 2, 1, N_KINDS - 1, "string 7"},
+        {AT_STRINGS, h->vocab_size + 6, 2, 0, (uint32_t)h->n_text, "string 271"},
+        {AT_WHOLE, 1, 1, 0, vocab_size - 1, "whole piece 1"},
+        {AT_WORDS, 3, 1, 0, vocab_size - 1, "word 3"},
     };
     for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
-        Bytes file = small_file(WITH_BYTES);
-        size_t at = piece_at(&file, lies[i].id) + (size_t)lies[i].at;
-        memcpy(file.data + at, lies[i].bytes, (size_t)lies[i].n);
-        cr_assert(!parses(file.data, file.n, lies[i].reason), "piece %d, byte %d: accepted",
-                  lies[i].id, lies[i].at);
-        free(file.data);
+        const size_t at = table_at(&file, lies[i].table)
+                        + 4 * (size_t)(lies[i].record * lies[i].width + lies[i].number);
+        const uint32_t wrong[] = {lies[i].most + 1, UINT32_MAX};
+        for (int w = 0; w < 2; w++)
+            check_bytes(BYTE_LEVEL, at, &wrong[w], 4, lies[i].name);
+        Bytes other = small_file(BYTE_LEVEL);
+        memcpy(other.data + at, &lies[i].most, 4);
+        cr_assert(parses(other.data, other.n, ""), "%s: %s", lies[i].name, last_error);
+        free(other.data);
     }
+    free(file.data);
+}
+
+// Strings lie one after the other, or some are empty.
+Test(loader, strings) {
+    Bytes file = small_file(WITH_BYTES);
+    const size_t at = table_at(&file, AT_STRINGS) + 8 * 262;
+    uint32_t before, after;
+    memcpy(&before, file.data + at - 8, 4);
+    memcpy(&after, file.data + at + 8, 4);
+    const uint32_t wrong[] = {before - 1, 0, after + 1, (uint32_t)header_of(&file)->n_text};
+    for (int i = 0; i < 4; i++)
+        check_bytes(WITH_BYTES, at, &wrong[i], 4, "ends before it begins");
+    const uint32_t right[] = {before, after};
+    for (int i = 0; i < 2; i++) {
+        memcpy(file.data + at, &right[i], 4);
+        cr_assert(parses(file.data, file.n, ""), "%s", last_error);
+    }
+    free(file.data);
+}
+
+// A file knows how a chat is written, or has six empty strings.
+Test(loader, chat) {
+    Model m;
+    Bytes file = small_file(WITH_BYTES);
+    cr_assert(model_parse(&m, file.data, file.n));
+    cr_assert(has_chat(&m));
+    cr_assert_eq(chat_string(&m, OPENING).length, 7);
+    cr_assert(!memcmp(chat_string(&m, AFTER_ANSWER).bytes, " </s>", 5));
+    model_close(&m);
+    free(file.data);
+    Bench b;
+    bench_open(&b, G, 1);
+    cr_assert(!has_chat(&b.model));
+    bench_close(&b);
 }
 
 // What is wrong is said with the right names and numbers: other bytes (n) at a place of a file, and
@@ -464,57 +391,34 @@ static void check_sentence(int kind, size_t at, const void *bytes, size_t n, con
 }
 
 Test(loader, sentences) {
-    const int32_t numbers[] = {0, 1, 3, 8};
+    const int32_t numbers[] = {0, 1, 4, 8, 3};
     const float one = 1;
+    const uint32_t many = 1000000;
     char sentence[160];
     Bytes file = small_file(WITH_BYTES);
     Bytes cut = small_file(BYTE_LEVEL);
 #define FIELD(name, i, sentence) \
     check_sentence(WITH_BYTES, offsetof(FileHeader, name), &numbers[i], 4, sentence)
-    FIELD(version, 2, "version is 3, must be 2 to 2");
+    FIELD(version, 2, "version is 4, must be 3 to 3");
+    FIELD(version, 1, "made by an older export.py: export the checkpoint again");
     FIELD(dim, 0, "dim is 0, must be 1 to 1048576");
-    FIELD(n_heads, 2, "n_heads is 3, no multiple of n_kv_heads, which is 2");
+    FIELD(n_heads, 4, "n_heads is 3, no multiple of n_kv_heads, which is 2");
     FIELD(n_kv_heads, 3, "n_kv_heads is 8, must be 1 to 4");
-    FIELD(head_dim, 2, "head_dim is 3, must be even");
-    FIELD(shared_classifier, 2, "shared_classifier is 3, must be 0 to 1");
+    FIELD(head_dim, 4, "head_dim is 3, must be even");
+    FIELD(shared_classifier, 4, "shared_classifier is 3, must be 0 to 1");
 #undef FIELD
     check_sentence(WITH_BYTES, offsetof(FileHeader, norm_eps), &one, 4,
                    "norm_eps is 1, must be 0 to 1");
     check_sentence(WITH_BYTES, 200, "\1", 1, "header byte 200 is not zero");
-    snprintf(sentence, sizeof sentence, "tokenizer_bytes is 8, must be %d to %zu",
-             10 * header_of(&file)->vocab_size, file.n - 256);
-    const int64_t eight = 8;
-    check_sentence(WITH_BYTES, offsetof(FileHeader, tokenizer_bytes), &eight, 8, sentence);
 
-    // the tables and the chat
+    // the tables
     check_sentence(WITH_BYTES, 264, "\0\0\0\0\0\0\0", 8, "RoPE's frequency 1 is no angle");
-    const size_t range = ranges_at(&cut) + 12 * 2, merge = merges_at(&cut) + 12 * 1;
-    check_sentence(BYTE_LEVEL, range, "\0\0\0", 4, "range 2 of characters does not ascend");
-    check_sentence(BYTE_LEVEL, range + 8, "\7\0\0", 4, "range 2 of characters has class 7");
-    check_sentence(BYTE_LEVEL, merge + 4, "\0\0\0", 4, "merge 1 does not make piece 264");
-    check_sentence(BYTE_LEVEL, merge, "\377\377\377", 4,
-                   "merge 1 does not ascend, or makes no piece");
-    check_sentence(WITH_BYTES, chat_at(&file), "\377\377", 2, "the chat ends within its string 0");
-    const size_t last_string = piece_at(&file, 0) - 7; // " </s>"
-    check_sentence(WITH_BYTES, last_string, "\6", 2, "the chat ends within its string 5");
-    check_sentence(WITH_BYTES, last_string, "\3", 2, "2 bytes are left over behind the chat");
-
-    // the pieces
-    check_sentence(WITH_BYTES, piece_at(&file, 261) + 4, "\6", 1, "piece 261 is of kind 6");
-    check_sentence(WITH_BYTES, piece_at(&file, 261) + 5, "\1", 1,
-                   "piece 261 has a reserved byte that is not zero");
-    check_sentence(WITH_BYTES, piece_at(&file, 263) + 6, "\4", 2,
-                   "piece 263 is longer than the tokenizer");
-    check_sentence(WITH_BYTES, piece_at(&file, 263) + 6, "\2", 2,
-                   "1 bytes are left over behind the last piece");
-    check_sentence(WITH_BYTES, piece_at(&file, 261), "\0\0\300\177", 4,
-                   "piece 261 has a score that is no number");
-    check_sentence(WITH_BYTES, piece_at(&file, 259) + 6, "\0", 2, "piece 259 is empty");
-    check_sentence(WITH_BYTES, piece_at(&file, 262) + 4, "\3", 1, "byte piece 262 has 2 bytes");
-    check_sentence(WITH_BYTES, piece_at(&file, 7) + 10, "\0", 1,
-                   "pieces 3 and 7 are the same byte, or both unknown");
-    check_sentence(WITH_BYTES, piece_at(&file, 9) + 4, "\2", 1,
-                   "pieces 0 and 9 are the same byte, or both unknown");
+    check_sentence(BYTE_LEVEL, table_at(&cut, AT_CLASSES) + 8, &many, 4,
+                   "range of characters 0 has 1000000 where less than 3 must stand");
+    check_sentence(WITH_BYTES, table_at(&file, AT_STRINGS) + 8 * 261 + 4, "\6", 1,
+                   "string 261 has 6 where less than 6 must stand");
+    check_sentence(WITH_BYTES, table_at(&file, AT_STRINGS) + 8 * 261, "\0\0", 2,
+                   "string 261 ends before it begins");
 
     // the length
     cr_assert(!parses(file.data, 255, ""));
@@ -523,47 +427,16 @@ Test(loader, sentences) {
     snprintf(sentence, sizeof sentence,
              "has %zu bytes, the header promises %zu; copy or export it again", file.n - 4, file.n);
     cr_assert_str_eq(last_error, sentence);
-    const size_t pieces_end = piece_at(&file, header_of(&file)->vocab_size);
-    cr_assert(!parses(file.data, pieces_end - 1, ""));
-    snprintf(sentence, sizeof sentence, "has %zu bytes, too few for its tokenizer", pieces_end - 1);
+    const size_t end = table_at(&file, AT_END);
+    cr_assert(!parses(file.data, end - 1, ""));
+    snprintf(sentence, sizeof sentence, "has %zu bytes, too few for its tables", end - 1);
     cr_assert_str_eq(last_error, sentence);
     free(file.data);
     free(cut.data);
 }
 
-// Without byte pieces an unknown piece is needed, unless the text is cut; and the header must know
-// of byte pieces.
-Test(loader, tokenizer_as_a_whole) {
-    Bytes file = small_file(WITH_UNKNOWN);
-    file.data[piece_at(&file, 0) + 4] = CONTROL; // it was the only unknown one
-    cr_assert(!parses(file.data, file.n, "unknown"));
-    ((FileHeader *)(void *)file.data)->cut_rule = CUT_GPT2;
-    cr_assert(parses(file.data, file.n, ""), "%s", last_error);
-    free(file.data);
-
-    file = small_file(WITH_BYTES);
-    FileHeader *header = (void *)file.data;
-    header->tokenizer_flags = 0;
-    cr_assert(!parses(file.data, file.n, "byte pieces"));
-    header->tokenizer_flags = BYTE_PIECES;
-    header->cut_rule = CUT_GPT2; // then bytes must be normal pieces
-    cr_assert(!parses(file.data, file.n, "byte pieces"));
-    free(file.data);
-
-    file = small_file(BYTE_LEVEL);
-    header = (void *)file.data;
-    header->cut_rule = CUT_NOWHERE; // then they must not be
-    cr_assert(!parses(file.data, file.n, "byte pieces"));
-    header->cut_rule = CUT_LLAMA3;
-    file.data[piece_at(&file, FIRST_BYTE + 'x') + 4] = CONTROL; // one byte is no piece
-    cr_assert(!parses(file.data, file.n, "byte pieces"));
-    header->tokenizer_flags = 0; // and that may be
-    cr_assert(parses(file.data, file.n, ""), "%s", last_error);
-    free(file.data);
-}
-
 // Changes n_changed random bytes of a copy of the file, half of them in the fields of the header,
-// the others up to the end of the tokenizer. k: the number of the file, which draws them.
+// the others up to the end of the tables. k: the number of the file, which draws them.
 static Bytes corrupted(Bytes file, size_t end, uint64_t k, int n_changed) {
     Bytes copy = {0};
     append(&copy, file.data, file.n);
@@ -577,14 +450,14 @@ static Bytes corrupted(Bytes file, size_t end, uint64_t k, int n_changed) {
     return copy;
 }
 
-// Thousands of files with one to four bytes of header and tokenizer changed at random: refused with
+// Thousands of files with one to four bytes of header and tables changed at random: refused with
 // a reason, or good enough to run.
 Test(loader, random_corruption) {
     int n_refused = 0;
     int n_accepted = 0;
     for (int kind = 0; kind < N_FILES; kind++) {
         Bytes good = small_file(kind);
-        const size_t end = piece_at(&good, header_of(&good)->vocab_size);
+        const size_t end = table_at(&good, AT_END);
         for (uint64_t k = 0; k < 6000; k++) {
             const int n_changed = k % 2 ? 1 : 1 + (int)(unit(1, k) * 4);
             Bytes file = corrupted(good, end, k, n_changed);
@@ -604,7 +477,7 @@ Test(loader, random_corruption) {
 // ends the program with a sentence and status 1.
 Test(loader, weights_that_are_no_numbers, .exit_code = 1) {
     Bytes file = small_file(WITH_UNKNOWN);
-    const size_t embedding = (piece_at(&file, 8) + 63) / 64 * 64;
+    const size_t embedding = (table_at(&file, AT_END) + 63) / 64 * 64;
     memset(file.data + embedding, 0xFF, 1024); // NaN
     parses(file.data, file.n, "");
     cr_assert_fail("it was used without a complaint");

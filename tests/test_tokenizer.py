@@ -17,8 +17,8 @@ TOKENS = os.path.join(HERE, "tokens")
 sys.path.insert(0, HERE)
 import test_export as made      # noqa: E402  (the folder must be on the path first)
 from naive_tokenizer import (       # noqa: E402
-    BYTE_PIECES, COLLAPSE_SPACES, IGNORE_MERGES, NEWLINE_SPACE, PREFIX_EACH, PREFIX_SPACE,
-    PREFIX_UNLESS_SPACE, SEPARATE_UNKNOWN, encode_like_huggingface, read_file)
+    COLLAPSE_SPACES, NEWLINE_SPACE, PREFIX_EACH, PREFIX_SPACE, PREFIX_UNLESS_SPACE,
+    encode_like_huggingface, read_file)
 
 # What random texts are made of: whatever a rule for cutting or a flag says something about.
 PARTS = [
@@ -62,6 +62,54 @@ FLAGS = [sum(flags) for flags in itertools.product(
     (0, NEWLINE_SPACE))]
 
 
+# Texts, cut at each | by the five rules of CUT_STEPS; None: as by the rule before.  From Perl, whose
+# regular expressions know letters and numbers as those of the tokenizers do.
+CUT_WORDS = [
+    ("Hello| world|,| it|'s| 2024|!",
+     "Hello| world|,| it|'s| |2|0|2|4|!",
+     "Hello| world|,| it|'s| |202|4|!",
+     "Hello| world|,| it|'s| |2|0|2|4|!",
+     "Hello| world|,| it|'s| |2024|!"),
+    ("I|'|LL| we|'|Ve| '|S|'|T| DON|'|T", None, "I|'LL| we|'Ve| '|S|'T| DON|'T", None, None),
+    ("''|s| '|\u017f| x|'|\u017fy", None, "''|s| '|\u017f| x|'\u017f|y", None, None),
+    ("'|\u0141x", None, "'\u0141x", None, None),
+    ('a| | b|  | c|    ', None, None, None, None),
+    ('  | lead', None, None, None, None),
+    ('one|\n|two|\n\n | three| \n', None, 'one|\n|two|\n\n| | three| \n', None, None),
+    ('x|\r\n\r|\n|y|  \n| z', None, 'x|\r\n\r\n|y|  \n| z', None, None),
+    ('1234567| 12| x|7| 7|x',
+     '1|2|3|4|5|6|7| |1|2| x|7| |7|x',
+     '123|456|7| |12| x|7| |7|x',
+     '1|2|3|4|5|6|7| |1|2| x|7| |7|x',
+     '1234567| |12| x|7| |7|x'),
+    (' | 12| | 3|\n|4',
+     '  |1|2|  |3|\n|4',
+     ' | |12| | |3|\n|4',
+     ' | |1|2| | |3|\n|4',
+     ' | |12| | |3|\n|4'),
+    ('\xe9| \xc9| na\xefve| \xdfx', None, None, None, None),
+    ('\u4e2d\u6587| \u5b57', None, None, None, None),
+    ('a|\U0001f600\U0001f600| b| \U0001f600!', None, None, None, None),
+    ('a|\u3000|b| |\u3000|c', None, 'a|\u3000b| |\u3000c', None, None),
+    ('!!|\n|\n|??| .|\r\n', None, '!!\n\n|??| .\r\n', None, None),
+    ('$|abc| #|1| -|x', None, '$abc| #|1| -|x', None, None),
+    ('\xb2\xbd\u2163|X| \u0663\u0663',
+     '\xb2|\xbd|\u2163|X| |\u0663|\u0663',
+     '\xb2\xbd\u2163|X| |\u0663\u0663',
+     '\xb2|\xbd|\u2163|X| |\u0663|\u0663',
+     '\xb2\xbd\u2163|X| |\u0663\u0663'),
+    ('a|_|b|__|c', None, 'a|_b|__|c', None, None),
+    ('\t|\t|x|\t| y', None, '\t|\tx|\t| y', None, None),
+    ('e|\u0301|x', None, 'e|\u0301x', None, None),
+    ('\xa0|\xa0|x', None, '\xa0|\xa0x', None, None),
+    (' \n\n| a', None, None, None, None),
+    ("'", None, None, None, None),
+    ("1|'|S|2|'s", None, "1|'S|2|'s", None, None),
+]
+CUT_STEPS = [made.GPT2_STEPS, made.SMOLLM_STEPS, made.LLAMA3_STEPS, made.llama3_steps(r"\p{N}"),
+             made.llama3_steps(r"\p{N}+")]
+
+
 class TestTokenizer(made.Case):
     maxDiff = None
 
@@ -101,13 +149,28 @@ class TestTokenizer(made.Case):
         for name, steps in (
                 ("GPT-2", made.GPT2_STEPS), ("SmolLM", made.SMOLLM_STEPS),
                 ("GPT-2, prefix", dict(made.LEVEL, add_prefix_space=True)),
+                ("uncut", dict(made.LEVEL, use_regex=False)),
                 ("Llama 3", made.LLAMA3_STEPS), ("Llama 3, 2", made.llama3_steps(r"\p{N}{1,2}")),
-                ("Qwen 2", made.llama3_steps(r"\p{N}")), ("any", made.llama3_steps(r"\p{N}+"))):
+                ("Qwen 2", made.llama3_steps(r"\p{N}")), ("any", made.llama3_steps(r"\p{N}+")),
+                ("Tekken", made.TEKKEN_STEPS), ("DeepSeek", made.DEEPSEEK_STEPS),
+                ("odd", made.split_steps(r"(?:ab|a)(?=[b-d])|[^\S\n]{2,3}|\d{2}|(?i:s)x?|\P{L}\D"))):
             for absent in (), never:
                 for ignore in False, True:
                     content = made.byte_level(steps, absent=absent, ignore_merges=ignore)
                     extra = made.SPECIAL + made.WORDS
                     self.check(self.exported(content), (name, len(absent), ignore), extra=extra)
+
+    def test_words(self):
+        for row in map(list, CUT_WORDS):
+            for words, steps in zip(row, CUT_STEPS):
+                words = row[0] = words or row[0]
+                path = self.path()
+                made.save(path, self.exported(made.byte_level(
+                    steps, ignore_merges=True, words=words.split("|"))))
+                file = read_file(made.load(path))
+                ids, = ids_in_c(path, [words.replace("|", "")])
+                self.assertEqual([file.pieces[token].text.decode() for token in ids],
+                                 words.split("|"), (words, steps))
 
     def test_families(self):
         for name, family in made.FAMILIES.items():
@@ -116,42 +179,36 @@ class TestTokenizer(made.Case):
             names = [text for text in file.found_whole if text]
             self.check(data, name, extra=names + [text for text in file.chat if text])
 
-    # Some pieces that only one merge makes, or two, or none; some that are found whole.
+    # Some pieces with a score, and some that are found whole.
     LEARNED = made.LEARNED + [
-        (-1.25, 0, b"the", 2), (-2.25, 0, b"th"), (-1.125, 0, b"he"), (-9, 0, b"t"), (-9, 0, b"h"),
-        (-9, 0, b"e"), (-3, 0, b"never", 65535), (-4, 0, b"aca", 1), (-4.5, 0, b"ac"),
-        (-4.75, 0, b"ca"), (-2, 0, b"12"), (-1, 0, b"\n\n")]
+        (-1.25, 0, b"the"), (-2.25, 0, b"th"), (-1.125, 0, b"he"), (-9, 0, b"t"), (-9, 0, b"h"),
+        (-9, 0, b"e"), (-4, 0, b"aca"), (-4.5, 0, b"ac"), (-4.75, 0, b"ca"), (-2, 0, b"12"),
+        (-1, 0, b"\n\n"), (-1.5, 0, "e\u0301".encode())]
     WHOLE = [(0, 4, b"b c"), (0, 4, b"dd"), (0, 4, b"\n\n"), (0, 4, b" e"), (0, 5, b"<end>"),
              (0, 1, b"<a b>"), (0, 1, b"<a b>c")]
-    NAMES = ["b c", "dd", " e", "<end>", "<a b>", "<a b>c", "<s>", "</s>", "the", "aca", "never"]
+    NAMES = ["b c", "dd", " e", "<end>", "<a b>", "<a b>c", "<s>", "</s>", "the", "aca", "e\u0301"]
 
     def check_flags(self, pieces, flags, what, **changes):
-        """Without further merges and with some."""
         pieces = pieces + self.LEARNED + self.WHOLE
         pieces += [(0, 1, b"")] * (280 - len(pieces))
         small = made.Small(True, vocab=len(pieces))
-        the, aca = ([piece[2] for piece in pieces].index(text) for text in (b"the", b"aca"))
-        for more in [], [(the, 1, -.75), (aca, 2, -3.5)]:
-            data = made.flat(pieces, small, flags=flags, more=more, **changes)
-            self.check(data, (what, flags, bool(more)), number=100, extra=self.NAMES)
+        self.check(made.flat(pieces, small, flags=flags, **changes), (what, flags), number=100,
+                   extra=self.NAMES)
 
     def test_over_characters(self):
         for flags in FLAGS:
-            self.check_flags(made.ENDS + made.BYTES, flags + BYTE_PIECES, "bytes")
+            self.check_flags(made.ENDS + made.BYTES, flags, "bytes")
             self.check_flags(made.ENDS, flags, "unknown")
-        for flags in FLAGS[::5]:
-            self.check_flags(made.ENDS, flags + SEPARATE_UNKNOWN + IGNORE_MERGES, "each unknown")
 
     def test_over_bytes(self):
-        ranges = read_file(self.exported(made.byte_level(made.GPT2_STEPS))).ranges
         every = [(0, 0, bytes([byte])) for byte in range(256)]
         few = [piece for piece in every if piece[2] not in b"\xe4\xc3xz!"]
         no_unknown = [(0, 1, b"<unk>")] + made.ENDS[1:]
         for flags in FLAGS[::5]:
-            for rule, digits in (1, 0), (1, 1), (2, 0), (2, 3):
-                changes = dict(cut_rule=rule, most_digits=digits, ranges=ranges)
-                self.check_flags(no_unknown + every, flags + BYTE_PIECES, changes, **changes)
-                self.check_flags(no_unknown + few, flags + IGNORE_MERGES, changes, **changes)
+            for patterns in (made.GPT2,), (r"\p{N}", made.GPT2), (made.LLAMA3_PATTERN,), ():
+                changes = dict(byte_level=True, patterns=patterns)
+                self.check_flags(no_unknown + every, flags, changes, **changes)
+                self.check_flags(no_unknown + few, flags, changes, takes_words=True, **changes)
                 self.check_flags(made.ENDS + few, flags, changes, **changes)
 
 

@@ -38,72 +38,41 @@ _Static_assert(sizeof TENSOR_NAMES / sizeof *TENSOR_NAMES == N_TENSORS, "each te
 
 // ---- the file of a model
 
-typedef struct {
-    char *data;
-    size_t n;
-} Bytes;
+#include "flat.h"
 
 // The header as it lies in the file. The layout is stated once more here, so that drugs.c cannot
-// change it unnoticed. What follows the 256 bytes is for model_file, which puts it behind them.
+// change it unnoticed. What follows the 256 bytes is for model_file, which puts it after them.
 typedef struct {
     char magic[8];
     int32_t version, dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, seq_len,
-            shared_classifier, sliding_window, bos, tokenizer_flags, cut_rule, most_digits,
-            n_ranges, chat_bytes;
+            shared_classifier, sliding_window;
     float norm_eps;
-    int64_t tokenizer_bytes;
-    int32_t n_merges;
-    char zeros[164];
+    int32_t storage, bos, unknown, text_flags, n_cutters, n_states, n_classes, n_ranges, n_units,
+            n_pairs, n_whole, n_words, n_text;
+    char zeros[148];
     double rope_theta; // RoPE's frequencies are rope_theta^(-2 i / head_dim)
-    Bytes ranges, merges, chat;
+    Vocabulary vocabulary; // but for the pieces
 } FileHeader;
-_Static_assert(offsetof(FileHeader, zeros) == 92, "no gaps between its members");
+_Static_assert(offsetof(FileHeader, zeros) == 108, "no gaps between its members");
 _Static_assert(offsetof(FileHeader, rope_theta) == 256, "the length of a header");
 
-static void append(Bytes *bytes, const void *data, size_t n) {
-    bytes->data = resize(bytes->data, (ptrdiff_t)(bytes->n + n), 1);
-    if (n)
-        memcpy(bytes->data + bytes->n, data, n);
-    bytes->n += n;
-}
+// Stands in text_flags for a vocabulary with a piece for each byte; it does not get into the file.
+enum { BYTE_PIECES = 1 << 10 };
 
-static void append_zeros(Bytes *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        append(bytes, "", 1);
-}
-
-// left: bytes of the left half, if only one pair of pieces may become this one; 0: any pair.
-static void append_made_piece(Bytes *bytes, float score, int kind, const char *text, int n_text,
-                              int left) {
-    const uint8_t kind_and_zero[2] = {(uint8_t)kind, 0};
-    const uint16_t length_and_left[2] = {(uint16_t)n_text, (uint16_t)left};
-    append(bytes, &score, 4);
-    append(bytes, kind_and_zero, 2);
-    append(bytes, length_and_left, 4);
-    append(bytes, text, (size_t)n_text);
-}
-
-static void append_piece(Bytes *bytes, float score, int kind, const char *text, int n_text) {
-    append_made_piece(bytes, score, kind, text, n_text, 0);
-}
-
-// One of the six strings of a chat.
-static void append_string(Bytes *bytes, const char *text) {
-    const uint16_t length = (uint16_t)strlen(text);
-    append(bytes, &length, 2);
-    append(bytes, text, length);
-}
-
-// The chat of Llama 2. The caller frees it.
-static inline Bytes llama2_chat(void) {
+// The chat of Llama 2.
+static inline void give_llama2_chat(Vocabulary *vocabulary) {
     static const char *const strings[] = {
         "[INST] ", "[INST] <<SYS>>\n", "\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " </s>",
     };
-    Bytes chat = {0};
-    for (int i = 0; i < 6; i++)
-        append_string(&chat, strings[i]);
-    return chat;
+    memcpy(vocabulary->chat, strings, sizeof strings);
 }
+
+// A piece of a test's list. A length of 0 is that of the string.
+typedef struct {
+    const char *bytes;
+    int length, kind, left;
+    float score;
+} TestPiece;
 
 // Every vocabulary begins with <unk> 0, <s> 1, </s> 2 and, if it has byte pieces, those: 3 to 258.
 enum { FIRST_BYTE = 3, BEHIND_BYTES = FIRST_BYTE + 256 };
@@ -138,7 +107,7 @@ static void append_tensor(Bytes *file, const Config *c, int layer, int which) {
 }
 
 // The whole file: the header (the sizes of what follows are filled in), RoPE's frequencies, the
-// tables, the chat, the pieces, the weights.
+// tokenizer, the weights.
 static Bytes model_file(FileHeader header, Bytes pieces) {
     const Config c = {
         .dim = header.dim,
@@ -148,19 +117,18 @@ static Bytes model_file(FileHeader header, Bytes pieces) {
         .kv_dim = header.n_kv_heads * header.head_dim,
     };
     Bytes file = {0};
-    header.n_ranges = (int32_t)(header.ranges.n / 12);
-    header.n_merges = (int32_t)(header.merges.n / 12);
-    header.chat_bytes = (int32_t)header.chat.n;
-    header.tokenizer_bytes = (int64_t)pieces.n;
+    header.text_flags &= ~BYTE_PIECES;
     append(&file, &header, offsetof(FileHeader, rope_theta));
     for (int i = 0; i < header.head_dim / 2; i++) {
         const double frequency = pow(header.rope_theta, -2. * i / header.head_dim);
         append(&file, &frequency, sizeof frequency);
     }
-    append(&file, header.ranges.data, header.ranges.n);
-    append(&file, header.merges.data, header.merges.n);
-    append(&file, header.chat.data, header.chat.n);
-    append(&file, pieces.data, pieces.n);
+    // Then the tables, whose sizes become known here.
+    Config said;
+    memcpy(&said, file.data + MAGIC_BYTES, CONFIG_BYTES);
+    header.vocabulary.pieces = pieces;
+    append_tokenizer(&file, &said, &header.vocabulary);
+    memcpy(file.data + MAGIC_BYTES, &said, CONFIG_BYTES);
     append_tensor(&file, &c, 0, TOK_EMB);
     for (int layer = 0; layer < header.n_layers; layer++)
         for (int which = 0; which < N_LAYER_TENSORS; which++)
@@ -175,26 +143,26 @@ static Bytes model_file(FileHeader header, Bytes pieces) {
 
 // Grouped queries, shared classifier.
 static const FileHeader G = {
-    .magic = "drugs.c", .version = 2, .dim = 64, .hidden_dim = 172, .n_layers = 3,
+    .magic = "drugs.c", .version = 3, .dim = 64, .hidden_dim = 172, .n_layers = 3,
     .n_heads = 8, .n_kv_heads = 4, .head_dim = 8, .vocab_size = 320, .seq_len = 64,
     .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = 1,
-    .tokenizer_flags = PREFIX_SPACE | BYTE_PIECES,
+    .text_flags = PREFIX_SPACE | BYTE_PIECES,
 };
 
 // A key head for each query head, a window shorter than the text, a classifier of its own,
 // n_heads * head_dim != dim, sizes that are no multiples of 8.
 static const FileHeader M = {
-    .magic = "drugs.c", .version = 2, .dim = 52, .hidden_dim = 90, .n_layers = 2,
+    .magic = "drugs.c", .version = 3, .dim = 52, .hidden_dim = 90, .n_layers = 2,
     .n_heads = 3, .n_kv_heads = 3, .head_dim = 10, .vocab_size = 93, .seq_len = 64,
     .sliding_window = 5, .rope_theta = 500, .norm_eps = 1e-3f, .bos = 1,
 };
 
 // In a block of 64 rows every loop that can use threads does.
 static const FileHeader BIG = {
-    .magic = "drugs.c", .version = 2, .dim = 128, .hidden_dim = 640, .n_layers = 2,
+    .magic = "drugs.c", .version = 3, .dim = 128, .hidden_dim = 640, .n_layers = 2,
     .n_heads = 8, .n_kv_heads = 4, .head_dim = 32, .vocab_size = 300, .seq_len = 64,
     .shared_classifier = 1, .rope_theta = 10000, .norm_eps = 1e-5f, .bos = 1,
-    .tokenizer_flags = BYTE_PIECES,
+    .text_flags = BYTE_PIECES,
 };
 
 // A set of sites is a number with the bit 1 << site for each. golden.h knows the first five, HQKVA;
@@ -203,18 +171,25 @@ enum { N_GOLDEN_SITES = 5, GOLDEN_SITES = (1 << N_GOLDEN_SITES) - 1 };
 enum { N_SITE_SETS = 1 << N_SITES, ALL_SITES = N_SITE_SETS - 1 };
 _Static_assert((int)N_SITES >= (int)N_GOLDEN_SITES, "golden.h has numbers for sites that are gone");
 
+// Says that a piece is of another kind. A mapped file becomes this process's own copy first.
+static inline void set_kind(Model *m, int id, int kind) {
+    if (m->file)
+        cr_assert(!mprotect(m->file, m->file_bytes, PROT_READ | PROT_WRITE));
+    ((String *)(uintptr_t)m->tokenizer->strings)[id].kind = (uint32_t)kind;
+}
+
 // No text of this model ends before it has as many tokens as were asked for.
 static inline void never_end(Model *m) {
     m->config.bos = -1;
     for (int id = 0; id < m->config.vocab_size; id++)
-        if (m->tokenizer->pieces[id].kind == END)
-            m->tokenizer->pieces[id].kind = CONTROL;
+        if (kind_of(m, id) == END)
+            set_kind(m, id, CONTROL);
 }
 
 // Now this token ends a text, too; none if it is negative.
 static inline void let_end(Model *m, int token) {
     if (token >= 0)
-        m->tokenizer->pieces[token].kind = END;
+        set_kind(m, token, END);
 }
 
 // A model on the bench, with working memory for max_rows rows.
@@ -243,7 +218,7 @@ static inline void bench_open_with(Bench *b, FileHeader header, Bytes pieces, in
 
 // Pieces behind the first ones are single characters, from the space on.
 static inline void bench_open(Bench *b, FileHeader header, int max_rows) {
-    const bool byte_pieces = header.tokenizer_flags & BYTE_PIECES;
+    const bool byte_pieces = header.text_flags & BYTE_PIECES;
     const int n_first = byte_pieces ? BEHIND_BYTES : FIRST_BYTE;
     Bytes pieces = first_pieces(byte_pieces);
     for (int id = n_first; id < header.vocab_size; id++) {
