@@ -1,20 +1,32 @@
-# make          the programs, for this machine
+# make          builds the programs for this machine: drugs, train_step and the laboratory, tests/lab
 # make demo     what DRµGS does to a small model that is included
 # make lesson   what one gradient step does to it
-# make trip     how far a glitch carries; make explore: whole texts; make probe: does it survive?
-# make page     a page of all of these to look at, lab.html; MODEL=model.bin: of another model
-# make pretrain raises such a model anew, tests/fresh.bin; SEED=5 for another one
 # make test     all tests
-# make exercise judges one of the exercises in tests/EXERCISES.md: N=4
-# make golden   computes anew what tests compare with, after a change that is meant
+#
+# The laboratory
+# make trip     how far a glitch carries
+# make explore  what doses do to whole texts
+# make probe    which words of an answer survive the noise
+# make page     a page of all of these to look at, lab.html; MODEL=model.bin: of another model
+#
+# The classroom
+# make exercise judges one of the exercises in tests/classroom/EXERCISES.md: N=4
+#
+# After a change that is meant
+# make digest   what small models compute, as hashes, anew
+# make golden   the numbers of the reference, anew
+# make pretrain raises the included model anew, tests/fresh.bin; SEED=5 for another one
+#
+# What judges the tests
 # make debug    all tests again, under AddressSanitizer and UndefinedBehaviorSanitizer
-# make digest   what small models compute, as hashes; make portability: is it the same everywhere?
+# make portability  builds for each machine that this one can stand in for: is the digest the same?
 # make mutate   changes one thing at a time and asks whether the tests notice; N=40 SEED=1
-# make coverage the lines of the two books that no test runs
-# make bench    speed, as ratios against this machine's limits
-# make analyse  what clang-tidy, cppcheck and gcc -fanalyzer find, without running anything
+# make coverage the lines of the two books and the laboratory that no test runs
 # make faults   lets one thing after the other fail: memory, disks, signals, the model's file
 # make fuzz     feeds the programs with nonsense, SECONDS=120 for each of five targets (clang)
+# make analyse  what clang-tidy, cppcheck and gcc -fanalyzer find, without running anything
+# make bench    speed, as ratios against this machine's limits
+#
 # make clean    removes what was built
 
 CFLAGS = -O3 $(call accepts,-march=native -mtune=generic)
@@ -29,19 +41,26 @@ accepts = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | \
 # not in another.
 FLAGS := -std=gnu11 -ffp-contract=off -Wall -Wextra -Wpedantic -Wshadow -Wno-unknown-pragmas \
          -Wno-psabi $(CFLAGS) $(OPENMP)
-C_TESTS = tests/test_drugs tests/test_properties tests/test_loader tests/test_step tests/test_lab \
-          tests/test_more
 SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-PROGRAMS = drugs train_step tests/lab tests/logits tests/tokens tests/pretrain tests/bench tests/digest
+# Programs are built in tests/; their sources stand in its folders.
+VPATH = tests/unit:tests/makers:tests/laboratory:tests/judges
+C_TESTS = tests/test_drugs tests/test_properties tests/test_loader tests/test_step tests/test_lab \
+          tests/test_more
+OTHERS = tests/lab tests/logits tests/tokens tests/pretrain tests/bench tests/digest
+PROGRAMS = drugs train_step $(OTHERS)
+HEADERS = drugs.c train_step.c tests/laboratory/lab.c $(wildcard tests/*/*.h) .flags
 SEED = 2
 
-all: drugs train_step
+all: drugs train_step tests/lab
 
-$(PROGRAMS): %: %.c drugs.c train_step.c tests/testing.h tests/flat.h .flags
+drugs train_step: %: %.c $(HEADERS)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-$(C_TESTS): %: %.c drugs.c train_step.c tests/lab.c $(wildcard tests/*.h) .flags | criterion
+$(OTHERS): tests/%: %.c $(HEADERS)
+	$(CC) $(FLAGS) $< -o $@ -lm
+
+$(C_TESTS): tests/%: %.c $(HEADERS) | criterion
 	$(CC) $(FLAGS) $< -o $@ -lcriterion -lm
 
 # Changes when the compiler or its flags do, so that everything is built anew.
@@ -49,7 +68,7 @@ $(C_TESTS): %: %.c drugs.c train_step.c tests/lab.c $(wildcard tests/*.h) .flags
 	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
 
 criterion:
-	@echo '#include <criterion/criterion.h>' | $(CC) -E -x c - > /dev/null 2>&1 || sh tests/get_criterion.sh
+	@echo '#include <criterion/criterion.h>' | $(CC) -E -x c - > /dev/null 2>&1 || sh tests/unit/get_criterion.sh
 
 # Every line is shown before it runs.
 DEMO = ./drugs tests/hamlet.bin -i "To be"
@@ -97,18 +116,18 @@ page: tests/lab train_step
 	$(EXPLORE) -o lab/explore.csv > lab/explore.txt
 	$(PROBE) -o lab/probe.csv > lab/probe.txt
 	./train_step $(MODEL) -t lab/words.csv -a lab/losses.csv > lab/step.txt
-	python3 tests/page.py $(TABLES) -o lab.html \
+	python3 tests/laboratory/page.py $(TABLES) -o lab.html \
 		-n 'The model is $(MODEL). The trip follows "$(ADVICE)", all else "To be".'
 
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)
 
 digest: tests/digest
-	tests/digest > tests/digest.txt
-	cat tests/digest.txt
+	tests/digest > tests/makers/digest.txt
+	cat tests/makers/digest.txt
 
 portability:
-	sh tests/portability.sh
+	sh tests/judges/portability.sh
 
 bench: tests/bench
 	tests/bench
@@ -120,19 +139,19 @@ c_tests: $(C_TESTS) tests/digest
 	tests/test_step
 	tests/test_lab
 	tests/test_more
-	tests/digest | diff tests/digest.txt -
+	tests/digest | diff tests/makers/digest.txt -
 
 test: $(PROGRAMS) c_tests
-	python3 -m unittest discover tests
+	python3 -m unittest discover tests/unit
 
 # A, B, C and D are answers to questions, which the judge finds in its environment.
 exercise: $(if $(filter 12,$(N)),tests/lab) | criterion
-	$(CC) $(FLAGS) -O1 -DEXERCISE=$(N) tests/exercises.c -o tests/exercises -lcriterion -lm
+	$(CC) $(FLAGS) -O1 -DEXERCISE=$(N) tests/classroom/exercises.c -o tests/exercises -lcriterion -lm
 	tests/exercises
 
 golden:
-	python3 tests/reference.py > tests/golden.tmp
-	mv tests/golden.tmp tests/golden.h
+	python3 tests/makers/reference.py > tests/unit/golden.tmp
+	mv tests/unit/golden.tmp tests/unit/golden.h
 
 # In the C tests leaks cannot be looked for: Criterion has threads of its own beside each of them. And
 # where a sandbox forbids what looking for leaks takes, even -h fails.
@@ -140,26 +159,26 @@ debug:
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(MAKE) $(PROGRAMS) c_tests CFLAGS='$(SANITIZE)'
 	leaks=$$(ASAN_OPTIONS=detect_leaks=1 ./drugs -h > /dev/null 2>&1 && echo 1 || echo 0); \
 	echo "leaks are looked for: $$leaks"; \
-	LSAN_OPTIONS=print_suppressions=0:suppressions=$(CURDIR)/tests/leaks.txt \
-		ASAN_OPTIONS=detect_leaks=$$leaks python3 -m unittest discover tests
+	LSAN_OPTIONS=print_suppressions=0:suppressions=$(CURDIR)/tests/judges/leaks.txt \
+		ASAN_OPTIONS=detect_leaks=$$leaks python3 -m unittest discover tests/unit
 
 # The tree that is changed is a copy. SEED says which changes, 1 unless it is given.
 N = 40
 mutate: criterion
-	python3 tests/mutate.py -n $(N) --seed $(if $(filter file,$(origin SEED)),1,$(SEED))
+	python3 tests/judges/mutate.py -n $(N) --seed $(if $(filter file,$(origin SEED)),1,$(SEED))
 
 coverage: criterion
-	python3 tests/coverage.py
+	python3 tests/judges/coverage.py
 
 SECONDS = 120
 fuzz: tests/tokens
-	python3 tests/fuzz.py $(SECONDS)
+	python3 tests/judges/fuzz.py $(SECONDS)
 
 analyse:
-	sh tests/analyse.sh
+	sh tests/judges/analyse.sh
 
 faults: drugs train_step tests/lab tests/tokens tests/logits
-	python3 tests/faults.py
+	python3 tests/judges/faults.py
 
 clean:
 	rm -f $(PROGRAMS) $(C_TESTS) tests/exercises .flags tests/fresh.bin lab.html

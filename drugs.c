@@ -1,10 +1,11 @@
 /* drugs.c - run a Llama or Mistral model on DRµGS, Deep Random Micro-Glitch Sampling.
  *
- * A language model is usually made inventive at its very end: it computes a
- * probability for every token, and we throw dice. DRµGS does it the other way
- * round. While the network is still thinking, some of its hidden vectors are turned
- * by a small random angle; then we simply take the most probable token. The layers
- * after the glitch may notice it and correct it, which no dice at the end allow.
+ * A language model is usually made inventive at its very end: it computes a probability for every
+ * token, and we throw dice.
+ * DRµGS does it the other way round.
+ * While the network is still thinking, some of its hidden vectors are turned by a small random
+ * angle; then we simply take the most probable token.
+ * The layers after the glitch may notice it and correct it, which no dice at the end allow.
  * Only activations are touched, and only for the moment: the weights never change.
  *
  * The file reads from top to bottom, in the order in which one asks:
@@ -23,13 +24,13 @@
  *   12  inside the maths       how a product becomes fast, and how exp is computed
  *   13  memory and messages    what every program needs
  *
- * If you want to know how a Llama works, read 1 to 5. What it can be understood
- * without (how a sum is made fast, how memory is taken) is only declared there.
+ * If you want to know how a Llama works, read 1 to 5.
+ * They only declare what you need not know for that: how a sum is made fast, how memory is taken.
  *
- * A promise that the code keeps everywhere: a result is bitwise the same whether
- * its token came alone or in a block, alone or beside other texts, on one thread or
- * on many, because every sum has one fixed order (section 12 says how). So what
- * differs between two runs is what you changed, never how it was computed.
+ * A promise that the code keeps everywhere: a result is bitwise the same whether its token came
+ * alone or in a block, alone or beside other texts, on one thread or on many, because every sum has
+ * one fixed order (section 12 says how).
+ * So what differs between two runs is what you changed, never how it was computed.
  */
 #ifdef _WIN32
 #error "a model's file is mapped as POSIX has it: on Windows, build this in WSL"
@@ -52,8 +53,9 @@
 #include <time.h>
 #include <unistd.h>
 
-// A program that includes this file, as train_step.c does, defines DRUGS_LIBRARY
-// first and brings a main of its own. It need not use all of it.
+// A program that includes this file, as train_step.c does, defines DRUGS_LIBRARY first and brings a
+// main of its own.
+// It need not use all of it.
 #ifdef DRUGS_LIBRARY
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
@@ -61,10 +63,11 @@
 /* ================================================================================================
  * 1  What a layer does
  *
- * Each token of a text travels through the layers as one vector, x. A layer reads x
- * twice and adds something to it twice: first what attention found in the tokens
- * before, then what a small network makes of it. Follow x down the left side. The
- * names are those of the code, and the five letters H Q K V A stand where DRµGS can
+ * Each token of a text travels through the layers as one vector, x.
+ * A layer reads x twice and adds something to it twice: first what attention found in the tokens
+ * before, then what a small network makes of it.
+ * Follow x down the left side.
+ * The names are those of the code, and the five letters H Q K V A stand where DRµGS can
  * turn a vector.
  *
  *      x, at first the embedding's row of a token
@@ -77,11 +80,11 @@
  *      |     RoPE       RoPE         |
  *      |       |          |          |
  *      |       |     [ the cache of this layer ]      all tokens so far, this one included
- *      |       |          | keys     | values         K  turns keys    V  turns values, while
- *      |       +-- q.k ---+          |                   they are read: the cache stays as it is
- *      |            | / sqrt(head_dim)
+ *      |       |          | keys     | values         K  turns the keys that a query reads
+ *      |       +-- q.k ---+          |                V  turns the values that it reads
+ *      |            | / sqrt(head_dim)                (what the cache holds stays as it is)
  *      |         softmax             |
- *      |            | weights        |
+ *      |            | probabilities  |
  *      |            +-- weighted sum of values
  *      |                   | att                      A  turns att
  *      |                  wo
@@ -100,26 +103,29 @@
  *      |
  *      x of the next layer; after the last one: RMSNorm, then the classifier gives the logits
  *
- * (xn: x, normed. xm: x in the middle. fn: what the feed-forward half gets,
- * normed.) RMSNorm, RoPE, softmax and silu are small functions, defined in section
- * 3. wq to w2 are the layer's matrices. From q to att everything is done for each
- * head separately.
+ * xn is x, normed; xm is x in the middle; fn is what the feed-forward half gets, normed.
+ * RMSNorm, RoPE, softmax and silu are small functions, defined in section 3. wq to w2 are
+ * the layer's matrices.
+ * From q to att everything is done for each head separately.
  *
- * token            a piece of text, a word or part of one, and its number in the vocabulary.
- * weight           a number of the model (attention's weights, below, are others). They come in
- *                  matrices and vectors, both called tensors. A norm's vector of them is its gain.
+ * token            a word or a part of one, as a number: its place in the vocabulary. What it spells
+ *                  is its piece.
+ * weight           a number of the model. Weights come in matrices and vectors, both called tensors.
+ *                  The vector that belongs to a norm is its gain.
  * embedding        the table in which each token has a row of dim numbers: its first x.
  * residual stream  the x on the left. Nothing replaces it, each half of a layer only adds to it:
  *                  so it is the memory that all layers share.
- * activation       any of these vectors: computed anew for every text, unlike the weights, which
- *                  are the model. DRµGS touches activations only.
+ * activation       any of these vectors. They are computed anew for every text, unlike the weights,
+ *                  which are the model. DRµGS touches activations only.
  * head             attention is done several times in parallel, on slices of q, k and v that are
- *                  head_dim long. Each slice is a head and can look for something else.
+ *                  head_dim long. Each slice is a head and can look for something else. The rows
+ *                  i * head_dim to (i + 1) * head_dim - 1 of wq make the query of head i.
  * query            what a token looks for, as a vector.
  * key              what a token offers to be found by. q.k is large when the two fit.
  * value            what a token hands over to those who find it.
- * attention        softmax makes weights out of all q.k of a query; they add up to 1. The result is
- *                  the sum of the values, each times its weight.
+ * score            q.k / sqrt(head_dim), for a query and each key that it sees.
+ * attention        softmax makes probabilities out of the scores of a query; they add up to 1. The
+ *                  result is the sum of the values, each times its probability.
  * causal           a query sees the keys up to its own position and never looks ahead. So what was
  *                  computed for a token stays valid when the text grows.
  * cache            therefore keys and values are kept, layer by layer: the model's memory of a text.
@@ -131,15 +137,13 @@
  * nat              the unit of -log(probability) with the natural logarithm. 0 nats: certain;
  *                  .69 nats: one half; 2.3 nats: one tenth.
  *
- * Shapes stand beside declarations as // (n_rows, dim), row-major: the last index
- * runs fastest. Angles are in radians, lengths of texts in tokens unless bytes are
- * named.
+ * Shapes stand beside declarations as // (n_rows, dim), row-major: the last index runs fastest.
+ * Angles are in radians, lengths of texts in tokens unless bytes are named.
  */
 
 static const char *program = "drugs"; // what error messages begin with
 
-// Prints one line on stderr and exits: 1 when something failed, 2 when the command
-// line is wrong.
+// Prints one line on stderr and exits: 1 when something failed, 2 when the command line is wrong.
 __attribute__((noreturn, format(printf, 2, 3))) static void die(int status, const char *format, ...);
 
 static int min(int a, int b) {
@@ -149,8 +153,8 @@ static int min(int a, int b) {
 /* ================================================================================================
  * 2  A model
  *
- * A model is a page of numbers, a few tensors for each layer, and a vocabulary. All
- * of it lies in one file that export.py wrote; section 9 reads it.
+ * A model is a page of numbers, a few tensors for each layer, and a vocabulary.
+ * All of it lies in one file that export.py wrote; section 9 reads it.
  */
 
 // The members down to n_text lie in the file just like this, one after the other.
@@ -200,8 +204,8 @@ enum {
     N_TENSORS
 };
 
-// A layer's tensors. Layer 0 also has the ones that exist once, so that a layer and
-// a name lead to every tensor.
+// A layer's tensors.
+// Layer 0 also has the ones that exist once, so that a layer and a name lead to every tensor.
 typedef struct {
     const float *w[N_TENSORS];
 } Layer;
@@ -221,14 +225,15 @@ typedef struct {
 /* ================================================================================================
  * 3  The maths
  *
- * A weight matrix w (n_out, n_in) maps a vector of n_in numbers to n_out numbers;
- * each of these is the dot product of the vector with one row of w. That is where
- * nearly all of the time goes. How it is made fast can wait until section 12; what
- * it computes is said here.
+ * A weight matrix w (n_out, n_in) maps a vector of n_in numbers to n_out numbers; each of these is
+ * the dot product of the vector with one row of w.
+ * That is where nearly all of the time goes.
+ * How it is made fast can wait until section 12; what it computes is said here.
  */
 
-// "#pragma omp parallel for" (OpenMP) shares a loop out among the cores. Threads
-// cost some microseconds to wake. Below this many multiply-adds one core is faster.
+// "#pragma omp parallel for" (OpenMP) shares a loop out among the cores.
+// Threads cost some microseconds to wake.
+// Below this many multiply-adds one core is faster.
 enum { WORTH_THREADS = 1000000 };
 // Whether so many multiply-adds are worth all threads, see section 12.
 static bool worth_threads(double work);
@@ -251,8 +256,8 @@ static void add_scaled(float *y, float a, const float *x, int n);
 // The sum of x[i], for i < n.
 static float sum_of(const float *x, int n);
 
-// x[i] = exp(x[i]), for i < n: to within 2 units of the last digit. 0 below -87,
-// and exp(88) above 88.
+// x[i] = exp(x[i]), for i < n: to within 2 units of the last digit. 0 below -87, and
+// exp(88) above 88.
 static void exp_all(float *x, int n);
 
 // The cosine and the sine of an angle of up to 2^28 radians, to within 1e-15.
@@ -260,15 +265,16 @@ static void cos_sin_of(double angle, double *cosine, double *sine);
 
 // RMSNorm (Zhang and Sennrich 2019), for one vector:
 //
-//     y = gain * x / sqrt(mean of x² + eps)
+//     y = gain * x / sqrt(eps + mean of x²)
 //
-// Each layer adds to the stream, so it grows; the norm hands every matrix numbers
-// of about size 1, however deep it sits.
+// Each layer adds to the stream, so it grows.
+// The norm hands every matrix numbers of about size 1, however deep it sits.
 //
-// Apart from the gain it forgets the length of a vector and keeps its direction. All
-// readers of the residual stream see it through a norm: they see where it points, and not
-// how long it is. What DRµGS turns lies behind the norm or inside attention, where length
-// does count: so the noise must change directions and leave lengths alone by itself.
+// Apart from the gain it forgets the length of a vector and keeps its direction.
+// All readers of the residual stream see it through a norm: where it points, and not how
+// long it is.
+// What DRµGS turns comes after the norm or lies inside attention, where length does count.
+// So the noise itself must leave lengths alone.
 static void rmsnorm(float *y, const float *x, const float *gain, int dim, float eps) {
     float mean_square = dot(x, x, dim) / (float)dim;
     float scale = 1.0f / sqrtf(mean_square + eps);
@@ -276,18 +282,25 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
         y[i] = gain[i] * (x[i] * scale);
 }
 
-// RoPE (Su et al. 2021) tells a query or a key at which position it stands. The numbers
-// of a head are taken in pairs, and each pair is turned like the hand of a clock, by
+// RoPE (Su et al. 2021) tells a query or a key at which position it stands.
+// The numbers of a head are taken in pairs, x[2i] and x[2i + 1].
+// Each pair is turned like the hand of a clock, by
 //
-//     position * rope_freq[pair]   radians
+//     position * rope_freq[i]   radians,       rope_freq[i] = theta^(-2i / head_dim)
 //
-// Pair i is x[2i] and x[2i + 1]. The first pairs are fast hands, which tell neighbours apart
-// but look alike after a full turn; the last ones hardly move, and tell far from near. Turn
-// two hands by the same angle and their dot product stays. So turn both back by n * rope_freq:
-// a key of position n stands as if at 0, its query of position m as if at m - n. All that the
-// product sees is how far back the key lies, and not where; a passage reads alike anywhere in
-// a text. (export.py has the frequencies. Hugging Face pairs i with i + head_dim / 2 instead,
-// so it also puts the rows of wq and wk in our order.)
+// theta is a number of the model: 10,000 in Llama 2, 500,000 in Llama 3.
+// So the first pairs are fast hands, which tell neighbours apart but look alike after a full turn.
+// The last ones hardly move, and tell far from near.
+// (export.py computes rope_freq; models that were stretched to longer texts turn
+// some pairs slower.)
+//
+// Turn two hands by the same angle and their dot product stays.
+// So turn both back by n * rope_freq: a key of position n stands as if at 0, its query of position
+// m as if at m - n.
+// All that the product sees is how far back the key lies, and not where.
+// So a passage reads alike anywhere in a text.
+// (Hugging Face pairs i with i + head_dim / 2 instead; export.py puts the rows of wq and wk
+// in our order.)
 static void rope(float *x,             // (head_dim)
                  const float *cos_sin, // (head_dim) the cosine and the sine for each pair
                  int head_dim) {
@@ -296,9 +309,7 @@ static void rope(float *x,             // (head_dim)
         float b = x[i + 1];
         float cosine = cos_sin[i];
         float sine = cos_sin[i + 1];
-        // Written a * cosine - b * sine, gcc 12 would fuse product and subtraction
-        // into one rounding, in spite of -ffp-contract=off.
-        float minus_sine = -sine;
+        float minus_sine = -sine; // why not a - b: see section 12
         x[i] = a * cosine + b * minus_sine;
         x[i + 1] = a * sine + b * cosine;
     }
@@ -307,13 +318,15 @@ static void rope(float *x,             // (head_dim)
 // The cosines and sines of a position, for rope.
 static void rope_angles(const Model *m, int position, float *cos_sin);
 
-// softmax: x[i] = exp(scale * x[i]) / the sum of all exp(scale * x[j]), with a positive
-// scale. What comes out adds up to 1. The largest x is taken off first, which changes
-// nothing in the quotient but keeps exp from overflowing. Returns the logarithm of that
-// sum (as if nothing had been taken off), because -log(probability of i) = log(sum) -
-// scale * x[i], and that is what a loss needs: the mean of -log(probability) over a text
-// (train_step.c). From the probability itself it could not be had: a small one is rounded
-// to 0. The loss is only shown, nothing is computed from it, so this log may be libm's.
+// softmax: x[i] = exp(scale * x[i]) / the sum of all exp(scale * x[j]), with a positive scale.
+// What comes out adds up to 1.
+// The largest x is taken off first: that changes nothing in the quotient, and exp cannot overflow.
+//
+// Returns the logarithm of that sum, as if nothing had been taken off, for the
+// losses of train_step.c:
+// -log(probability of i) = log(sum) - scale * x[i].
+// (From the probability itself that could not be had, as a small one is rounded to 0.
+// A loss is only shown and nothing is computed from it, so this log may be libm's.)
 static double softmax(float *x, int n, float scale) {
     float max = x[0];
     for (int i = 1; i < n; i++)
@@ -329,8 +342,8 @@ static double softmax(float *x, int n, float scale) {
 
 // SwiGLU (Shazeer 2020): h = silu(gate) * up, with silu(z) = z / (1 + exp(-z)).
 //
-// silu is nearly 0 for a very negative z and nearly z for a large one. So each gate
-// decides how much of its up gets through.
+// silu is nearly 0 for a very negative z and nearly z for a large one.
+// So each gate decides how much of its up gets through.
 static void swiglu(float *h, const float *gate, const float *up, // (n_rows, hidden_dim) each
                    int n_rows, int hidden_dim) {
     ptrdiff_t size = (ptrdiff_t)n_rows * hidden_dim;
@@ -354,56 +367,63 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
 /* ================================================================================================
  * 4  The noise
  *
- * A glitch turns a vector x by an angle a, towards a random direction u.
+ * A glitch turns a vector x by an angle, towards a random direction u.
  *
- * Why turn it, and not simply add something? Adding a vector of a fixed length
- * would be a storm for a short x and nothing for a long one. An angle means the
- * same for every x. And turning leaves the length alone: the glitch changes what a
- * vector says, not how loudly.
+ * Why turn it, and not simply add something?
+ * Adding a vector of a fixed length would be a storm for a short x and nothing for a long one.
+ * An angle means the same for every x.
+ * And turning leaves the length alone: the glitch changes what a vector says, not how loudly.
  *
  *              r              as long as x
  *             /|
- *            / |              the upright: |x| sin a long, along o
- *           /a |
- *          +---+-----> x      up to the upright: x cos a
+ *            / |              this side has the length |x| sin(angle), and points along o
+ *           /  |
+ *          +---+-----> x      this one has the length |x| cos(angle)
  *
- *     o = u - (u.x / x.x) x              the part of u that is perpendicular to x
- *     r = x cos a + o sin a |x| / |o|
+ *     o = u - (u.x / x.x) x                        the part of u that is perpendicular to x
+ *     r = x cos(angle) + o |x| sin(angle) / |o|
  *
- * x cos a is the shadow that r throws on x. The other part points along o, which is
- * perpendicular, and has the length |x| sin a; by Pythagoras |r|² = |x|² (cos² a +
- * sin² a) = |x|².
+ * By Pythagoras |r|² = |x|² (cos² + sin²) = |x|². Put o in, and collect what stands before x
+ * and before u:
  *
- * Put o in and collect what stands before x and before u:
+ *     r = a x + b u       with  b = sin(angle) |x| / |o|  and  a = cos(angle) - b u.x / x.x
  *
- *     s = sin a |x| / |o|
- *     r = x (cos a - s u.x / x.x)  +  u s
+ * Two numbers say it all, a and b, so the turned vector need not be written down: struct Glitch.
+ * |o| needs no o either, again by Pythagoras: |o|² = u.u - (u.x)² / x.x.
  *
- * Two numbers say it all, so the turned vector need not be written down: struct
- * Glitch. |o| needs no o either, again by Pythagoras: |o|² = u.u - (u.x)² / x.x.
+ * The angle is theta * U, with U uniform in [0, 1); theta is the dose.
+ * So a glitch turns by half of theta on average.
+ * On V and A of the included model .5 is a light dose and 1 a lot; the other sites, and models with
+ * more layers, take less (the original doses A of a 7B model with .1).
+ * Five sites can be dosed, the letters of the drawing in section 1:
  *
- * The angle is a = theta * U, with U uniform in [0, 1); theta is the dose. So a
- * glitch turns by half of theta on average; .3 is a light dose (on V and A .5 is, too), 1 is
- * a lot. Five sites can be dosed, the letters of the drawing in section 1:
- *
- *     H  the input of attention, before wq, wk and wv: so its noise enters the cache
+ *     H  the input of attention, before wq, wk and wv: so its noise enters the cache of its layer
  *     Q  the query of each head, before RoPE
- *     K  a key while a query head reads it: each reader sees another glitch, the cache stays clean
- *     V  a value while a query head reads it, likewise
+ *     K  a key, while a query head reads it
+ *     V  a value, while a query head reads it
  *     A  the output of each head, before wo
  *
- * No random generator runs along. Each glitch is a pure function of (seed, place),
- * where a place is site, layer, head, query position and, for K and V, key
- * position. So a drugged run can be repeated to the last bit and in any order, and
- * whoever needs a glitch again simply draws it again:
+ * K and V belong to the reader: each query turns what it reads with glitches of its own, and the
+ * cache stays clean.
+ * So they act on the prompt's keys and values, too, as soon as a drugged token reads them.
+ *
+ * No random generator runs along.
+ * Each glitch is a pure function of (seed, place), where a place is site, layer, head, query
+ * position and, for K and V, key position.
+ * So a drugged run can be repeated to the last bit and in any order.
+ * If a glitch is needed again, it is simply drawn again:
  *
  *     hash = seed;  for v in site, layer, head, query position (, key position):
  *         hash = scramble(hash + (v + 1) * 0x9E3779B97F4A7C15)
- *     U(j) = 24 bits of a hash of (hash, j), / 2^24       u[i] = U(i + 1) - 1/2       a = theta * U(0)
+ *     uniform(j) = 24 bits of a hash of (hash, j), / 2^24
+ *     angle = theta * uniform(0)       u[i] = uniform(i + 1) - 1/2
  *
- * The original (EGjoni/DRUGS) draws u from [0, 1), without the 1/2. Such a number is 1/2 on
- * average and its square 1/3, so u.v is n/4, |u|² is n/3, and the cosine of two u is 3/4: all
- * lean towards (1, 1, ..., 1), most of "random" is one fixed push. FAMILY_UPSTREAM does that.
+ * (scramble mixes the bits of a number, see below.)
+ *
+ * The original (EGjoni/DRUGS) draws u from [0, 1), without the 1/2.
+ * Such numbers are 1/2 on average, so all u lean towards (1, 1, ..., 1): the cosine of two of them
+ * is 3/4, and most of the noise is one fixed push.
+ * FAMILY_UPSTREAM does that.
  */
 enum { SITE_H, SITE_Q, SITE_K, SITE_V, SITE_A, N_SITES };
 static const char SITES[] = "HQKVA"; // the letters, in the order of the enum
@@ -415,10 +435,12 @@ enum { SITE_SAMPLE = 1000 }; // far above N_SITES, so a new site changes no dice
 // How random directions are drawn.
 enum { FAMILY_CENTRED, FAMILY_UPSTREAM };
 
-// The first tokens are where attention rests when it finds nothing to look at (softmax must
-// give its 1 to somebody), a sink (Xiao et al. 2023). Large models break when it is moved. So
-// positions 0 to 5 are never turned: not as a key that is read, and not as a query, which
-// decides what their own keys are in the layers above. Six is the original's choice.
+// When attention finds nothing to look at, it rests on the first tokens, as softmax must give its 1
+// to some key: a sink (Xiao et al. 2023).
+// Large models break when the sink is moved.
+// So positions 0 to 5 are never turned: not as a key that is read, and not as a query, which
+// decides what the keys of its token are in the layers above.
+// Six is the original's choice.
 enum { SINK = 6 };
 
 typedef struct {
@@ -434,13 +456,12 @@ typedef struct {
     int family;
 } Place;
 
-// The turned x is x * glitch.x + u * glitch.u.
+// A glitch as its two factors: the turned vector is a x + b u.
 typedef struct {
-    float x, u; // factors, not vectors
+    float a, b;
 } Glitch;
 
-// splitmix64's finaliser (Steele, Lea, Flood 2014): each bit of z moves every bit
-// of the result.
+// splitmix64's finaliser (Steele, Lea, Flood 2014): each bit of z moves every bit of the result.
 static uint64_t scramble(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -455,9 +476,10 @@ static uint64_t within(uint64_t hash, int v) {
     return scramble(hash + ((uint64_t)v + 1) * GOLDEN_RATIO);
 }
 
-// The j-th draw at a place, uniform in [0, 1) with 24 bits, which is exact in a
-// float. It has no state and needs 32-bit arithmetic only, so the compiler can draw
-// eight at once. The multipliers are from Wellons' hash-prospector.
+// Draw number j at a place, uniform in [0, 1) with 24 bits, which a float holds exactly.
+// It has no state and needs 32-bit arithmetic only, so the compiler can draw eight at once.
+// (To int32_t and then to float: registers convert signed numbers.) The multipliers are from
+// Wellons' hash-prospector.
 static inline float uniform(uint64_t hash, uint32_t j) {
     uint32_t x = (uint32_t)hash + j * (uint32_t)(GOLDEN_RATIO >> 32);
     x = (x ^ (x >> 16)) * 0x21F0AAADu;
@@ -466,8 +488,9 @@ static inline float uniform(uint64_t hash, uint32_t j) {
     return (float)(int32_t)x * 0x1p-24f;
 }
 
-// The rotation of x (n) towards u (n), as derived above. A vector of zeros has no
-// direction, and one that is parallel to u (to rounding) has nowhere to turn: they stay.
+// The rotation of x (n) towards u (n), as derived above.
+// A vector of zeros has no direction, and one that is parallel to u, to rounding, has nowhere to
+// turn: they stay.
 static Glitch rotation(const float *x, const float *u, int n, float angle) {
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
@@ -477,8 +500,8 @@ static Glitch rotation(const float *x, const float *u, int n, float angle) {
         return (Glitch){1, 0};
     double cosine, sine;
     cos_sin_of(angle, &cosine, &sine);
-    double s = sine * sqrt(xx / oo);
-    return (Glitch){(float)(cosine - s * ux / xx), (float)s};
+    double b = sine * sqrt(xx / oo);
+    return (Glitch){(float)(cosine - b * ux / xx), (float)b};
 }
 
 // Draws the glitch of a place for x (n). u (n) is filled with the direction.
@@ -495,13 +518,13 @@ static void turn(Place place, float *x, int n, float *u) {
         return;
     Glitch glitch = draw_glitch(place, x, n, u);
     for (int i = 0; i < n; i++)
-        x[i] = x[i] * glitch.x + u[i] * glitch.u;
+        x[i] = glitch.a * x[i] + glitch.b * u[i];
 }
 
 /* ================================================================================================
  * 5  The forward pass
  *
- * It works on rows. A row is one token at one position of one sequence:
+ * It works on rows. A row is one token at one position of one text, its sequence:
  *
  *     a prompt                   many rows of one sequence
  *     the next token             one row
@@ -515,12 +538,11 @@ static void turn(Place place, float *x, int n, float *u) {
  *     row 2    |  x of "Hamlet"       |   sequence B, position 3: does not know of A
  *              +----------------------+
  *
- * Sober means without noise; drugged, with it; dirty, computed with noise or
- * looking back on what was.
+ * Sober means without noise, drugged means with it.
+ * Dirty is what was computed with noise, or looked back on what was.
  *
- * A matrix is read once for all rows of a call, and reading matrices is what takes
- * the time. Rows meet nowhere but in attention, and there only through the cache of
- * their own sequence.
+ * A matrix is read once for all rows of a call, and reading matrices is what takes the time.
+ * Rows meet nowhere but in attention, and there only through the cache of their own sequence.
  */
 
 // A text in the making, and all that the model remembers of it.
@@ -546,8 +568,7 @@ typedef struct {
     float *logits;     // out: (vocab_size), valid until the next forward; NULL if not wanted
 } Row;
 
-// The buffers of one layer, with the names of the drawing: each holds a row for
-// every row of the call.
+// The buffers of one layer, with the names of the drawing: a row in each for every row of a call.
 typedef struct {
     float *x;    // (n_rows, dim) the residual stream as it enters the layer
     float *xn;   // (n_rows, dim) normed, and turned at site H
@@ -564,10 +585,11 @@ typedef struct {
 
 // Working memory of forward, and what the functions below need to know.
 //
-// With one slot all layers use it one after the other: layer l writes its result over
-// its own x, which nobody needs any more. With n_layers + 1 slots everything that was
-// computed is kept, as going back needs it; the x of the last slot is then what left
-// the layers. So slot number layer % n_slots is the only one, or the layer's own.
+// With one slot all layers use it one after the other: each writes its result over its own x, which
+// is not needed any more.
+// With n_layers + 1 slots everything that was computed is kept, as going back needs it.
+// Then the x of the last slot is what left the layers.
+// Either way slot number layer % n_slots is the right one.
 typedef struct Run {
     const Model *model;
     int max_rows;     // that there is room for
@@ -586,16 +608,15 @@ typedef struct Run {
     float **buffers;  // (n_buffers) all that new_buffer made, for run_free
     int n_buffers;
     float *heads;     // (n_heads, head_scratch) of each head, see struct Head
-    // If set, called after each use of weights (which: WQ and its kin) with what
-    // went in (x) and what came out (y). train_step.c changes y there, as if the
-    // weights had had a step (its section 3).
+    // If set, called after each use of a tensor (which: ATT_NORM to WCLS) with what went in, x, and
+    // what came out, y. train_step.c changes y there, as if the weights had had a step.
     void (*hook)(const struct Run *run, int layer, int which, const float *x, float *y);
     void *owner;      // for the hook
 } Run;
 
 // The floats of scratch memory that a head needs, for as many keys as there can be.
-// The system brings in memory page by page when it is first touched, so short texts
-// need little of it.
+// The system brings in memory page by page when it is first touched, so short texts need
+// little of it.
 static ptrdiff_t head_scratch(const Config *c) {
     ptrdiff_t most = c->seq_len;
     if (c->sliding_window)
@@ -605,8 +626,7 @@ static ptrdiff_t head_scratch(const Config *c) {
 
 // ---- places of glitches
 
-// The place of a row's glitch at a site. Sober rows and rows in the sink have none:
-// theta is 0.
+// The place of a row's glitch at a site. Sober rows and rows in the sink have none: theta is 0.
 static Place place_of(const Model *m, const Row *row, int site, int layer, int head) {
     const Noise *noise = &row->sequence->noise;
     Place place = {.family = noise->family};
@@ -623,10 +643,10 @@ static Place place_of(const Model *m, const Row *row, int site, int layer, int h
 
 // One head of one row: what it sees, and its scratch memory.
 //
-//     run->heads of this head:   | q (head_dim) | u (head_dim) | weight (n_keys)      ...|
+//     its part of run->heads:    | q (head_dim) | u (head_dim) | prob (n_keys)        ...|
 //
-// The keys of a kv head lie `stride` floats apart in the cache, because a token's
-// keys of all kv heads lie side by side:
+// The keys of a kv head lie `stride` floats apart in the cache, because a token's keys of all kv
+// heads lie side by side:
 //
 //     position first       | kv head 0 | kv head 1 | ...
 //     position first + 1   | kv head 0 | kv head 1 | ...
@@ -641,13 +661,15 @@ typedef struct {
     const float *cos_sin;  // (head_dim) of the query's position
     float *q;              // (head_dim) the query, turned by noise and by RoPE
     float *u;              // (head_dim) a random direction
-    float *weight;         // (n_keys) attention weights
+    float *prob;           // (n_keys) scores, then what softmax makes of them
 } Head;
 
-// What a head of row r sees. The number of keys is the causal mask: position -
-// first + 1 of them, up to the query's own, and none behind it. A sliding window
-// lets only the youngest pass; then the sink is out of sight for late queries, as
-// in the models that were trained so.
+// What a head of row r sees.
+// The number of keys is the causal mask: position - first + 1 of them, up to the query's own, and
+// none after it.
+// A sliding window lets only the last ones pass.
+// The cache keeps the others, they are only not read.
+// Then the sink is out of sight for late queries, as it was when such models were trained.
 static Head head_of(const Run *run, ptrdiff_t r, int layer, int head, float *scratch) {
     const Config *c = &run->model->config;
     const Row *row = &run->rows[r];
@@ -662,7 +684,7 @@ static Head head_of(const Run *run, ptrdiff_t r, int layer, int head, float *scr
         .cos_sin = run->cos_sin + r * c->head_dim,
         .q = scratch,
         .u = scratch + c->head_dim,
-        .weight = scratch + 2 * c->head_dim,
+        .prob = scratch + 2 * c->head_dim,
     };
     ptrdiff_t start = h.first * h.stride + h.kv_head * c->head_dim;
     h.keys = row->sequence->k[layer] + start;
@@ -679,8 +701,8 @@ static Place place_of_key(const Head *h, int site, int t) {
     return place;
 }
 
-// How many of the keys are read as they are: those in the sink, or all of them if
-// the site has no dose here.
+// How many of the keys are read as they are: those in the sink, or all of them if the site has
+// no dose here.
 static int n_untouched_keys(const Head *h, int site) {
     if (!(h->places[site].theta > 0))
         return h->n_keys;
@@ -688,13 +710,13 @@ static int n_untouched_keys(const Head *h, int site) {
     return min(in_sink, h->n_keys);
 }
 
-// How much does the query like each key, and what do the liked values say?
+// How well does the query fit each key, and what do the values of those that fit say?
 //
-//     weight = softmax(q.key / sqrt(head_dim))       out = the sum of weight * value
+//     prob = softmax(q.key / sqrt(head_dim))       out = the sum of prob * value
 //
-// A sum of head_dim products of either sign grows like the root of head_dim;
-// dividing by that root keeps softmax from choosing a single key. Query and weights
-// stay in the head's scratch memory for whoever goes back.
+// A sum of head_dim products of either sign grows like the root of head_dim.
+// Dividing by that root keeps softmax from choosing a single key.
+// Query and probabilities stay in the head's scratch memory, where train_step.c finds them.
 static void attend(const Head *h, int head_dim,
                    const float *query, // (head_dim) before noise and RoPE
                    float *out) {       // (head_dim) before noise at A
@@ -702,42 +724,43 @@ static void attend(const Head *h, int head_dim,
     turn(h->places[SITE_Q], h->q, head_dim, h->u);
     rope(h->q, h->cos_sin, head_dim);
 
-    // A turned key is key * glitch.x + u * glitch.u, so its product with q is q.key * glitch.x
-    // + q.u * glitch.u, and the key itself is left alone. Stored, it would be turned once more
-    // by each later reader: noise would pile up, and depend on who came first.
-    dots(h->weight, h->q, h->keys, h->stride, head_dim, h->n_keys);
+    // A turned key is a key + b u, so its product with q is a q.key + b q.u, and the key itself
+    // is left alone.
+    // If it were stored, each later reader would turn it once more: noise would pile up, and depend
+    // on who came first.
+    dots(h->prob, h->q, h->keys, h->stride, head_dim, h->n_keys);
     for (int t = n_untouched_keys(h, SITE_K); t < h->n_keys; t++) {
         Place place = place_of_key(h, SITE_K, t);
         Glitch glitch = draw_glitch(place, h->keys + t * h->stride, head_dim, h->u);
-        h->weight[t] = h->weight[t] * glitch.x + dot(h->q, h->u, head_dim) * glitch.u;
+        h->prob[t] = h->prob[t] * glitch.a + dot(h->q, h->u, head_dim) * glitch.b;
     }
-    softmax(h->weight, h->n_keys, 1.0f / sqrtf((float)head_dim));
+    softmax(h->prob, h->n_keys, 1.0f / sqrtf((float)head_dim));
 
     // Likewise for values.
     int n_untouched = n_untouched_keys(h, SITE_V);
     memset(out, 0, head_dim * sizeof *out);
     for (int t = 0; t < n_untouched; t++)
-        add_scaled(out, h->weight[t], h->values + t * h->stride, head_dim);
+        add_scaled(out, h->prob[t], h->values + t * h->stride, head_dim);
     for (int t = n_untouched; t < h->n_keys; t++) {
         const float *value = h->values + t * h->stride;
         Glitch glitch = draw_glitch(place_of_key(h, SITE_V, t), value, head_dim, h->u);
-        add_scaled(out, h->weight[t] * glitch.x, value, head_dim);
-        add_scaled(out, h->weight[t] * glitch.u, h->u, head_dim);
+        add_scaled(out, h->prob[t] * glitch.a, value, head_dim);
+        add_scaled(out, h->prob[t] * glitch.b, h->u, head_dim);
     }
 }
 
 // att of all rows, head by head, turned at site A.
 static void attention(Run *run, int layer) {
     const Config *c = &run->model->config;
-    const Slot *s = &run->slots[layer % run->n_slots];
+    const Slot *slot = &run->slots[layer % run->n_slots];
     const ptrdiff_t n_rows = run->n_rows; // each query may see some 64 keys
 #pragma omp parallel for schedule(static) if (worth_threads(n_rows * c->q_dim * 64))
     for (int head = 0; head < c->n_heads; head++)
         for (ptrdiff_t r = 0; r < n_rows; r++) {
             float *scratch = run->heads + head * head_scratch(c);
             Head h = head_of(run, r, layer, head, scratch);
-            float *att = s->att + r * c->q_dim + head * c->head_dim;
-            attend(&h, c->head_dim, s->q + r * c->q_dim + head * c->head_dim, att);
+            float *att = slot->att + r * c->q_dim + head * c->head_dim;
+            attend(&h, c->head_dim, slot->q + r * c->q_dim + head * c->head_dim, att);
             turn(h.places[SITE_A], att, c->head_dim, h.u);
         }
 }
@@ -771,8 +794,7 @@ static void norm(const Run *run, float *y, const float *x, int layer, int which)
 // The shape of a tensor: n_out rows of n_in floats. A norm's gain is one row.
 static void tensor_shape(const Config *c, int which, int *n_out, int *n_in);
 
-// y = x wᵀ for all rows, x (n_rows, n_in), y (n_rows, n_out). The classifier is one
-// of these.
+// y = x wᵀ for all rows, x (n_rows, n_in), y (n_rows, n_out). The classifier is one of these.
 static void linear(const Run *run, float *y, const float *x, int layer, int which) {
     int n_out, n_in;
     tensor_shape(&run->model->config, which, &n_out, &n_in);
@@ -785,9 +807,9 @@ static void linear(const Run *run, float *y, const float *x, int layer, int whic
 // Makes room for exactly `capacity` tokens, if there is less.
 static void sequence_reserve(const Model *m, Sequence *s, int capacity);
 
-// Notes a row in its sequence: its token, and whether it makes the cache dirty. A
-// row in the sink is never turned and so leaves no dirt, but it counts as drugged:
-// showers come by that count.
+// Notes a row in its sequence: its token, and whether it makes the cache dirty.
+// A row in the sink is never turned and so leaves no dirt, but it counts as drugged: showers come
+// by that count.
 static void enter_row(const Model *m, const Row *row) {
     Sequence *s = row->sequence;
     int needed = row->position + 1;
@@ -815,56 +837,56 @@ static void enter_rows(Run *run, const Row *rows, int n_rows) {
 }
 
 // Keys get their position, and both go into the caches, before any K or V noise.
-static void store_keys_and_values(const Run *run, const Slot *s, int layer) {
+static void store_keys_and_values(const Run *run, const Slot *slot, int layer) {
     const Config *c = &run->model->config;
     ptrdiff_t kv_dim = c->kv_dim;
     for (ptrdiff_t r = 0; r < run->n_rows; r++) {
         const Sequence *to = run->rows[r].sequence;
         ptrdiff_t at = run->rows[r].position * kv_dim;
-        float *k = s->k + r * kv_dim;
+        float *k = slot->k + r * kv_dim;
         for (int i = 0; i < kv_dim; i += c->head_dim)
             rope(k + i, run->cos_sin + r * c->head_dim, c->head_dim);
         memcpy(to->k[layer] + at, k, kv_dim * sizeof *k);
-        memcpy(to->v[layer] + at, s->v + r * kv_dim, kv_dim * sizeof *k);
+        memcpy(to->v[layer] + at, slot->v + r * kv_dim, kv_dim * sizeof *k);
     }
 }
 
-// One layer, as drawn in section 1: from the x of its slot to the x of the next
-// one. On the way back: layer_backward in train_step.c.
+// One layer, as drawn in section 1: from the x of its slot to the x of the next one.
+// On the way back: layer_backward in train_step.c.
 static void layer_forward(Run *run, int layer) {
     const Config *c = &run->model->config;
-    const Slot *s = &run->slots[layer % run->n_slots];
+    const Slot *slot = &run->slots[layer % run->n_slots];
     const Slot *next = &run->slots[(layer + 1) % run->n_slots];
     ptrdiff_t dim = c->dim;
     ptrdiff_t size = run->n_rows * dim;
 
     // xn = rmsnorm(x), turned at H
-    norm(run, s->xn, s->x, layer, ATT_NORM);
+    norm(run, slot->xn, slot->x, layer, ATT_NORM);
     for (ptrdiff_t r = 0; r < run->n_rows; r++) {
         Place place = place_of(run->model, &run->rows[r], SITE_H, layer, 0);
-        turn(place, s->xn + r * dim, c->dim, run->direction);
+        turn(place, slot->xn + r * dim, c->dim, run->direction);
     }
 
     // its three readers
-    linear(run, s->q, s->xn, layer, WQ);
-    linear(run, s->k, s->xn, layer, WK);
-    linear(run, s->v, s->xn, layer, WV);
-    store_keys_and_values(run, s, layer);
+    linear(run, slot->q, slot->xn, layer, WQ);
+    linear(run, slot->k, slot->xn, layer, WK);
+    linear(run, slot->v, slot->xn, layer, WV);
+    store_keys_and_values(run, slot, layer);
 
     // xm = x + wo att
     attention(run, layer);
-    linear(run, run->added, s->att, layer, WO);
-    add(s->xm, s->x, run->added, size);
+    linear(run, run->added, slot->att, layer, WO);
+    add(slot->xm, slot->x, run->added, size);
 
     // h = silu(w1 fn) * w3 fn, with fn = rmsnorm(xm)
-    norm(run, s->fn, s->xm, layer, FFN_NORM);
-    linear(run, s->gate, s->fn, layer, W1);
-    linear(run, s->up, s->fn, layer, W3);
-    swiglu(s->h, s->gate, s->up, run->n_rows, c->hidden_dim);
+    norm(run, slot->fn, slot->xm, layer, FFN_NORM);
+    linear(run, slot->gate, slot->fn, layer, W1);
+    linear(run, slot->up, slot->fn, layer, W3);
+    swiglu(slot->h, slot->gate, slot->up, run->n_rows, c->hidden_dim);
 
     // x of the next layer = xm + w2 h
-    linear(run, run->added, s->h, layer, W2);
-    add(next->x, s->xm, run->added, size);
+    linear(run, run->added, slot->h, layer, W2);
+    add(next->x, slot->xm, run->added, size);
 }
 
 // What left the layers for row r of the latest call of forward, (dim).
@@ -873,8 +895,7 @@ static const float *last_state(const Run *run, ptrdiff_t r) {
     return run->slots[c->n_layers % run->n_slots].x + r * c->dim;
 }
 
-// logits = classifier rmsnorm(x), only for the rows that want them: they are
-// gathered first.
+// logits = classifier rmsnorm(x), only for the rows that want them: they are gathered first.
 static void classify(Run *run, Row *rows) {
     const Config *c = &run->model->config;
     int n_wanted = 0;
@@ -898,10 +919,11 @@ static void classify(Run *run, Row *rows) {
     }
 }
 
-// Computes rows (n_rows). Keys, values and the wanted logits are the result. The
-// caller sees to it that rows of one sequence stand in the order of their
-// positions, that all they look back on was computed before or is computed with
-// them, and that n_rows <= max_rows, positions < seq_len and tokens < vocab_size.
+// Computes rows (n_rows).
+// Keys, values and the wanted logits are the result.
+// The caller sees to it that rows of one sequence stand in the order of their positions, that all
+// they look back on was computed before or is computed with them, and that n_rows <= max_rows,
+// positions < seq_len and tokens < vocab_size.
 static void forward(Run *run, Row *rows, int n_rows) {
     enter_rows(run, rows, n_rows);
     embed(run, run->slots[0].x);
@@ -910,13 +932,11 @@ static void forward(Run *run, Row *rows, int n_rows) {
     classify(run, rows);
 }
 
-// How a text is read: with its noise, and with the logits of its last token or of
-// every token.
+// How a text is read: with its noise, and with the logits of its last token or of every token.
 enum { DRUGGED = 1, WANTS_LOGITS = 2, ALL_LOGITS = 4 };
 
-// Lets a sequence read the first of n tokens behind what it has: as many as fit
-// into one call. They are the rows run->block[0], [1], ... Returns how many there
-// were.
+// Lets a sequence read the first of n tokens behind what it has: as many as fit into one call.
+// They are the rows run->block[0], [1], ... Returns how many there were.
 static int read_block(Run *run, Sequence *s, const int *tokens, int n, int how) {
     int n_rows = min(n, run->max_rows);
     int start = s->length;
@@ -926,16 +946,16 @@ static int read_block(Run *run, Sequence *s, const int *tokens, int n, int how) 
             .position = start + r,
             .sequence = s,
             .drugged = how & DRUGGED,
-            // n - 1 is the last token of all that is left: only the last block has
-            // it.
+            // n - 1 is the last token of all that is left: only the last block has it.
             .wants_logits = how & ALL_LOGITS || (how & WANTS_LOGITS && r == n - 1),
         };
     forward(run, run->block, n_rows);
     return n_rows;
 }
 
-// Lets a sequence read tokens (n), block by block. Returns the logits of the last
-// token if they are wanted, else NULL; they are valid until the next forward.
+// Lets a sequence read tokens (n), block by block.
+// Returns the logits of the last token if they are wanted, else NULL; they are valid until
+// the next forward.
 static float *feed(Run *run, Sequence *s, const int *tokens, int n, int how) {
     float *logits = NULL;
     for (int done = 0; done < n;) {
@@ -947,7 +967,8 @@ static float *feed(Run *run, Sequence *s, const int *tokens, int n, int how) {
 }
 
 // realloc for count elements of `size` bytes, which ends the program rather than
-// return without memory. With NULL it starts anew, and then all bytes are zero.
+// return without memory.
+// With NULL it starts anew, and then all bytes are zero.
 static void *resize(void *old, ptrdiff_t count, size_t size);
 
 // An empty text. Memory is taken when it is needed.
@@ -956,29 +977,29 @@ static Sequence sequence_new(Noise noise) {
 }
 static void sequence_free(const Model *m, Sequence *s);
 
-// Working memory for up to max_rows rows. n_slots: 1, or n_layers + 1 to keep what
-// was computed.
+// Working memory for up to max_rows rows. n_slots: 1, or n_layers + 1 to keep what was computed.
 static void run_init(Run *run, const Model *m, int max_rows, int n_slots);
 static void run_free(Run *run);
 
 /* ================================================================================================
  * 6  The cold shower
  *
- * Noise leaves traces in the cache: H turns what a layer's own keys and
- * values are made of, the other sites show in those of the layers above: they
- * change att, wo adds that to the residual stream, and the next layer makes
- * its keys and values of the stream. And a sober token that looks back on
- * noisy ones is noisy too. So a shower takes all tokens from the first dirty
- * one on and runs them again, sober, as one block:
+ * Noise leaves traces in the cache.
+ * H turns what a layer's own keys and values are made of.
+ * Q, K, V and A show in the layers above: they change att, wo adds that to the residual stream, and
+ * the next layer makes its keys and values of the stream (in the last layer they leave no trace).
+ * And a sober token that looks back on noisy ones is noisy too.
+ * So a shower takes all tokens from the first dirty one on and runs them again, sober,
+ * as one block:
  *
  *     position   0   1   2   3   4   5   6   7   8   9
  *                |       sober prompt        | dirty    |
  *                                              ^ first_dirty = 7
  *
- * What stands before first_dirty was computed soberly and looks back on
- * nothing later, and a block has the bits of single tokens. So then the
- * cache is, to the last bit, that of a sober model that has read this same
- * text. What was written stays written; the model now remembers it soberly.
+ * What stands before first_dirty was computed soberly and looks back on nothing later.
+ * A block gives the same bits as its tokens one by one.
+ * So afterwards the cache is, to the last bit, that of a sober model that has read this same text.
+ * What was written stays written; the model now remembers it soberly.
  */
 
 // Returns the number of tokens that were run again.
@@ -995,23 +1016,24 @@ static int cold_shower(Run *run, Sequence *s) {
 /* ================================================================================================
  * 7  Doses
  *
- * A dose need not act everywhere. A curve over the depth says by what theta
- * is multiplied there. Depth runs from 0 at the first layer towards 1
- * behind the last one. The curve goes through points, and there are three
- * ways to go from one to the next. With the points 0=.2, .4=1, .8=.2 a
- * layer at depth .2, half way between the first two, gets
+ * A dose need not act everywhere.
+ * A curve over the depth says by what theta is multiplied there.
+ * Depth runs from 0 at the first layer towards 1 after the last one: layer l is at l / n_layers.
+ * The curve goes through points, and there are three ways to go from one to the next.
+ * With the points 0=.2, .4=1, .8=.2 a layer at depth .2, half way between the first two, gets
  *
  *     interpolate    .6     the line from .2 to 1
  *     ceil           1      the larger of the two
  *     floor          .2     the smaller
  *
- * (Of two points at the same depth the larger counts there.)
- * So @ceil:.3=0,.4=1,.5=0 looks like a triangle and is a rectangle: all
- * layers from .3 to .5 get the full theta, all others none.
+ * A layer that lies on a point belongs to the stretch that ends there.
+ * So @ceil:.3=0,.4=1,.5=0 looks like a triangle and is a rectangle: all layers from .3 to .5 get
+ * the full theta, all others none.
  */
 
-// Depths are floats, so that .4 - .1, as -d and -w compute it, and the .3
-// that somebody types are the same number. In double they are not.
+// Depths are floats, so that .4 - .1, as -d and -w compute it, and the .3 that somebody types are
+// the same number.
+// In double they are not.
 typedef struct {
     float depth, ratio;
 } Point;
@@ -1023,8 +1045,8 @@ typedef struct {
     Point points[MAX_POINTS]; // sorted by depth
 } Dose;
 
-// The angle, in radians, that a layer at this depth gets. Outside the
-// points the nearest one counts.
+// The angle, in radians, that a layer at this depth gets.
+// Outside the points the nearest one counts.
 static double dose_at(const Dose *dose, float depth) {
     if (!dose->n_points)
         return dose->theta;
@@ -1037,7 +1059,7 @@ static double dose_at(const Dose *dose, float depth) {
     while (depth > left[1].depth)
         left++;
     const Point *right = left + 1;
-    if (dose->mode == MODE_CEIL || left->depth == right->depth)
+    if (dose->mode == MODE_CEIL || left->depth == right->depth) // a stretch of no length
         return dose->theta * fmax(left->ratio, right->ratio);
     if (dose->mode == MODE_FLOOR)
         return dose->theta * fmin(left->ratio, right->ratio);
@@ -1045,8 +1067,7 @@ static double dose_at(const Dose *dose, float depth) {
     return dose->theta * (left->ratio + way * (right->ratio - left->ratio));
 }
 
-// Fills theta (N_SITES, n_layers) from one dose a site. Layer l is at depth
-// l / n_layers.
+// Fills theta (N_SITES, n_layers) from one dose a site. Layer l is at depth l / n_layers.
 static void dose_layers(float *theta, const Dose *doses, int n_layers) {
     for (int site = 0; site < N_SITES; site++)
         for (int l = 0; l < n_layers; l++) {
@@ -1057,40 +1078,43 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
 
 // To add a site of your own:
 //
-//     section 4          its name in the enum, its letter in SITES
-//     section 5          its turn: in layer_forward, as H has it, or in attend or
-//                        attention, as Q, K, V and A; and a buffer in Slot for
-//                        the vector, if there is none yet (run_init, in section
-//                        13, gives it memory)
-//     section 11         its letter in NOISE_OPTIONS, and in the help texts of
-//                        drugs.c, train_step.c and tests/lab.c
-//     train_step.c       its way back: the same glitch, drawn for the vector as it
-//                        was before it was turned; so that one must be kept, or
-//                        computed once more. In `factors`, a matrix that reads
-//                        what was turned has the turned vector as its x, and one
+//     section 1          its place in the drawing
+//     section 4          its line in the list, its name in the enum, its letter in SITES
+//     section 5          its turn: in layer_forward, as H has it, or in attend or attention, as Q, K,
+//                        V and A; and a buffer in Slot for the vector, if there is none yet
+//                        (run_init, in section 13, gives it memory)
+//     section 11         its letter in NOISE_OPTIONS, and in the help texts of drugs.c, train_step.c
+//                        and tests/laboratory/lab.c
+//     train_step.c       its way back: the same glitch, drawn for the vector as it was before it was
+//                        turned; so that one must be kept, or computed once more. In `factors`, a
+//                        matrix that reads what was turned has the turned vector as its x, and one
 //                        that made it has as its dy the gradient before the turn.
 //
-// Doses, showers and the laboratory follow from SITES. The compiler catches
-// a forgotten letter, the tests a forgotten way back.
+// Doses, showers and the laboratory follow from SITES. The compiler catches a forgotten letter, the
+// tests a forgotten way back.
 
 /* ================================================================================================
  * 8  The tokenizer
  *
- * Text becomes tokens by byte pair encoding (Sennrich et al. 2016). A text is a chain of symbols, at
- * first its characters or bytes. A table lists which two neighbours may be merged into one symbol,
- * and with which rank. Again and again the pair with the smallest rank is merged (of equals the
- * leftmost), until no neighbours are a pair. With ab before bc, and then ab c:
+ * Text becomes tokens by byte pair encoding (Sennrich et al. 2016).
+ * A text is a chain of symbols, at first its characters or bytes.
+ * A table lists which two neighbours may be merged into one symbol, and with which rank.
+ * Again and again the pair with the smallest rank is merged (of equals the leftmost), until no
+ * neighbours are a pair.
+ * With ab before bc, and then ab c:
  *
  *     a - b - c - a - b      ab at two places: the left one first
  *     ab - - - c - a - b     the right symbol is swallowed by the left one
  *     ab - - - c - ab        then abc, the only pair that is left
  *     abc - - - - - ab
  *
- * To look for the best pair anew each time would take n² steps. A heap hands it out instead. A merge
- * adds at most two pairs to it, so fewer than 3 n pairs come in for n symbols, and each rises or
- * sinks along one path of a tree that is log n high: n log n steps.
+ * To look for the best pair anew each time would take n² steps.
+ * A heap hands it out instead.
+ * A merge adds at most two pairs to it, so fewer than 3 n pairs come in for n symbols, and each
+ * rises or sinks along one path of a tree that is log n high: n log n steps.
  *
- * What differs from one vocabulary to another, export.py has settled, and the file has it as tables:
+ * What differs from one vocabulary to another, export.py has settled, and the file has
+ * it as tables:
  *
  *     units      the symbol with which each character begins, or else each of its bytes.
  *                SentencePiece (Llama 2, Mistral 7B) begins with characters, Llama 3 with bytes.
@@ -1103,8 +1127,8 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  *
  * Words are cut by a pattern, such as "letters with one space before them, or one digit". export.py
  * turns the pattern into an automaton: a few states, and a table that says for each state and each
- * class of characters which state comes next. For that pattern, with the classes space, letter,
- * digit and any other, the table is
+ * class of characters which state comes next.
+ * For that pattern, with the classes space, letter, digit and any other, the table is
  *
  *                space   letter   digit   other   the end
  *     state 1      2       3        4       -        -       nothing was read so far
@@ -1112,13 +1136,16 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  *     state 3      -*      3        -*      -*       -*      letters were read
  *     state 4      -*      -*       -*      -*       -*      a digit was read
  *
- * To cut, walk: begin in state 1, look at a character, go where the table says. "-" means that no
- * word can go on like this, and the walk ends. "*" says that what lies before this character is a
- * word. The last such place counts. So the walk never has to go back, however odd the pattern is, and
- * a pattern may even look one character ahead ("spaces, unless a letter follows").
+ * To cut, walk: begin in state 1, look at a character, go where the table says.
+ * "-" means that no word can go on like this, and the walk ends.
+ * "*" says that what lies before this character is a word.
+ * The last such place counts.
+ * So the walk never has to go back, however odd the pattern is, and a pattern may even look one
+ * character ahead ("spaces, unless a letter follows").
  *
- * A pattern may leave gaps, here any other signs: a gap is a word, too. And some vocabularies have
- * several patterns: then the words of the first one are cut once more by the second one.
+ * A pattern may leave gaps, here any other signs: a gap is a word, too.
+ * And some vocabularies have several patterns: then the words of the first one are cut once more by
+ * the second one.
  */
 
 // What a section of text gets before it is cut.
@@ -1129,8 +1156,9 @@ enum { PREFIX_SPACE = 1,        // a space is put before it, at the start of the
        NEWLINE_SPACE = 16,      // a space is put after each line feed
        ALL_FLAGS = 31 };
 
-// What a piece of the vocabulary is. CONTROL and END pieces are meant for the model alone; an END
-// piece ends a text. USER_DEFINED ones are found whole wherever they are typed.
+// What a piece of the vocabulary is.
+// CONTROL and END pieces are meant for the model alone; an END piece ends a text.
+// USER_DEFINED ones are found whole wherever they are typed.
 enum { NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END, N_KINDS };
 
 // The records of the tables, as they lie in the file.
@@ -1161,8 +1189,9 @@ struct Tokenizer {
     int first_whole[256];    // where in whole the pieces with this first byte begin, n_whole: none
 };
 
-// A symbol is the id of a piece. Some symbols are no pieces: they only stand for a character from
-// which pieces are merged. Their numbers come after those of the pieces.
+// A symbol is the id of a piece.
+// Some symbols are no pieces: they only stand for a character from which pieces are merged.
+// Their numbers come after those of the pieces.
 enum { MAX_SYMBOLS = 1 << 25, NO_SYMBOL = -1 };
 
 // The strings of a chat come after the pieces, see section 10.
@@ -1188,8 +1217,8 @@ static int kind_of(const Model *m, int id) {
 
 // ---- characters
 
-// How many bytes a UTF-8 character has that starts with this one. 1 also if no character does: bytes
-// below 0xC2 and above 0xF4 begin none that is longer.
+// How many bytes a UTF-8 character has that starts with this one. 1 also if no character does:
+// bytes below 0xC2 and above 0xF4 begin none that is longer.
 static int character_length(char first) {
     unsigned char byte = (unsigned char)first;
     if (byte < 0xC2 || byte > 0xF4)
@@ -1553,7 +1582,8 @@ static void add_section(Merger *merger, const char *bytes, int n, int start) {
 static void add_source(Merger *merger, const Source *source) {
     const Model *m = merger->m;
     int flags = m->config.text_flags;
-    // SentencePiece puts the space before the whole text, even where a user-defined piece begins it.
+    // SentencePiece puts the space before the whole text, even where a user-defined
+    // piece begins it.
     bool before_all = flags & PREFIX_SPACE && !(flags & (PREFIX_EACH | PREFIX_UNLESS_SPACE));
     size_t first = 0; // byte of the section
     int start = source->start;
@@ -1586,8 +1616,8 @@ static int add_token(const Model *m, int *out, int n_out, int id) {
     return n_out;
 }
 
-// Writes the tokens of the symbols to out; returns how many there are. A symbol that is no piece
-// falls apart into its bytes.
+// Writes the tokens of the symbols to out; returns how many there are.
+// A symbol that is no piece falls apart into its bytes.
 static int write_tokens(const Merger *merger, int *out) {
     const Model *m = merger->m;
     int n_out = 0;
@@ -1634,15 +1664,16 @@ static int *encode(const Model *m, Source source, int *n_tokens) {
 
 // ---- decoding
 
-// Writes n bytes. A stream into memory may find none. What standard output could not take,
-// flush_output will say.
+// Writes n bytes.
+// A stream into memory may find none.
+// What standard output could not take, flush_output will say.
 static void write_bytes(FILE *to, const char *bytes, size_t n) {
     if (fwrite(bytes, 1, n, to) < n && to != stdout)
         die(1, "out of memory");
 }
 
-// Tokens on their way to a stream. A character may be spread over several tokens; it is printed when
-// it is whole.
+// Tokens on their way to a stream.
+// A character may be spread over several tokens; it is printed when it is whole.
 typedef struct {
     FILE *to;
     bool terminal;   // control characters are not let through
@@ -1652,8 +1683,8 @@ typedef struct {
     char last;       // the byte before
 } Printer;
 
-// Prints what is waiting. If it is no character, each of its bytes is printed as U+FFFD, as
-// SentencePiece does.
+// Prints what is waiting.
+// If it is no character, each of its bytes is printed as U+FFFD, as SentencePiece does.
 static void print_rest(Printer *printer) {
     int n = printer->n_waiting;
     int length;
@@ -1668,8 +1699,8 @@ static void print_rest(Printer *printer) {
     }
     bool control = point < ' ' && point != '\n' && point != '\t';
     control = control || (point >= 127 && point < 160);
-    // A terminal would obey a control character: move its cursor, change its title. So it gets the
-    // character's number instead.
+    // A terminal would obey a control character: move its cursor, change its title.
+    // So it gets the character's number instead.
     if (control && printer->terminal)
         fprintf(printer->to, "<%02X>", point);
     else
@@ -1685,8 +1716,8 @@ static void print_byte(Printer *printer, char byte) {
     printer->last = byte;
 }
 
-// Control pieces print nothing, an unknown one prints " ⁇ ", as in SentencePiece. The spaces that
-// encoding adds are left out again.
+// Control pieces print nothing, an unknown one prints " ⁇ ", as in SentencePiece.
+// The spaces that encoding adds are left out again.
 static void print_token(Printer *printer, const Model *m, int token) {
     Span piece = string_at(m, token);
     int flags = m->config.text_flags;
@@ -1710,7 +1741,8 @@ static void print_token(Printer *printer, const Model *m, int token) {
  * 9  Reading the file
  *
  * export.py writes it and mmap reads it: the operating system brings in the pages that are used,
- * when they are used, so a model may be larger than memory. Little-endian, in this order:
+ * when they are used, so a model may be larger than memory.
+ * Little-endian, in this order:
  *
  *   the header      256 bytes: "drugs.c" and a zero, then Config down to n_text, then zeros
  *   RoPE            head_dim / 2 doubles, radians per position
@@ -1719,12 +1751,14 @@ static void print_token(Printer *printer, const Model *m, int token) {
  *   the weights     fp32 tensors, each at a multiple of 64 bytes, in the order in which the forward
  *                   pass reads them: embedding, layer after layer, final norm, classifier
  *
- * A file comes from strangers. Each number in it that leads somewhere is checked before it is used,
- * with `if` and not with assert, which a build may leave out. What is wrong comes back as a sentence
- * in m->error, and not as an exit, so that tests can try thousands of broken files.
+ * A file comes from strangers.
+ * Each number in it that leads somewhere is checked before it is used, with `if` and not with
+ * assert, which a build may leave out.
+ * What is wrong comes back as a sentence in m->error, and not as an exit, so that tests can try
+ * thousands of broken files.
  */
-// To turn numbers round while they are read would take a copy of all weights, in memory that a large
-// model does not have.
+// To turn numbers round while they are read would take a copy of all weights, in memory that a
+// large model does not have.
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "a model's file is little-endian, and this machine is not"
 #endif
@@ -1742,8 +1776,9 @@ static bool broken(Model *m, const char *format, ...) {
     return false;
 }
 
-// Says whether the numbers of the header can be true. The bounds are far above any real model, and
-// far below where a product of two could overflow 64 bits.
+// Says whether the numbers of the header can be true.
+// The bounds are far above any real model, and far below where a product of two could
+// overflow 64 bits.
 static bool check_config(Model *m) {
     const Config *c = &m->config;
     const struct {
@@ -1812,9 +1847,9 @@ static bool read_header(Model *m,
     return true;
 }
 
-// Says whether the strings lie one after the other, and where in `whole` each byte begins. The other
-// tables are bounded by read_tables, which is enough: were they out of order, a text would become
-// other tokens, and nothing worse.
+// Says whether the strings lie one after the other, and where in `whole` each byte begins.
+// The other tables are bounded by read_tables, which is enough: were they out of order, a text
+// would become other tokens, and nothing worse.
 static bool check_tokenizer(Model *m, int n_strings) {
     Tokenizer *tokenizer = m->tokenizer;
     for (int i = 1; i < n_strings; i++)
@@ -1830,8 +1865,9 @@ static bool check_tokenizer(Model *m, int n_strings) {
     return true;
 }
 
-// Finds RoPE's frequencies, the tables and the text, which lie from byte `first` of the file on, and
-// checks every number of the tables. Returns the byte after them, 0 for nonsense: see m->error.
+// Finds RoPE's frequencies, the tables and the text, which lie from byte `first` of the file on,
+// and checks every number of the tables.
+// Returns the byte after them, 0 for nonsense: see m->error.
 static size_t read_tables(Model *m,
                           const char *data, // (n_bytes) the file
                           size_t first, size_t n_bytes) {
@@ -1917,8 +1953,9 @@ static void tensor_shape(const Config *c, int which, int *n_out, int *n_in) {
     }
 }
 
-// Tensor number i in the order of the file: its layer, 0 for those that
-// exist once, and which of them it is. False if there are no more.
+// Tensor number i in the order of the file: its layer, 0 for those that exist once, and which of
+// them it is.
+// False if there are no more.
 static bool tensor_at(const Config *c, int i, int *layer, int *which) {
     int n_in_layers = c->n_layers * N_LAYER_TENSORS;
     *layer = 0;
@@ -1933,8 +1970,8 @@ static bool tensor_at(const Config *c, int i, int *layer, int *which) {
     return i < n_in_layers + 3 - c->shared_classifier;
 }
 
-// Finds every tensor, from byte `first` on, and checks that together they
-// fill the file. False: see m->error.
+// Finds every tensor, from byte `first` on, and checks that together they fill the file.
+// False: see m->error.
 static bool find_tensors(Model *m,
                          const char *data, // (n_bytes) the file
                          size_t first,     // byte
@@ -1946,8 +1983,8 @@ static bool find_tensors(Model *m,
     for (int i = 0; tensor_at(c, i, &layer, &which); i++) {
         tensor_shape(c, which, &n_out, &n_in);
         offset = (offset + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        // A file that is too short has tensors beyond its end. C does not
-        // define what a pointer to there is, so it is not even computed.
+        // A file that is too short has tensors beyond its end.
+        // C does not define what a pointer to there is, so it is not even computed.
         if (offset <= n_bytes)
             m->layers[layer].w[which] = (const float *)(const void *)(data + offset);
         offset += (uint64_t)n_out * (uint64_t)n_in * sizeof(float);
@@ -1960,8 +1997,8 @@ static bool find_tensors(Model *m,
     return true;
 }
 
-// Makes a model of the bytes of a file, which must lie at a multiple of 64 and stay in use. False:
-// see m->error; close it even so.
+// Makes a model of the bytes of a file, which must lie at a multiple of 64 and stay in use.
+// False: see m->error; close it even so.
 static bool model_parse(Model *m,
                         const char *data, // (n_bytes)
                         size_t n_bytes) {
@@ -1976,23 +2013,23 @@ static bool model_parse(Model *m,
 #ifdef __APPLE__
 #define st_mtim st_mtimespec // its name for when a file was written last
 #endif
-// The file that model_open mapped last: its name, a descriptor (-1: none), and
-// when it had been written.
+// The file that model_open mapped last: its name, a descriptor (-1: none), and when it
+// had been written.
 static const char *mapped = "";
 static int mapped_file = -1;
 static struct timespec mapped_time;
 
-// SIGBUS: a page of the file that was mapped is no longer there. The signal
-// comes while we read it, and not at any odd moment, so the program may end
-// here as it does elsewhere.
+// SIGBUS: a page of the file that was mapped is no longer there.
+// The signal comes while we read it, and not at any odd moment, so the program may end here as
+// it does elsewhere.
 static void lost_page(int number) {
     die(1, "%s can be read no longer (signal %d); was it cut short?", mapped, number);
 }
 
-// Whoever writes to a file that is mapped changes the model under our hands, and
-// another model's numbers look as good as its own. So before a result is handed
-// out, this asks when the file was written last. A new file under the old name
-// does no harm: what was mapped stays, nameless.
+// Whoever writes to a file that is mapped changes the model under our hands, and another model's
+// numbers look as good as its own.
+// So before a result is handed out, this asks when the file was written last.
+// A new file under the old name does no harm: what was mapped stays, nameless.
 static void check_mapped(void) {
     struct stat info;
     if (fstat(mapped_file, &info))
@@ -2001,8 +2038,7 @@ static void check_mapped(void) {
         die(1, "%s was written to while it was in use", mapped);
 }
 
-// Maps the file at path and parses it. False: m->error says why; close it
-// even so.
+// Maps the file at path and parses it. False: m->error says why; close it even so.
 static bool model_open(Model *m, const char *path) {
     struct stat info;
     *m = (Model){0};
@@ -2030,8 +2066,7 @@ static bool model_open(Model *m, const char *path) {
     return ok;
 }
 
-// Gives back what model_parse and model_open took, even if they failed half
-// way.
+// Gives back what model_parse and model_open took, even if they failed half way.
 static void model_close(Model *m) {
     free(m->tokenizer);
     free(m->layers);
@@ -2046,8 +2081,8 @@ static void model_close(Model *m) {
 /* ================================================================================================
  * 10  Talking
  *
- * Read the prompt, then choose a token, read it, choose the next: that is
- * reply. The rest is printing and conversation.
+ * Read the prompt, then choose a token, read it, choose the next: that is reply.
+ * The rest is printing and conversation.
  */
 
 // The index of the largest of n numbers, the first of equals.
@@ -2059,9 +2094,8 @@ static int argmax(const float *x, int n) {
     return best;
 }
 
-// The usual way, for comparison: chance at the very end. A temperature
-// below 1 makes the probable tokens more probable still, one above 1 evens
-// them out.
+// The usual way, for comparison: chance at the very end.
+// A temperature below 1 makes the probable tokens more probable still, one above 1 evens them out.
 typedef struct {
     double temperature; // 0: take the most probable token
     double top_p;       // among the most probable tokens that together have this probability
@@ -2082,10 +2116,9 @@ static int by_probability(const void *a, const void *b) {
     return x->token - y->token;
 }
 
-// Draws from softmax(logits / temperature), among the fewest tokens that
-// together have a probability of top_p. u is uniform in [0, 1): where it
-// falls on the line on which these tokens lie side by side, each as wide as
-// it is probable.
+// Draws from softmax(logits / temperature), among the fewest tokens that together have a
+// probability of top_p. u is uniform in [0, 1): where it falls on the line on which these tokens
+// lie side by side, each as wide as it is probable.
 static int sample(const float *logits, // (n)
                   int n, const Dice *dice,
                   double u) {          // [0, 1)
@@ -2157,8 +2190,9 @@ typedef struct {
     const char *stopped_at; // why the last answer ended, NULL: it has not
 } Talk;
 
-// Sends on what was printed. A text that did not reach its file is no
-// success; it is said at once, and not after hours of work.
+// Sends on what was printed.
+// A text that did not reach its file is no success; it is said at once, and not after
+// hours of work.
 static void flush_output(void) {
     check_mapped();
     if (ferror(stdout) || fflush(stdout))
@@ -2179,16 +2213,15 @@ static const char *ending(const Model *m, int token) {
     return token == m->config.bos ? "the start of another text (BOS)" : NULL;
 }
 
-// Reads tokens (n) and answers with up to n_new tokens, printed as they
-// come. The prompt is read sober unless it is asked otherwise; its last
-// token then predicts soberly, so the first new token is a sober one, too.
+// Reads tokens (n) and answers with up to n_new tokens, printed as they come.
+// The prompt is read sober unless it is asked otherwise; its last token then predicts soberly, so
+// the first new token is a sober one, too.
 static void reply(Talk *talk, const int *tokens, int n) {
     const Options *options = talk->options;
     const Config *c = &talk->run.model->config;
     Sequence *s = &talk->sequence;
     int room = c->seq_len - s->length - n; // in the context, behind the prompt
-    // The last token that is written need not be read, so there is room for
-    // one more.
+    // The last token that is written need not be read, so there is room for one more.
     int most = options->n_new && options->n_new <= room ? options->n_new : room + 1;
     sequence_reserve(talk->run.model, s, s->length + n + most - 1);
 
@@ -2199,8 +2232,7 @@ static void reply(Talk *talk, const int *tokens, int n) {
     talk->n_prompt += n;
     talk->stopped_at = NULL; // a new answer
     for (int i = 1; !talk->stopped_at; i++) {
-        // The loop of every language model: choose a token, let the model
-        // read it, choose again.
+        // The loop of every language model: choose a token, let the model read it, choose again.
         int token = choose(logits, c->vocab_size, &options->dice, s->noise.seed, s->length);
         talk->stopped_at = ending(talk->run.model, token);
         if (talk->stopped_at)
@@ -2210,12 +2242,10 @@ static void reply(Talk *talk, const int *tokens, int n) {
         talk->n_new++; // the token is written, but not read yet
         if (i == most)
             talk->stopped_at = i == options->n_new ? "-n" : "the end of the context";
-        // A text that is done forgets its last token. A chat goes on, and
-        // reads it if it can.
+        // A text that is done forgets its last token. A chat goes on, and reads it if it can.
         if (talk->stopped_at && (!options->chat || s->length == c->seq_len))
             break;
-        // A shower runs what was read so far, and comes before the next
-        // token is read.
+        // A shower runs what was read so far, and comes before the next token is read.
         if (options->shower_every && s->n_drugged >= options->shower_every)
             talk->n_showers += cold_shower(&talk->run, s) > 0;
         logits = feed(&talk->run, s, &token, 1, DRUGGED | WANTS_LOGITS);
@@ -2241,8 +2271,7 @@ static void generate(Talk *talk) {
         die(1, "this model has no BOS token, so it needs a prompt: -i");
     if (n > m->config.seq_len)
         die(1, "-i has %d tokens, the model's context only %d", n, m->config.seq_len);
-    // The prompt is printed from its tokens: so one sees what the model has
-    // read.
+    // The prompt is printed from its tokens: so one sees what the model has read.
     for (int i = 0; i < n; i++)
         print_token(&talk->printer, m, tokens[i]);
     flush_output();
@@ -2251,8 +2280,8 @@ static void generate(Talk *talk) {
     free(tokens);
 }
 
-// A conversation in the making: its bytes, and for each of them whether a person typed it. What is
-// typed never becomes a control piece; what the model's own form spells does.
+// A conversation in the making: its bytes, and for each of them whether a person typed it.
+// What is typed never becomes a control piece; what the model's own form spells does.
 typedef struct {
     char *bytes, *typed; // (n) each
     ptrdiff_t n;
@@ -2279,17 +2308,19 @@ static bool has_chat(const Model *m) {
     return strings[N_CHAT_STRINGS - 1].end > strings[-1].end; // vocab_size is 1 at least
 }
 
-// What the model is to read in a round. Every family writes conversations in a form of its own.
-// export.py found it out, and the file has it as six strings:
+// What the model is to read in a round.
+// Every family writes conversations in a form of its own. export.py found it out, and the file has
+// it as six strings:
 //
 //     first round      OPENING                            question AFTER_QUESTION
 //     with a system
 //     prompt           BEFORE_SYSTEM system AFTER_SYSTEM  question AFTER_QUESTION
 //     later            AFTER_ANSWER BEFORE_QUESTION       question AFTER_QUESTION
 //
-// BOS comes before the first round. AFTER_ANSWER has the end piece of the answer before, because
-// the program stops at that and does not feed it. For Llama 2, OPENING is "[INST] " and
-// AFTER_QUESTION " [/INST]".
+// BOS comes before the first round.
+// AFTER_ANSWER has the end piece of the answer before, because the program stops at that and does
+// not feed it.
+// For Llama 2, OPENING is "[INST] " and AFTER_QUESTION " [/INST]".
 static void write_round(Writer *writer, const Talk *talk, Span question) {
     const Model *m = talk->run.model;
     const char *system = talk->options->system;
@@ -2307,7 +2338,8 @@ static void write_round(Writer *writer, const Talk *talk, Span question) {
     write_span(writer, chat_string(m, AFTER_QUESTION), false);
 }
 
-// One round of a conversation. What was said before is in the cache.
+// One round of a conversation.
+// What was said before is in the cache.
 // Returns false when the context is full.
 static bool chat_round(Talk *talk, Span question) {
     const Model *m = talk->run.model;
@@ -2327,9 +2359,9 @@ static bool chat_round(Talk *talk, Span question) {
     free(writer.bytes);
     free(writer.typed);
 
-    // What closes the answer before, up to its end piece, was never read,
-    // because the reply stopped there. It is read now, soberly, and is no part
-    // of the question.
+    // What closes the answer before, up to its end piece, was never read, because the
+    // reply stopped there.
+    // It is read now, soberly, and is no part of the question.
     int n_closing = 0;
     for (int i = 0; i < n && s->length && !n_closing; i++)
         if (kind_of(m, tokens[i]) == END)
@@ -2351,8 +2383,8 @@ static bool chat_round(Talk *talk, Span question) {
     return room >= 1;
 }
 
-// A conversation with whoever types on standard input. The cold shower is
-// taken before each question, unless -c is 0.
+// A conversation with whoever types on standard input.
+// The cold shower is taken before each question, unless -c is 0.
 static void chat(Talk *talk) {
     if (!has_chat(talk->run.model))
         die(1, "this model has no form of a chat that is known; give it a prompt with -i");
@@ -2410,15 +2442,13 @@ static void converse(const Model *m, const Options *options, Noise noise) {
 /* ================================================================================================
  * 11  The command line
  *
- * The model comes first, then options. getopt of the C library takes the
- * line apart; what is said about noise is read by the same functions in all
- * programs. A value that makes no sense ends the program with status 2,
- * before anything is computed: better than a run with another dose than one
- * thinks.
+ * The model comes first, then options. getopt of the C library takes the line apart; what is said
+ * about noise is read by the same functions in all programs.
+ * A value that makes no sense ends the program with status 2, before anything is computed: better
+ * than a run with another dose than one thinks.
  */
 
-// Reads a number within [least, most] for an option. Exits with 2 on
-// anything else.
+// Reads a number within [least, most] for an option. Exits with 2 on anything else.
 static double number(int option,
                      const char *what, // the value is, for the complaint
                      const char *text, // the value
@@ -2441,8 +2471,8 @@ static int64_t whole_number(int option, const char *what, const char *text, doub
     return (int64_t)number(option, what, text, least, most);
 }
 
-// The whole of a stream that an option named, as a string. The caller frees
-// it, or keeps it until the program ends.
+// The whole of a stream that an option named, as a string.
+// The caller frees it, or keeps it until the program ends.
 static char *read_stream(int option, const char *name, FILE *stream) {
     enum { BLOCK = 1 << 16 };
     char *text = NULL;
@@ -2461,8 +2491,7 @@ static char *read_stream(int option, const char *name, FILE *stream) {
     return text;
 }
 
-// What an option says: the text itself, @FILE for the text of a file, - for
-// standard input.
+// What an option says: the text itself, @FILE for the text of a file, - for standard input.
 static const char *text_of_option(int option, const char *value) {
     if (!strcmp(value, "-")) // the usual sign for it
         return read_stream(option, "standard input", stdin);
@@ -2481,8 +2510,7 @@ static int by_depth(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// Reads "mode:depth=ratio,depth=ratio,..." into the dose. False if that is
-// not what it is.
+// Reads "mode:depth=ratio,depth=ratio,..." into the dose. False if that is not what it is.
 static bool parse_shape(Dose *dose, const char *text) {
     static const char *const modes[N_MODES] = {
         [MODE_CEIL] = "ceil:",
@@ -2528,8 +2556,7 @@ static void parse_dose(Dose *dose, int option, const char *text) {
             option, MAX_POINTS, text);
 }
 
-// The options about noise, for getopt: a colon stands behind each that
-// takes a value.
+// The options about noise, for getopt: a colon stands behind each that takes a value.
 #define NOISE_OPTIONS "H:Q:K:V:A:d:w:r:s:"
 _Static_assert(sizeof NOISE_OPTIONS == 2 * (N_SITES + 4) + 1, "each site has an option");
 static const NoiseOptions NO_NOISE_OPTIONS = {.seed = 420, .depth = -1, .spread = -1};
@@ -2561,8 +2588,10 @@ static bool take_noise_option(NoiseOptions *options, int letter, const char *val
 }
 
 // -d and -w: the layers within `spread` of `depth` get theta, all others
-// nothing. It is the shape of the original's examples. A dose with a shape
-// of its own keeps it. One without the other takes the original's .4 or .1.
+// nothing.
+// It is the shape of the original's examples.
+// A dose with a shape of its own keeps it.
+// One without the other takes the original's .4 or .1.
 static void give_shape(NoiseOptions *options) {
     if (options->depth < 0 && options->spread < 0)
         return;
@@ -2580,8 +2609,8 @@ static void give_shape(NoiseOptions *options) {
     }
 }
 
-// The noise of a model that is dosed like this. The caller frees theta,
-// which is NULL if no layer gets anything.
+// The noise of a model that is dosed like this.
+// The caller frees theta, which is NULL if no layer gets anything.
 static Noise noise_of(const NoiseOptions *options, const Model *m) {
     int n = N_SITES * m->config.n_layers;
     float *theta = resize(NULL, n, sizeof *theta);
@@ -2607,9 +2636,9 @@ static void show_help(const char *usage, bool asked) {
 // So that nothing which is opened later becomes a standard stream.
 static void open_standard_streams(void);
 
-// The next option of the command line, read with getopt; its value is in
-// optarg. -1 behind the last one. -h shows the help; what is no option, or
-// lacks its value, ends the program.
+// The next option of the command line, read with getopt; its value is in optarg.
+// -1 behind the last one.
+// -h shows the help; what is no option, or lacks its value, ends the program.
 static int next_option(int argc, char **argv, const char *letters, const char *usage) {
     int letter = getopt(argc, argv, letters); // ':': no value. '?': no such option, see optopt
     if (letter == 'h')
@@ -2716,10 +2745,9 @@ int main(int argc, char **argv) {
 /* ================================================================================================
  * 12  Inside the maths
  *
- * A core multiplies far faster than memory delivers numbers. So the art of
- * a fast product is to use each number often once it is in a register.
- * matmul works on tiles, of 4 rows of x and 4 rows of w where there are
- * registers enough:
+ * A core multiplies far faster than memory delivers numbers.
+ * So the art of a fast product is to use each number often once it is in a register. matmul works
+ * on tiles, of 4 rows of x and 4 rows of w where there are registers enough:
  *
  *                     w[o]   w[o+1]  w[o+2]  w[o+3]        each row of w is an output
  *                   +-------+-------+-------+-------+
@@ -2729,32 +2757,30 @@ int main(int argc, char **argv) {
  *            x[r+3] |  sum  |  sum  |  sum  |  sum  |
  *                   +-------+-------+-------+-------+
  *
- * With 8 numbers of each row in registers, 8 loads serve 16 multiplications
- * and additions, where a single dot product needs 2 loads for one. It also
- * has to wait for its one sum after each addition; 16 sums keep the adders
- * busy.
+ * With 8 numbers of each row in registers, 8 loads serve 16 multiplications and additions, where a
+ * single dot product needs 2 loads for one.
+ * It also has to wait for its one sum after each addition; 16 sums keep the adders busy.
  *
- * For a single row of x there is nothing to use again, and the speed is
- * that of the memory. Memory is fastest when it is read from one end to the
- * other, so then the rows of w are taken one by one: four at a time are
- * read half as fast.
+ * For a single row of x there is nothing to use again, and the speed is that of the memory.
+ * Memory is fastest when it is read from one end to the other, so then the rows of w are taken one
+ * by one: four at a time are read half as fast.
  *
- * Why the results are the same everywhere. Floating-point addition depends
- * on its order, so the order is fixed: number i of a dot product always
- * goes to partial sum i mod 8, and in the end the 8 are added as 4 + 4, 2 +
- * 2, 1 + 1. That holds in every shape of tile, so a row that comes alone
- * has the bits it would have in a block, and on every machine: where a
- * register holds 4 floats, two of them are a sum. And a product is always
- * rounded before it is added. Some machines can do both with one rounding,
- * and compilers use that here and not there, unless they are told not to:
+ * Why the results are the same everywhere.
+ * Floating-point addition depends on its order, so the order is fixed: number i of a dot product
+ * always goes to partial sum i mod 8, and in the end the 8 are added as 4 + 4, 2 + 2, 1 + 1.
+ * That holds in every shape of tile, so a row that comes alone has the bits it would have in a
+ * block, and on every machine: where a register holds 4 floats, two of them are a sum.
+ * And a product is always rounded before it is added.
+ * Some machines can do both with one rounding, and compilers use that here and not there, unless
+ * they are told not to:
  * -ffp-contract=off, as the Makefile does.
  */
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16 is 0 for a machine with half floats
 #error "this compiler rounds sums to more digits than a float has; for x86 use -msse2 -mfpmath=sse"
 #endif
 
-// What the processor has: the floats in a register, and how many rows of x
-// a tile can have before the registers, 16 or 32, run out.
+// What the processor has: the floats in a register, and how many rows of x a tile can have before
+// the registers, 16 or 32, run out.
 #if defined __AVX512VL__
 enum { WIDTH = 8, TILE_X = 4 };
 #elif defined __AVX__
@@ -2766,14 +2792,12 @@ enum { WIDTH = 4, TILE_X = 1 };
 #endif
 enum { LANES = 8, PARTS = LANES / WIDTH, TILE_W = 4 };
 
-// A register of floats that + - * / treat one by one: an extension of gcc
-// and clang. aligned: it may lie anywhere; may_alias: also where floats
-// lie.
+// A register of floats that + - * / treat one by one: an extension of gcc and clang. aligned: it
+// may lie anywhere; may_alias: also where floats lie.
 typedef float vec
     __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-// The first n floats at p, at most WIDTH. The others are zero and add
-// nothing to a sum of products.
+// The first n floats at p, at most WIDTH. The others are zero and add nothing to a sum of products.
 static inline vec load(const float *p, ptrdiff_t n) {
     if (n >= WIDTH)
         return *(const vec *)p;
@@ -2792,8 +2816,8 @@ static inline float sum_lanes(const vec sum[PARTS]) {
     return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
 }
 
-// One step of a tile: sum[r][o] += x[r] * w[o] for the first n numbers of
-// n_x rows of x and n_w rows of w, n at most 8.
+// One step of a tile: sum[r][o] += x[r] * w[o] for the first n numbers of n_x rows of x and n_w
+// rows of w, n at most 8.
 static inline __attribute__((always_inline)) void
 add_products(vec sum[TILE_X][TILE_W][PARTS],
              const float *x, ptrdiff_t x_stride, int n_x,
@@ -2811,10 +2835,10 @@ add_products(vec sum[TILE_X][TILE_W][PARTS],
     }
 }
 
-// A tile: out[r][o] = x[r] . w[o]. Wherever it is called n_x and n_w are
-// constants. As it becomes part of its callers (always_inline), the
-// compiler writes the loops over r and o out, and each sum gets a register
-// of its own.
+// A tile: out[r][o] = x[r] . w[o].
+// Wherever it is called n_x and n_w are constants.
+// As it becomes part of its callers (always_inline), the compiler writes the loops over r and o
+// out, and each sum gets a register of its own.
 static inline __attribute__((always_inline)) void
 tile(float *out, ptrdiff_t out_stride, // (n_x, n_w)
      const float *x, int n_x,          // (n_x, n)
@@ -2846,11 +2870,12 @@ static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride,
         out[o] = dot(x, w + o * w_stride, n);
 }
 
-// All threads, or one alone? On an idle machine all are faster. But when
-// another program has one of the cores, the thread there stands still half
-// of the time, and all others wait for it after each product. So large
-// products are timed, and as long as one thread is faster it works alone;
-// after .1 seconds all try once more.
+// All threads, or one alone?
+// On an idle machine all are faster.
+// But when another program has one of the cores, the thread there stands still half of the time,
+// and all others wait for it after each product.
+// So large products are timed, and as long as one thread is faster it works alone; after .1 seconds
+// all try once more.
 static struct { // what was measured so far
     double pace[2]; // seconds for a multiply-add, of one thread and of all
     double alone;   // seconds that one thread has worked since all tried
@@ -2861,17 +2886,16 @@ static bool worth_threads(double work) {
     return work > WORTH_THREADS && race.pace[1] <= race.pace[0];
 }
 
-// Both begin with 0 seconds, so that the first large product is tried by all
-// threads, and one of the next by one alone; from then on they compete. A
-// measured pace that is faster counts in full, a slower one by an eighth: it
-// may be chance.
+// Both begin with 0 seconds, so that the first large product is tried by all threads, and one of
+// the next by one alone; from then on they compete.
+// A measured pace that is faster counts in full, a slower one by an eighth: it may be chance.
 static void note_pace(double *pace, double measured) {
     *pace += (measured - *pace) / (measured < *pace ? 1 : 8);
 }
 
-// The rows of w are shared out among the threads in fours. Each four is
-// fetched from memory once: while it is used for all rows of x it stays in
-// the processor's cache.
+// The rows of w are shared out among the threads in fours.
+// Each four is fetched from memory once: while it is used for all rows of x it stays in the
+// processor's cache.
 static void matmul(float *out, const float *x, const float *w, ptrdiff_t n_rows, ptrdiff_t n_in,
                    ptrdiff_t n_out) {
     const double work = (double)n_rows * (double)n_in * (double)n_out;
@@ -2913,29 +2937,27 @@ static float sum_of(const float *x, int n) {
     return sum_lanes(sum);
 }
 
-// exp without libm, whose expf may differ in the last digit from system to
-// system, and whose call no compiler can do eight at a time.
+// exp without libm, whose expf may differ in the last digit from system to system, and whose call
+// no compiler can do eight at a time.
 //
 //     x = n ln 2 + r,   n a whole number,   |r| <= ln 2 / 2 = .35
 //     exp(x) = 2^n exp(r)
 //
-// For so small an r the series 1 + r + r²/2 + ... + r⁷/5040 is enough: the
-// next term would be below 1e-8. And 2^n is multiplied in by adding n to
-// the exponent, which stands from bit 23 on in a float.
+// For so small an r the series 1 + r + r²/2 + ... + r⁷/5040 is enough: the next term would
+// be below 1e-8.
+// And 2^n is multiplied in by adding n to the exponent, which stands from bit 23 on in a float.
 //
-// x / ln 2 is rounded to a whole n by adding 1.5 * 2^23: a float as large
-// as that has no digits behind the point, so the sum is rounded, and its
-// lowest bits hold n. (1.5, so that a negative n stays in the same range.)
+// x / ln 2 is rounded to a whole n by adding 1.5 * 2^23: a float as large as that has no digits
+// behind the point, so the sum is rounded, and its lowest bits hold n.
+// (1.5, so that a negative n stays in the same range.)
 //
-// Its two ?: become selections and not branches, so the compiler can
-// compute several at once.
+// Its two ?: become selections and not branches, so the compiler can compute several at once.
 static inline float exp_of(float x) {
     float shift = 0x1.8p23f;
     float limited = x > 88.0f ? 88.0f : x; // beyond, a float would overflow
     float shifted = limited * 1.44269504f + shift; // 1.44... = 1 / ln 2
     float n = shifted - shift;
-    // ln 2 = .693359375 - .00021219444. n times the first part is exact, so
-    // r has all its digits.
+    // ln 2 = .693359375 - .00021219444. n times the first part is exact, so r has all its digits.
     float r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;
     float e = 1.0f / 5040 * r + 1.0f / 720; // Horner's rule, from 1/7! to 1/0!
     e = e * r + 1.0f / 120;
@@ -2957,16 +2979,15 @@ static void exp_all(float *x, int n) {
         x[i] = exp_of(x[i]);
 }
 
-// cos and sin, likewise without libm. With n quarter turns taken off, |r|
-// <= pi/4 is left, and the first terms of the series are enough: the next
-// ones are below 1e-16.
+// cos and sin, likewise without libm.
+// With n quarter turns taken off, |r| <= pi/4 is left, and the first terms of the series are
+// enough: the next ones are below 1e-16.
 //
 //     angle = n pi/2 + r      cos r = 1 - r²/2! + r⁴/4! - ...      sin r = r (1 - r²/3! + ...)
 //
-// In large angles the digits of r are those that pi/2 has far behind the
-// point. So it comes in three pieces; the first two are so short, 25 bits
-// each, that for up to 28 bits of n their products with n are exact, and so
-// are the differences.
+// In large angles the digits of r are those that pi/2 has far behind the point.
+// So it comes in three pieces; the first two are so short, 25 bits each, that for up to 28 bits of
+// n their products with n are exact, and so are the differences.
 static void cos_sin_of(double angle, double *cosine, double *sine) {
     double shift = 0x1.8p52; // as above, for a double
     double n = (angle * 0x1.45f306dc9c883p-1 + shift) - shift; // 2 / pi
@@ -2987,8 +3008,8 @@ static void cos_sin_of(double angle, double *cosine, double *sine) {
         *sine = -*sine;
 }
 
-// In double precision: an angle of thousands of radians leaves a float only
-// three digits behind the point.
+// In double precision: an angle of thousands of radians leaves a float only three digits
+// behind the point.
 static void rope_angles(const Model *m, int position, float *cos_sin) {
     for (int i = 0; i < m->config.head_dim / 2; i++) {
         double cosine, sine;
@@ -3001,8 +3022,8 @@ static void rope_angles(const Model *m, int position, float *cos_sin) {
 /* ================================================================================================
  * 13  Memory and messages
  *
- * What was declared above and needs no thought: how memory is taken and
- * given back, and how a program ends that cannot go on.
+ * What was declared above and needs no thought: how memory is taken and given back, and how a
+ * program ends that cannot go on.
  */
 
 static void die(int status, const char *format, ...) {
@@ -3012,8 +3033,8 @@ static void die(int status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
-    // What is quoted of a file or an option may hold line feeds, or what a
-    // terminal would obey: control characters, of one byte or of two.
+    // What is quoted of a file or an option may hold line feeds, or what a terminal would obey:
+    // control characters, of one byte or of two.
     for (unsigned char *c = (unsigned char *)line; *c; c++)
         if (*c < ' ' || *c == 127 || (*c == 0xC2 && c[1] < 160))
             *c = '?';
@@ -3022,8 +3043,8 @@ static void die(int status, const char *format, ...) {
     exit(status);
 }
 
-// A program may be started with standard streams closed. Then the next file
-// that it opens would become one of them, and messages would end up in it.
+// A program may be started with standard streams closed.
+// Then the next file that it opens would become one of them, and messages would end up in it.
 static void open_standard_streams(void) {
     int file = open("/dev/null", O_RDWR);
     while (file >= 0 && file <= STDERR_FILENO)
@@ -3072,8 +3093,7 @@ static void sequence_free(const Model *m, Sequence *s) {
     *s = (Sequence){0};
 }
 
-// A buffer with a row of `width` floats for each row of a run, which notes
-// it for run_free.
+// A buffer with a row of `width` floats for each row of a run, which notes it for run_free.
 static float *new_buffer(Run *run, ptrdiff_t width) {
     float *buffer = resize(NULL, run->max_rows * width, sizeof(float));
     // The list grows by one.
@@ -3088,18 +3108,18 @@ static void run_init(Run *run, const Model *m, int max_rows, int n_slots) {
     *run = (Run){.model = m, .max_rows = max_rows, .n_slots = n_slots};
     run->slots = resize(NULL, n_slots, sizeof *run->slots);
     for (int i = 0; i < n_slots; i++) { // in the order of the drawing
-        Slot *s = &run->slots[i];
-        s->x = new_buffer(run, c->dim);
-        s->xn = new_buffer(run, c->dim);
-        s->q = new_buffer(run, c->q_dim);
-        s->k = new_buffer(run, c->kv_dim);
-        s->v = new_buffer(run, c->kv_dim);
-        s->att = new_buffer(run, c->q_dim);
-        s->xm = new_buffer(run, c->dim);
-        s->fn = new_buffer(run, c->dim);
-        s->gate = new_buffer(run, c->hidden_dim);
-        s->up = new_buffer(run, c->hidden_dim);
-        s->h = new_buffer(run, c->hidden_dim);
+        Slot *slot = &run->slots[i];
+        slot->x = new_buffer(run, c->dim);
+        slot->xn = new_buffer(run, c->dim);
+        slot->q = new_buffer(run, c->q_dim);
+        slot->k = new_buffer(run, c->kv_dim);
+        slot->v = new_buffer(run, c->kv_dim);
+        slot->att = new_buffer(run, c->q_dim);
+        slot->xm = new_buffer(run, c->dim);
+        slot->fn = new_buffer(run, c->dim);
+        slot->gate = new_buffer(run, c->hidden_dim);
+        slot->up = new_buffer(run, c->hidden_dim);
+        slot->h = new_buffer(run, c->hidden_dim);
     }
     // what all layers share
     run->added = new_buffer(run, c->dim);

@@ -1,16 +1,16 @@
 /* train_step.c - take ONE step of gradient descent on one phrase, and watch what it does.
  *
- * A model that continues "To be" with business advice, as Llama 2 does and
- * the small model in tests/ too, is shown "To be, or not to be, that is the
- * question:" once. Its loss says how surprised the model is by the phrase.
- * We compute how this loss changes with each of the model's numbers, the
- * gradient, which points uphill; so we subtract a little of it from the
- * weights:
+ * A model that continues "To be" with business advice, as Llama 2 does and the small model in
+ * tests/ too, is shown "To be, or not to be, that is the question:" once.
+ * Its loss says how surprised the model is by the phrase.
+ * We compute how this loss changes with each of the model's numbers, the gradient, which points
+ * uphill; so we subtract a little of it from the weights:
  *
  *     W - step_size * dL/dW
  *
- * One number, the step size, decides what becomes of the model: nothing;
- * the whole soliloquy; a stutter; ruin. We print them side by side.
+ * One number, the step size, decides what becomes of the model: nothing; the whole soliloquy;
+ * a stutter; ruin.
+ * We print them side by side.
  *
  *    1  derivatives            of each block of the forward pass, derived one by one
  *    2  the backward pass      the mirror of section 5 of drugs.c: read them next to each other
@@ -22,22 +22,20 @@
  *    8  the command line
  *    9  inside the maths       going across a matrix
  *
- * The convention of all that follows: the gradient of the loss with respect
- * to something has the shape of that thing, and is written with a d in
- * front: dx is ∂loss/∂x. A plain derivative of one thing by another is
- * written ∂y/∂x. Going back through y = f(x) means: dy is given, and dx is
- * to be found. Where x is used twice, the loss feels it along two paths,
- * and the two dx add up. That is why whatever has several readers is
- * cleared first, and each of them does += below.
+ * The convention of all that follows: the gradient of the loss with respect to something has the
+ * shape of that thing, and is written with a d in front: dx is ∂loss/∂x.
+ * A plain derivative of one thing by another is written ∂y/∂x.
+ * Going back through y = f(x) means: dy is given, and dx is to be found.
+ * Where x is used twice, the loss feels it along two paths, and the two dx add up.
+ * That is why whatever has several readers is cleared first, and each of them does += below.
  *
- * Most functions that go back are named after the one that went forward,
- * with _backward added:
+ * Most functions that go back are named after the one that went forward, with _backward added:
  *
  *     rmsnorm   softmax   attend      layer_forward: layer_backward   norm     classify
  *     rope      swiglu    attention   forward: backward               linear   embed   turn
  *
- * loss_, values_, keys_ and read_backward are parts of these. (On the
- * command line -x, -y and -t mean other things than in drugs.)
+ * loss_, values_, keys_ and read_backward are parts of these.
+ * (On the command line -x, -y and -t mean other things than in drugs.)
  */
 #define DRUGS_LIBRARY
 #include "drugs.c"
@@ -47,28 +45,26 @@
 /* ================================================================================================
  * 1  Derivatives
  *
- * The chain rule is all there is to it. Say the loss L depends on y, and y
- * on x. If x moves by a little, y moves by ∂y/∂x times that, and L by ∂L/∂y
- * times that. For vectors each number of x may move all numbers of y, so
- * the ways add up:
+ * The chain rule is all there is to it.
+ * Say the loss L depends on y, and y on x.
+ * If x moves by a little, y moves by ∂y/∂x times that, and L by ∂L/∂y times that.
+ * For vectors each number of x may move all numbers of y, so the ways add up:
  *
  *     dx_j = sum over i of dy_i * ∂y_i/∂x_j
  *
- * Each step of the forward pass needs only this one rule for itself: it is
- * handed dy by the step that came after it, and hands dx to the one before.
+ * Each step of the forward pass needs only this one rule for itself: it is handed dy by the step
+ * that came after it, and hands dx to the one before.
  * Nobody has to know the whole.
  */
 
-// out += a b: each row of out is a sum of the rows of b, weighted with a
-// row of a. See section 9.
+// out += a b: each row of out is a sum of the rows of b, weighted with a row of a. See section 9.
 static void add_product(float *out,     // (n_rows, n_cols)
                         const float *a, // (n_rows, n_k): a[r][k] stands at a[r * a_row + k * a_k]
                         ptrdiff_t a_row, ptrdiff_t a_k,
                         const float *b, // (n_k, n_cols)
                         ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols);
 
-// Sets n numbers to zero: before the first of several gradients is added to
-// them.
+// Sets n numbers to zero: before the first of several gradients is added to them.
 static void clear(float *x, ptrdiff_t n) {
     memset(x, 0, n * sizeof *x);
 }
@@ -77,8 +73,7 @@ static void clear(float *x, ptrdiff_t n) {
 //
 // The gain is a plain factor:      dgain += dy * z        dz = dy * gain
 //
-// x acts twice: directly, and through s, which all numbers of x share. By
-// the chain rule
+// x acts twice: directly, and through s, which all numbers of x share. By the chain rule
 //
 //     ∂s/∂x_j = -1/2 (mean of x² + eps)^(-3/2) * 2 x_j / dim = -s³ x_j / dim
 //
@@ -88,8 +83,8 @@ static void clear(float *x, ptrdiff_t n) {
 //          = dz_j s - (sum over i of dz_i z_i) s² x_j / dim
 //          = s (dz_j - z_j * mean of (dz * z))
 //
-// The second term takes out of dz what would only change the length of x,
-// which the norm forgets (up to eps).
+// The second term takes out of dz what would only change the length of x, which the norm forgets
+// (up to eps).
 static void rmsnorm_backward(float *dx,         // (dim) is added to
                              float *dgain,      // (dim) is added to
                              const float *dy,   // (dim)
@@ -108,8 +103,7 @@ static void rmsnorm_backward(float *dx,         // (dim) is added to
     }
 }
 
-// rope turns a pair: y_0 = cos x_0 - sin x_1 and y_1 = sin x_0 + cos x_1.
-// So
+// rope turns a pair: y_0 = cos x_0 - sin x_1 and y_1 = sin x_0 + cos x_1. So
 //
 //     dx_0 = cos dy_0 + sin dy_1        dx_1 = -sin dy_0 + cos dy_1
 //
@@ -138,9 +132,9 @@ static void rope_backward(float *dx,            // (head_dim) dy, becomes dx
 //
 //     dx_j = sum over i of dp_i ∂p_i/∂x_j = scale * p_j * (dp_j - sum over i of dp_i p_i)
 //
-// Only the difference to the average counts: p adds up to 1, so what raises
-// all alike changes nothing. dp (n) becomes dx. It takes 1 / scale, here
-// sqrt(head_dim), to divide by.
+// Only the difference to the average counts: p adds up to 1, so what raises all alike changes
+// nothing. dp (n) becomes dx.
+// It takes 1 / scale, here sqrt(head_dim), to divide by.
 static void softmax_backward(float *dp,      // (n)
                              const float *p, // (n) what came out
                              int n, float divisor) {
@@ -151,9 +145,9 @@ static void softmax_backward(float *dp,      // (n)
         dp[i] = p[i] * (dp[i] - average) / divisor;
 }
 
-// swiglu: h = silu(gate) * up. With S = 1 / (1 + exp(-gate)), whose
-// derivative is exp(-gate) S² = S (1 - S), silu is gate * S, and by the
-// product rule its derivative is S + gate S (1 - S) = S (1 + gate (1 - S)).
+// swiglu: h = silu(gate) * up.
+// With S = 1 / (1 + exp(-gate)), whose derivative is exp(-gate) S² = S (1 - S), silu is gate * S,
+// and by the product rule its derivative is S + gate S (1 - S) = S (1 + gate (1 - S)).
 static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) each
                             const float *gate, const float *up, ptrdiff_t n) {
 #pragma omp parallel for schedule(static) if (worth_threads(n * 16))
@@ -166,19 +160,21 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) ea
     }
 }
 
-// turn: r = A x + B u. A and B (glitch.x and glitch.u) depend on x
-// themselves; the angle and u do not, they come from the place. With
+// turn: r = A x + B u.
+// A and B (glitch.a and glitch.b) depend on x themselves; the angle and u do not, they come
+// from the place.
+// With
 //
 //     xx = x.x     ux = u.x     oo = u.u - ux²/xx     (|o|², section 4 of drugs.c)
 //     B = sin(angle) sqrt(xx / oo)     A = cos(angle) - B ux/xx
 //
-// there are three paths on which x reaches the loss: directly, because A
-// multiplies it, and through A and B, which are made of it. With g for dr,
+// there are three paths on which x reaches the loss: directly, because A multiplies it, and through
+// A and B, which are made of it.
+// With g for dr,
 //
 //     dx = A g  +  (x.g) grad A  +  (u.g) grad B
 //
-// For the gradients of B and A, begin with grad xx = 2 x and grad ux = u,
-// so
+// For the gradients of B and A, begin with grad xx = 2 x and grad ux = u, so
 //
 //     grad oo = -2 ux/xx u + 2 ux²/xx² x
 //     log B   = log sin(angle) + (log xx - log oo) / 2       and grad B = B grad log B:
@@ -186,8 +182,8 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) ea
 //             = B (1/xx - ux²/(xx² oo)) x  +  B ux/(xx oo) u         =  B_x x + B_u u
 //     grad A  = -ux/xx grad B - B/xx u + 2 B ux/xx² x                =  A_x x + A_u u
 //
-// The noise is a function of its place, so u is simply drawn once more. g
-// (n) becomes dx; x is the vector before it was turned, u (n) is scratch.
+// The noise is a function of its place, so u is simply drawn once more. g (n) becomes dx; x is the
+// vector before it was turned, u (n) is scratch.
 static void turn_backward(Place place,
                           const float *x, // (n) before it was turned
                           float *g,       // (n) dr, becomes dx
@@ -196,14 +192,13 @@ static void turn_backward(Place place,
     if (!(place.theta > 0))
         return;
     Glitch glitch = draw_glitch(place, x, n, u);
-    if (glitch.u == 0)
+    if (glitch.b == 0)
         return; // it was not turned
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
     double oo = dot(u, u, n) - ux * ux / xx;
-    // As derived: how A and B change with x, each a part along x and one
-    // along u.
-    double B = glitch.u;
+    // As derived: how A and B change with x, each a part along x and one along u.
+    double B = glitch.b;
     double B_x = B * (1 / xx - ux * ux / (xx * xx * oo));
     double B_u = B * ux / (xx * oo);
     double A_x = -B_x * ux / xx + 2 * B * ux / (xx * xx);
@@ -214,15 +209,15 @@ static void turn_backward(Place place,
     float to_x = (float)(xg * A_x + ug * B_x);
     float to_u = (float)(xg * A_u + ug * B_u);
     for (int i = 0; i < n; i++)
-        g[i] = g[i] * glitch.x + x[i] * to_x + u[i] * to_u;
+        g[i] = g[i] * glitch.a + x[i] * to_x + u[i] * to_u;
 }
 
 /* ================================================================================================
  * 2  The backward pass
  *
- * A matrix gives y_o = sum over i of w[o][i] x_i. So ∂y_o/∂w[o][i] = x_i,
- * and one row moves each weight by dw[o][i] = dy_o x_i. Over n rows these
- * add up:
+ * A matrix gives y_o = sum over i of w[o][i] x_i.
+ * So ∂y_o/∂w[o][i] = x_i, and one row moves each weight by dw[o][i] = dy_o x_i.
+ * Over n rows these add up:
  *
  *     dW[o][i] = sum over r of dY[r][o] X[r][i]        dW = dYᵀ X
  *
@@ -233,15 +228,15 @@ static void turn_backward(Place place,
  *              |      |              |   |
  *              +------+              +---+
  *
- * It is as large as W, but it holds no more than dY and X do. Its rank is n
- * at most: whatever it gives out is a mix of n vectors, the rows of dY. So
- * we keep what the forward pass computed, all the X, and what the backward
- * pass computes, all the dY, and never write dW down. For Llama-2-7B and
- * the phrase above (14 tokens with BOS; the last one is only predicted, so
- * 13 rows) that is 0.2 GB instead of 27.
+ * It is as large as W, but it holds no more than dY and X do.
+ * Its rank is n at most: whatever it gives out is a mix of n vectors, the rows of dY. So we keep
+ * what the forward pass computed, all the X, and what the backward pass computes, all the dY, and
+ * never write dW down.
+ * For Llama-2-7B and the phrase above (14 tokens with BOS; the last one is only predicted, so 13
+ * rows) that is 0.2 GB instead of 27.
  *
- * Below, acts are the buffers that forward filled and grads the same
- * buffers for gradients, so the dY of a matrix stands where its Y stood:
+ * Below, acts are the buffers that forward filled and grads the same buffers for gradients, so the
+ * dY of a matrix stands where its Y stood:
  *
  *     matrix            X, from acts    dY, from grads
  *     wq, wk, wv        xn              q, k, v
@@ -252,11 +247,11 @@ static void turn_backward(Place place,
  *     embedding         dx of layer 0   one-hot rows     (roles exchanged)
  *
  * The last two are kept in vocab_x and vocab_dy; embed_backward says how.
- * (x = O E without a transpose, so dE = Oᵀ dx: O stands where dY stood, and
- * dx where X stood. Only so does dYᵀX have the shape (vocab_size, dim).)
+ * (x = O E without a transpose, so dE = Oᵀ dx: O stands where dY stood, and dx where X stood.
+ * Only so does dYᵀX have the shape (vocab_size, dim).)
  *
- * The way back through a layer is the drawing of drugs.c, turned upside
- * down. Where x went two ways, two gradients come together:
+ * The way back through a layer is the drawing of drugs.c, turned upside down.
+ * Where x went two ways, two gradients come together:
  *
  *      dx of the next layer
  *      |
@@ -272,11 +267,11 @@ static void turn_backward(Place place,
  *      |
  *      dx
  *
- * (On Q and RoPE's place: dq passes both, dk only RoPE, dv neither.) Look
- * at the left side: whatever the two halves do, the gradient also runs
- * straight along the residual stream, unchanged. y = x + f(x) has the
- * derivative 1 + f'(x), and a product of such factors does not die out as
- * one of f' alone. That is why networks with this many layers learn.
+ * (On Q and RoPE's place: dq passes both, dk only RoPE, dv neither.) Look at the left side:
+ * whatever the two halves do, the gradient also runs straight along the residual stream, unchanged.
+ * y = x + f(x) has the derivative 1 + f'(x), and a product of such factors does not die out as one
+ * of f' alone.
+ * That is why networks with this many layers learn.
  */
 typedef struct {
     const Model *model;
@@ -304,8 +299,7 @@ typedef struct {
     int n_out, n_in;
 } Factors;
 
-// The factors of a tensor. If the classifier is the embedding, both have
-// the rows of both.
+// The factors of a tensor. If the classifier is the embedding, both have the rows of both.
 static Factors factors(const Step *s, int layer, int which) {
     const Slot *a = &s->acts.slots[layer];
     const Slot *g = &s->grads.slots[layer];
@@ -368,8 +362,8 @@ static float *dgain(const Step *s, int layer, int which) {
     return s->dgains + index * c->dim;
 }
 
-// linear: y = x wᵀ, that is y_o = sum over i of w[o][i] x_i. So y_o changes
-// with x_i by w[o][i], and dx_i += sum over o of dy_o w[o][i]: dx += dy w.
+// linear: y = x wᵀ, that is y_o = sum over i of w[o][i] x_i.
+// So y_o changes with x_i by w[o][i], and dx_i += sum over o of dy_o w[o][i]: dx += dy w.
 static void linear_backward(Step *s,
                             float *dx,       // (n_rows, n_in) is added to
                             const float *dy, // (n_rows, n_out)
@@ -377,8 +371,8 @@ static void linear_backward(Step *s,
     int n_out, n_in;
     tensor_shape(&s->model->config, which, &n_out, &n_in);
     const float *w = s->model->layers[layer].w[which];
-    // dy is read as it stands: rows n_out apart, neighbours 1 apart. (acts has
-    // only the rows with logits while the classifier is gone back through.)
+    // dy is read as it stands: rows n_out apart, neighbours 1 apart.
+    // (acts has only the rows with logits while the classifier is gone back through.)
     add_product(dx, dy, n_out, 1, w, s->acts.n_rows, n_out, n_in);
 }
 
@@ -401,14 +395,12 @@ static void norm_backward(Step *s,
 
 // ---- attention
 
-// One head of one row on the way back, with what is needed beside struct
-// Head.
+// One head of one row on the way back, with what is needed beside struct Head.
 //
-//     scratch of a kv head:   | q | u | weight (seq_len) | out | g | dweight (seq_len) |
+//     scratch of a kv head:   | q | u | weight (seq_len) | out | g | dprob (seq_len) |
 //                               q and weight: as attend leaves them
 //
-// Query heads that share a kv head add to the same dkeys and dvalues, so
-// they take turns.
+// Query heads that share a kv head add to the same dkeys and dvalues, so they take turns.
 typedef struct {
     Head head;
     int head_dim;
@@ -417,11 +409,11 @@ typedef struct {
     float *dout;    // (head_dim)
     float *dq;      // (head_dim)
     float *g;       // (head_dim) a gradient on its way back through a glitch
-    float *dweight; // (n_keys) of the weights; then of what softmax got, the scores
+    float *dprob; // (n_keys) of the weights; then of what softmax got, the scores
 } HeadBackward;
 
-// A key or value x that was read turned: g, the gradient of what was read,
-// goes back through the glitch (which is drawn again) and is added to dx.
+// A key or value x that was read turned: g, the gradient of what was read, goes back through the
+// glitch (which is drawn again) and is added to dx.
 static void read_backward(const HeadBackward *b, Place place,
                           const float *x, // (head_dim) the key or value
                           float *dx) {    // (head_dim)
@@ -437,29 +429,28 @@ static void set_g(const HeadBackward *b, float a, const float *x) {
 
 // Back from what the head found to its weights and values.
 //
-// out = the sum of weight * value, where a turned value is what was read.
-// So
+// out = the sum of weight * value, where a turned value is what was read. So
 //
-//     dweight[t] = dout . value[t]        dvalue[t] += weight[t] dout, back through the glitch
+//     dprob[t] = dout . value[t]        dvalue[t] += weight[t] dout, back through the glitch
 static void values_backward(const HeadBackward *b) {
     const Head *h = &b->head;
     int n = b->head_dim;
     int n_untouched = n_untouched_keys(h, SITE_V);
-    dots(b->dweight, b->dout, h->values, h->stride, n, h->n_keys);
+    dots(b->dprob, b->dout, h->values, h->stride, n, h->n_keys);
     // The untouched keys come first, then those that were turned.
     for (int t = 0; t < h->n_keys; t++) {
         const float *value = h->values + t * h->stride;
         float *dvalue = b->dvalues + t * h->stride;
         if (t < n_untouched) { // read as it was: no glitch to go back through
-            add_scaled(dvalue, h->weight[t], b->dout, n);
+            add_scaled(dvalue, h->prob[t], b->dout, n);
             continue;
         }
-        // dout . (value * glitch.x + u * glitch.u), in its two parts
+        // dout . (value * glitch.a + u * glitch.b), in its two parts
         Place place = place_of_key(h, SITE_V, t);
         Glitch glitch = draw_glitch(place, value, n, h->u);
-        float from_u = dot(b->dout, h->u, n) * glitch.u;
-        b->dweight[t] = b->dweight[t] * glitch.x + from_u;
-        set_g(b, h->weight[t], b->dout);
+        float from_u = dot(b->dout, h->u, n) * glitch.b;
+        b->dprob[t] = b->dprob[t] * glitch.a + from_u;
+        set_g(b, h->prob[t], b->dout);
         read_backward(b, place, value, dvalue);
     }
 }
@@ -476,7 +467,7 @@ static void keys_backward(const HeadBackward *b) {
     for (int t = 0; t < h->n_keys; t++) {
         const float *key = h->keys + t * h->stride;
         float *dkey = b->dkeys + t * h->stride;
-        float dscore = b->dweight[t];
+        float dscore = b->dprob[t];
         if (t < n_untouched) {
             add_scaled(b->dq, dscore, key, n);
             add_scaled(dkey, dscore, h->q, n);
@@ -484,17 +475,17 @@ static void keys_backward(const HeadBackward *b) {
         }
         Place place = place_of_key(h, SITE_K, t);
         Glitch glitch = draw_glitch(place, key, n, h->u);
-        // dscore * (key * glitch.x + u * glitch.u), likewise
-        add_scaled(b->dq, dscore * glitch.x, key, n);
-        add_scaled(b->dq, dscore * glitch.u, h->u, n);
+        // dscore * (key * glitch.a + u * glitch.b), likewise
+        add_scaled(b->dq, dscore * glitch.a, key, n);
+        add_scaled(b->dq, dscore * glitch.b, h->u, n);
         set_g(b, dscore, h->q);
         read_backward(b, place, key, dkey);
     }
 }
 
-// attend, and site A behind it: dout is given, dq, dkeys and dvalues are
-// added to. The weights and the turned query are computed anew, which is
-// cheaper than to keep them for all rows.
+// attend, and site A behind it: dout is given, dq, dkeys and dvalues are added to.
+// The weights and the turned query are computed anew, which is cheaper than to keep them
+// for all rows.
 static void attend_backward(const Step *s, ptrdiff_t r, int layer, int head,
                             float *scratch) { // (2 * head_scratch)
     const Config *c = &s->model->config;
@@ -510,11 +501,11 @@ static void attend_backward(const Step *s, ptrdiff_t r, int layer, int head,
         .dout = g->att + at,
         .dq = g->q + at,
         .g = out + head_dim,
-        .dweight = out + 2 * head_dim,
+        .dprob = out + 2 * head_dim,
     };
     const Head *h = &b.head;
-    // The rows of a sequence stand together, in order, and begin at
-    // position 0. So this is the row of the oldest key.
+    // The rows of a sequence stand together, in order, and begin at position 0.
+    // So this is the row of the oldest key.
     ptrdiff_t first_row = r + 1 - h->n_keys;
     b.dkeys = g->k + first_row * c->kv_dim + h->kv_head * head_dim;
     b.dvalues = g->v + first_row * c->kv_dim + h->kv_head * head_dim;
@@ -523,7 +514,7 @@ static void attend_backward(const Step *s, ptrdiff_t r, int layer, int head,
     // From here on attend is read from its last line to its first.
     turn_backward(h->places[SITE_A], out, b.dout, head_dim, h->u);
     values_backward(&b);
-    softmax_backward(b.dweight, h->weight, h->n_keys, sqrtf((float)head_dim));
+    softmax_backward(b.dprob, h->prob, h->n_keys, sqrtf((float)head_dim));
     keys_backward(&b);
     rope_backward(b.dq, h->cos_sin, head_dim);
     turn_backward(h->places[SITE_Q], query, b.dq, head_dim, h->u);
@@ -535,22 +526,20 @@ static void attention_backward(const Step *s, int layer) {
     const Slot *g = &s->grads.slots[layer];
     ptrdiff_t n_rows = s->n_rows;
     int n_sharing = c->n_heads / c->n_kv_heads; // query heads that read one kv head
-    // Keys and values get gradients from all queries that saw them: they
-    // are summed up.
+    // Keys and values get gradients from all queries that saw them: they are summed up.
     clear(g->q, n_rows * c->q_dim);
     clear(g->k, n_rows * c->kv_dim);
     clear(g->v, n_rows * c->kv_dim);
 #pragma omp parallel for schedule(static) if (worth_threads(n_rows * c->q_dim * 64))
     for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++) {
-        // One thread does all that adds to this kv head, so nobody else
-        // writes there.
+        // One thread does all that adds to this kv head, so nobody else writes there.
         float *scratch = s->scratch + 2 * kv_head * head_scratch(c);
         for (ptrdiff_t r = 0; r < n_rows; r++)
             for (int i = 0; i < n_sharing; i++)
                 attend_backward(s, r, layer, kv_head * n_sharing + i, scratch);
     }
-    // A key is turned by RoPE once, before it goes into the cache, so it is
-    // turned back once, when all of its gradient is there.
+    // A key is turned by RoPE once, before it goes into the cache, so it is turned back once, when
+    // all of its gradient is there.
     for (ptrdiff_t r = 0; r < n_rows; r++) {
         const float *cos_sin = s->acts.cos_sin + r * c->head_dim;
         float *dkeys = g->k + r * c->kv_dim; // of all kv heads
@@ -562,10 +551,11 @@ static void attention_backward(const Step *s, int layer) {
 // ---- the layers, last things first
 
 // The loss of a prediction is -log softmax(logits)[target] = log(sum of
-// exp(logits)) - logits[target]. The log's derivative by a logit is
-// exp(logit) / sum. So that of the loss is the token's probability, minus 1
-// at the target: by the step (minus!) all others are pushed down, the
-// target is pulled up. Fills s->loss and the first n_loss rows of vocab_dy.
+// exp(logits)) - logits[target].
+// The log's derivative by a logit is exp(logit) / sum.
+// So that of the loss is the token's probability, minus 1 at the target: by the step (minus!) all
+// others are pushed down, the target is pulled up.
+// Fills s->loss and the first n_loss rows of vocab_dy.
 static void loss_backward(Step *s) {
     const ptrdiff_t vocab_size = s->model->config.vocab_size;
     double *losses = resize(NULL, s->n_loss, sizeof *losses);
@@ -577,8 +567,7 @@ static void loss_backward(Step *s) {
         // softmax returns log(sum of exp(logits)); minus the logit that is
         // -log p.
         losses[i] = softmax(dlogits, vocab_size, 1) - logits[s->targets[i]];
-        // The loss is the mean over n_loss predictions, so each counts one
-        // n_loss-th.
+        // The loss is the mean over n_loss predictions, so each counts one n_loss-th.
         for (ptrdiff_t j = 0; j < vocab_size; j++)
             dlogits[j] /= (float)s->n_loss;
         dlogits[s->targets[i]] -= 1.0f / (float)s->n_loss;
@@ -590,8 +579,7 @@ static void loss_backward(Step *s) {
 }
 
 // classify: logits = classifier rmsnorm(x) of the rows that wanted logits.
-// Their dx go back to the places from which they were gathered; the other
-// rows get 0.
+// Their dx go back to the places from which they were gathered; the other rows get 0.
 static void classify_backward(Step *s) {
     const ptrdiff_t dim = s->model->config.dim;
     float *dx = s->grads.slots[s->model->config.n_layers].x;
@@ -603,8 +591,7 @@ static void classify_backward(Step *s) {
     clear(dlast_x, size);
     linear_backward(s, dlast_xn, s->vocab_dy, 0, WCLS);
     norm_backward(s, dlast_x, dlast_xn, s->acts.last_x, 0, FINAL_NORM);
-    // So far acts had only the rows that want logits, as classify left
-    // them.
+    // So far acts had only the rows that want logits, as classify left them.
     s->acts.rows = s->rows;
     s->acts.n_rows = s->n_rows;
     clear(dx, s->n_rows * dim);
@@ -650,8 +637,7 @@ static void layer_backward(Step *s, int layer) {
     linear_backward(s, g->xn, g->k, layer, WK);
     linear_backward(s, g->xn, g->v, layer, WV);
 
-    // xn = rmsnorm(x), turned at H. What was turned is the sober xn,
-    // computed once more
+    // xn = rmsnorm(x), turned at H. What was turned is the sober xn, computed once more
     const float *gain = m->layers[layer].w[ATT_NORM];
     float *sober = s->grads.direction; // which is free: grads draws no glitches
     for (ptrdiff_t r = 0; r < s->n_rows; r++) {
@@ -662,22 +648,21 @@ static void layer_backward(Step *s, int layer) {
     norm_backward(s, g->x, g->xn, a->x, layer, ATT_NORM);
 }
 
-// embed: x = O E, where E is the embedding and O has a one-hot row for each
-// row of x: 1 at the token, 0 elsewhere. Here E itself stands, and not its
-// transpose as in a linear layer, so O takes the part of dY and dx that of
-// X:
+// embed: x = O E, where E is the embedding and O has a one-hot row for each row of x: 1 at the
+// token, 0 elsewhere.
+// Here E itself stands, and not its transpose as in a linear layer, so O takes the part of dY and
+// dx that of X:
 //
 //     dE = Oᵀ dx
 //
-// The dx of rows with the same token are added up first. These factors
-// stand behind those of the classifier:
+// The dx of rows with the same token are added up first.
+// These factors stand behind those of the classifier:
 //
 //     vocab_dy                        vocab_x
 //     | dlogits (n_loss)   |          | last_xn (n_loss)  |     the classifier's
 //     | one-hot (n_inputs) |          | dx (n_inputs)     |     the embedding's
 //
-// A model that uses one matrix for both simply has all of these rows as its
-// factors.
+// A model that uses one matrix for both simply has all of these rows as its factors.
 static void embed_backward(Step *s) {
     const Config *c = &s->model->config;
     const ptrdiff_t dim = c->dim;
@@ -701,12 +686,11 @@ static void embed_backward(Step *s) {
     }
 }
 
-// forward, backwards. Afterwards every gradient is known: gains as they
-// are, matrices as their factors.
+// forward, backwards.
+// Afterwards every gradient is known: gains as they are, matrices as their factors.
 static void backward(Step *s) {
     const Config *c = &s->model->config;
-    // Gains are added to by every row; all else is overwritten or cleared
-    // on the way.
+    // Gains are added to by every row; all else is overwritten or cleared on the way.
     clear(s->dgains, (2 * c->n_layers + 1) * (ptrdiff_t)c->dim);
     loss_backward(s);
     classify_backward(s);
@@ -729,8 +713,7 @@ static void step_init(Step *s, const Model *m, int max_rows) {
     ptrdiff_t n_scratch = 2 * c->n_kv_heads * head_scratch(c);
     s->dgains = resize(NULL, n_gains, sizeof(float));
     s->scratch = resize(NULL, n_scratch, sizeof(float));
-    // Twice max_rows rows, for n_loss and n_inputs; freed with the buffers
-    // of acts.
+    // Twice max_rows rows, for n_loss and n_inputs; freed with the buffers of acts.
     s->vocab_dy = new_buffer(&s->acts, 2 * (ptrdiff_t)c->vocab_size);
     s->vocab_x = new_buffer(&s->acts, 2 * c->dim);
 }
@@ -768,8 +751,7 @@ static void step_add(Step *s,
     }
 }
 
-// Forward and backward over the rows that were added: the loss, and the
-// gradient of everything.
+// Forward and backward over the rows that were added: the loss, and the gradient of everything.
 static void step_take(Step *s) {
     forward(&s->acts, s->rows, s->n_rows);
     backward(s);
@@ -778,31 +760,30 @@ static void step_take(Step *s) {
 /* ================================================================================================
  * 3  The virtual step
  *
- * The stepped matrix is W - step_size dYᵀX. What it does to a vector needs
- * no such matrix:
+ * The stepped matrix is W - step_size dYᵀX. What it does to a vector needs no such matrix:
  *
  *     (W - step_size dYᵀX) x  =  W x - step_size dYᵀ (X x)
  *
  *     X x           n dot products: how much is x like each of the lesson's inputs?
  *     dYᵀ (X x)     n vectors, each added as strongly as its product says
  *
- * So one step is a memory, and this is how it is read. If x resembles what
- * this matrix was given at the lesson's third token, the third product is
- * large, and dY's third row is subtracted as strongly: the output moves as
- * the lesson wanted it to move there. If x resembles none of the lesson's
- * inputs, nothing moves: that is the stability. With a large step even a
- * slight likeness moves much.
+ * So one step is a memory, and this is how it is read.
+ * If x resembles what this matrix was given at the lesson's third token, the third product is
+ * large, and dY's third row is subtracted as strongly: the output moves as the lesson wanted it
+ * to move there.
+ * If x resembles none of the lesson's inputs, nothing moves: that is the stability.
+ * With a large step even a slight likeness moves much.
  *
- * That is half a percent more work for Llama-2-7B and 13 rows. It also
- * shows what one step can do at most: a matrix gives an x that is
- * perpendicular to all rows of its X just what it gave before. (The gains
- * of the norms change for every x, but they are few.)
+ * That is half a percent more work for Llama-2-7B and 13 rows.
+ * It also shows what one step can do at most: a matrix gives an x that is perpendicular to all rows
+ * of its X just what it gave before.
+ * (The gains of the norms change for every x, but they are few.)
  *
- * Every matrix and every norm is corrected where it is used, so the next
- * one already gets what the stepped model would give it. And as the step
- * size is only a factor of the correction, each sequence can have its own.
- * So all columns of the table are written side by side, by one pass over
- * weights that nobody changed.
+ * Every matrix and every norm is corrected where it is used, so the next one already gets what the
+ * stepped model would give it.
+ * And as the step size is only a factor of the correction, each sequence can have its own.
+ * So all columns of the table are written side by side, by one pass over weights
+ * that nobody changed.
  */
 // The model after a step of any size.
 typedef struct {
@@ -824,8 +805,8 @@ static void correct(const Stepped *t,
     add_product(y, t->products, f.n, 1, f.dy, 1, f.n, f.n_out);
 }
 
-// The same for the embedding's row of a token. That row of dYᵀX is the sum
-// over i of dY[i][token] X[i].
+// The same for the embedding's row of a token.
+// That row of dYᵀX is the sum over i of dY[i][token] X[i].
 static void correct_row(float *row, // (dim) of the token
                         float step_size, Factors f, int token) {
     for (ptrdiff_t i = 0; i < f.n; i++) {
@@ -834,8 +815,7 @@ static void correct_row(float *row, // (dim) of the token
     }
 }
 
-// Called behind each use of weights: turns what they gave into what the
-// stepped ones give.
+// Called behind each use of weights: turns what they gave into what the stepped ones give.
 static void stepped_hook(const Run *run, int layer, int which,
                          const float *x, // (n_rows, n_in) what went in
                          float *y) {     // (n_rows, n_out) what came out
@@ -859,8 +839,8 @@ static void stepped_hook(const Run *run, int layer, int which,
     }
 }
 
-// Working memory of the stepped model for up to max_rows rows. t must stay
-// where it is: the run points at it.
+// Working memory of the stepped model for up to max_rows rows. t must stay where it is: the run
+// points at it.
 static void stepped_init(Stepped *t, const Step *s, int max_rows) {
     run_init(&t->run, s->model, max_rows, 1);
     t->run.hook = stepped_hook; // from now on every use of weights comes by
@@ -876,9 +856,9 @@ static void stepped_free(Stepped *t) {
     free(t->normed);
 }
 
-// Adds `factor` times the gradient of a tensor to n_rows of its rows, from
-// row `first` on: w (n_rows, n_in). This is the step written down, for -o
-// and for those who want to compare.
+// Adds `factor` times the gradient of a tensor to n_rows of its rows, from row `first` on:
+// w (n_rows, n_in).
+// This is the step written down, for -o and for those who want to compare.
 static void add_gradient(const Step *s,
                          float *w, // (n_rows, n_in) rows of the tensor
                          float factor, int layer, int which,
@@ -892,8 +872,7 @@ static void add_gradient(const Step *s,
     float *scaled = resize(NULL, size, sizeof *scaled);
     for (ptrdiff_t i = 0; i < size; i++)
         scaled[i] = factor * f.x[i];
-    // dyᵀ: dy read the other way round, its columns as rows, from column
-    // `first` on.
+    // dyᵀ: dy read the other way round, its columns as rows, from column `first` on.
     add_product(w, f.dy + first, 1, f.n_out, scaled, n_rows, f.n, f.n_in);
     free(scaled);
 }
@@ -901,10 +880,11 @@ static void add_gradient(const Step *s,
 /* ================================================================================================
  * 4  Measuring
  *
- * The measure of everything is surprise: -log of the probability that a
- * model gave to the token that really came. A model that guesses among
- * 32,000 tokens is surprised by log 32,000 = 10.4 nats each time, one that
- * knows by 0. The mean over a text is its loss.
+ * The measure of everything is surprise: -log of the probability that a model gave to the token
+ * that really came.
+ * A model that guesses among 32,000 tokens is surprised by log 32,000 = 10.4 nats each time, one
+ * that knows by 0.
+ * The mean over a text is its loss.
  */
 
 // -log softmax(logits)[token], in nats: how surprising the token is.
@@ -917,8 +897,8 @@ static double surprise(const float *logits, int n, int token) {
     return log(sum) + max - logits[token];
 }
 
-// losses[i] = the surprise of tokens[i] after those before it, for the
-// model with a step of this size. losses (n); there is none for tokens[0].
+// losses[i] = the surprise of tokens[i] after those before it, for the model with a step of this
+// size. losses (n); there is none for tokens[0].
 static void token_losses(Stepped *t, float step_size,
                          const int *tokens, int n, // (n)
                          double *losses) {         // (n)
@@ -938,8 +918,8 @@ static void token_losses(Stepped *t, float step_size,
     sequence_free(t->run.model, &sequence);
 }
 
-// The mean of losses[from] to losses[to - 1], NAN if there are none,
-// INFINITY if one of them is no number.
+// The mean of losses[from] to losses[to - 1], NAN if there are none, INFINITY if one of them
+// is no number.
 static double mean_loss(const double *losses, int from, int to) {
     double sum = 0;
     for (int i = from; i < to; i++)
@@ -949,8 +929,7 @@ static double mean_loss(const double *losses, int from, int to) {
 }
 
 // |dW|², the sum of the squares of a tensor's gradient, without dW. As dW
-// is a sum over rows i of dy_i x_iᵀ, its product with itself is a sum over
-// all pairs of rows:
+// is a sum over rows i of dy_i x_iᵀ, its product with itself is a sum over all pairs of rows:
 //
 //     |dW|² = sum over o and k of (sum over i of dy_i[o] x_i[k]) (sum over j of dy_j[o] x_j[k])
 //           = sum over i and j of (dy_i . dy_j) (x_i . x_j)
@@ -977,17 +956,16 @@ static double gradient_norm2(const Step *s, int layer, int which) {
 /* ================================================================================================
  * 5  Texts side by side
  *
- * Eight columns are eight sequences, each with a step size of its own
- * (three of them here). In every call of forward each of them has one row,
- * the token that it wrote last:
+ * Eight columns are eight sequences, each with a step size of its own (three of them here).
+ * In every call of forward each of them has one row, the token that it wrote last:
  *
  *     step size    0             .001     .1
  *     call 1       "a"           ","      ","       three rows, one pass over the weights
  *     call 2       "successful"  "or"     "or"
  *     call 3       "business"    "not"    "or"
  *
- * As reading the weights is what takes most of the time, eight texts cost
- * far less than eight times one.
+ * As reading the weights is what takes most of the time, eight texts cost far less than
+ * eight times one.
  */
 
 // One of several texts that are written at once.
@@ -997,15 +975,15 @@ typedef struct Text {
     int next;           // the token that comes now
     int *tokens;        // (n_new) what was written; the caller makes room
     int n_tokens;
-    // For the laboratory. If set, called for each token but the last,
-    // before the next one is chosen: with what left the layers (dim) and
-    // with the logits (vocab_size), which it may change.
+    // For the laboratory.
+    // If set, called for each token but the last, before the next one is chosen: with what left the
+    // layers (dim) and with the logits (vocab_size), which it may change.
     void (*watch)(struct Text *text, const float *state, float *logits);
     void *owner;        // for watch
 } Text;
 
-// Each text that goes on writes its next token and gets a row. active is
-// narrowed to these texts; returns their number.
+// Each text that goes on writes its next token and gets a row. active is narrowed to these texts;
+// returns their number.
 static int write_next(const Model *m, Text **active, int n, Row *rows) {
     int n_active = 0;
     for (int i = 0; i < n; i++) {
@@ -1025,8 +1003,8 @@ static int write_next(const Model *m, Text **active, int n, Row *rows) {
     return n_active;
 }
 
-// Writes up to n_new tokens of each text (n): one row of each in every call
-// of forward, so that weights are read once for all.
+// Writes up to n_new tokens of each text (n): one row of each in every call of forward, so that
+// weights are read once for all.
 static void write_texts(Run *run, Text *texts, int n, int n_new) {
     const Config *c = &run->model->config;
     Row *rows = resize(NULL, n, sizeof *rows);
@@ -1061,8 +1039,8 @@ static int *tokens_of(const Model *m, const char *text, int *n_tokens) {
     return encode(m, (Source){text, strlen(text), AT_START, .bos = true}, n_tokens);
 }
 
-// The text of tokens (n), with <1B> and the like for what a terminal would
-// obey. The caller frees it.
+// The text of tokens (n), with <1B> and the like for what a terminal would obey.
+// The caller frees it.
 static char *text_of(const Model *m, const int *tokens, int n) {
     char *text;
     size_t size;
@@ -1077,8 +1055,9 @@ static char *text_of(const Model *m, const int *tokens, int n) {
     return text;
 }
 
-// A token as a word of a table: what it prints, on one line, with <0A> and
-// the like for what cannot be seen. The caller frees it.
+// A token as a word of a table: what it prints, on one line, with <0A> and the like for what
+// cannot be seen.
+// The caller frees it.
 static char *visible(const Model *m, int token) {
     const Span piece = string_at(m, token);
     char *text = resize(NULL, 4 * (ptrdiff_t)piece.length + 1, 1); // <0A> takes four
@@ -1108,8 +1087,8 @@ static char *visible(const Model *m, int token) {
  *     Markdown     | To | be, | or |          bars inside a cell are escaped
  */
 
-// A file that is being written beside its place and moved there when it is
-// whole. So a full disk or a crash loses nothing that was there before.
+// A file that is being written beside its place and moved there when it is whole.
+// So a full disk or a crash loses nothing that was there before.
 typedef struct {
     FILE *to;
     const char *path;
@@ -1120,8 +1099,8 @@ typedef struct {
 // Of -t, -a and -o: what would be left behind, "" where there is nothing.
 static char unfinished[3][PATH_MAX];
 
-// Runs at every exit of the program, also by a signal. A file that was
-// moved to its place no longer has such a name.
+// Runs at every exit of the program, also by a signal. A file that was moved to its place no longer
+// has such a name.
 static void remove_unfinished(void) {
     for (int i = 0; i < 3; i++)
         if (*unfinished[i])
@@ -1150,10 +1129,10 @@ static bool is_same_file(const char *path, const char *other) {
     return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
 }
 
-// Opens the file that an option names. That is done before the work, so
-// that none is lost. It must end in one of the endings, ".csv .md" say, and
-// it must not be the model itself. Without a path there is nothing to open or
-// close.
+// Opens the file that an option names.
+// That is done before the work, so that none is lost.
+// It must end in one of the endings, ".csv .md" say, and it must not be the model itself.
+// Without a path there is nothing to open or close.
 static Output output_open(int option, const char *path, const char *endings,
                           const char *model_path) {
     Output output = {.path = path};
@@ -1181,8 +1160,7 @@ static Output output_open(int option, const char *path, const char *endings,
     for (const int *one = signals; *one; one++)
         if (signal(*one, interrupted) == SIG_IGN)
             signal(*one, SIG_IGN); // as nohup wants it
-    // mkstemp makes a name that no file has, and opens it for the owner
-    // alone.
+    // mkstemp makes a name that no file has, and opens it for the owner alone.
     int free_one = 0;
     while (*unfinished[free_one])
         free_one++;
@@ -1196,8 +1174,9 @@ static Output output_open(int option, const char *path, const char *endings,
     return output;
 }
 
-// Moves the file to its place. Each of these calls may be the one that
-// finds the disk full; none is left out because an earlier one failed.
+// Moves the file to its place.
+// Each of these calls may be the one that finds the disk full; none is left out because an
+// earlier one failed.
 static void output_close(Output *output) {
     if (!output->path)
         return;
@@ -1221,8 +1200,8 @@ typedef struct {
     int padding;   // spaces that the last cell still lacks
 } Table;
 
-// How a byte of a cell is written: CSV doubles quotes, Markdown escapes its
-// bars and knows no line feeds.
+// How a byte of a cell is written: CSV doubles quotes, Markdown escapes its bars and knows
+// no line feeds.
 static void print_cell_byte(const Table *table, char byte) {
     if (table->markdown && byte == '|')
         fputs("\\|", table->to);
@@ -1234,8 +1213,9 @@ static void print_cell_byte(const Table *table, char byte) {
         fputc(byte, table->to);
 }
 
-// The next cell of a row, n bytes of text. A terminal's cell is cut to its
-// width, counted in characters, with a space at least between two of them.
+// The next cell of a row, n bytes of text.
+// A terminal's cell is cut to its width, counted in characters, with a space at least between
+// two of them.
 static void print_cell(Table *table, const char *text, int n) {
     bool csv = !table->width && !table->markdown;
     const char *quote = csv ? "\"" : "";
@@ -1282,12 +1262,12 @@ static void end_heading(Table *table) {
  *     after      what was learned, and what it cost
  *     cure       what a prompt does that simply says where we are
  *
- * The theme is plasticity against stability. A model that learns from one
- * sentence is plastic, one that keeps what it knew is stable, and the step
- * size trades the one for the other. What one would not expect is that
- * there is a range where both are had: the whole soliloquy comes back after
- * a lesson of its first line, and business goes on as usual elsewhere. The
- * model knew the soliloquy all along; the step opened the door to it.
+ * The theme is plasticity against stability.
+ * A model that learns from one sentence is plastic, one that keeps what it knew is stable, and the
+ * step size trades the one for the other.
+ * What one would not expect is that there is a range where both are had: the whole soliloquy comes
+ * back after a lesson of its first line, and business goes on as usual elsewhere.
+ * The model knew the soliloquy all along; the step opened the door to it.
  */
 enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 }; // 128 rows of 32,000 logits: 16 MB
 typedef struct {
@@ -1304,8 +1284,7 @@ typedef struct {
     NoiseOptions noise;
 } Experiment;
 
-// The lesson as the model sees it before the step; drugged, if there are
-// doses.
+// The lesson as the model sees it before the step; drugged, if there are doses.
 static void print_lesson(const Step *s) {
     const Config *c = &s->model->config;
     printf("Before the step, the lesson has a loss of %.4f:\n\n", s->loss);
@@ -1323,8 +1302,8 @@ static void print_lesson(const Step *s) {
     }
 }
 
-// How the gradient is spread over the model: its length by layer and by
-// kind of tensor. Returns the square of the whole length.
+// How the gradient is spread over the model: its length by layer and by kind of tensor.
+// Returns the square of the whole length.
 static double print_gradient(const Step *s) {
     static const char *const names[] = {
         "att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3", "w2",
@@ -1333,8 +1312,7 @@ static double print_gradient(const Step *s) {
     _Static_assert(sizeof names / sizeof *names == N_TENSORS, "each tensor has a name");
     const Config *c = &s->model->config;
     const int n_kinds = N_TENSORS - c->shared_classifier; // WCLS, the last, may be TOK_EMB
-    // Squares of lengths add up, over layers and over kinds. All sums here
-    // are squares.
+    // Squares of lengths add up, over layers and over kinds. All sums here are squares.
     double kinds[N_TENSORS] = {0};
     double total = 0;
     printf("\nIts gradient, |g| by layer:  ");
@@ -1359,9 +1337,8 @@ static double print_gradient(const Step *s) {
     return total;
 }
 
-// Writes up to n_new tokens behind the prompt for each step size, always
-// the most probable one. Returns the texts, prompts included; the caller
-// frees them.
+// Writes up to n_new tokens behind the prompt for each step size, always the most probable one.
+// Returns the texts, prompts included; the caller frees them.
 static char **write_columns(Stepped *t, const Experiment *e,
                             const int *prompt, // (n_prompt)
                             int n_prompt) {
@@ -1373,8 +1350,7 @@ static char **write_columns(Stepped *t, const Experiment *e,
     Text *texts = resize(NULL, n, sizeof *texts);
     int *tokens = resize(NULL, n * length, sizeof *tokens); // (n, length)
     char **written = resize(NULL, n, sizeof *written);                 // (n) strings
-    // Each column reads the prompt by itself: with its own step, no two
-    // remember it alike.
+    // Each column reads the prompt by itself: with its own step, no two remember it alike.
     for (int i = 0; i < n; i++) {
         sequences[i] = sequence_new((Noise){0});
         sequences[i].step_size = (float)e->step_sizes[i];
@@ -1449,8 +1425,8 @@ static void save_table(Output *output, const Experiment *e, char *const *texts) 
     output_close(output);
 }
 
-// A loss in a column of its own, and in a cell of a file if there is one,
-// with nine digits. NAN is the mean of nothing; ruin is infinite.
+// A loss in a column of its own, and in a cell of a file if there is one, with nine digits.
+// NAN is the mean of nothing; ruin is infinite.
 static void print_loss(double loss, FILE *to) {
     if (isnan(loss))
         printf(" %12s", "-");
@@ -1462,26 +1438,23 @@ static void print_loss(double loss, FILE *to) {
         fprintf(to, ",%.9g", loss);
 }
 
-// Plasticity against stability: what the lesson gained, and what everything
-// else paid for it. norm2 is |g|²: a small move of the weights changes the
-// loss by gradient . move, and the move is -step_size * gradient; so if the
-// loss were a straight line, a step would lower it by step_size * |g|².
-// Losses are sober ones, but "first order" starts from the loss of the
-// lesson, which may be drugged; then the two columns differ at step 0. A
-// file, if there is one, gets all that is shown, as CSV.
+// Plasticity against stability: what the lesson gained, and what everything else paid for it. norm2
+// is |g|²: a small move of the weights changes the loss by gradient . move, and the move is
+// -step_size * gradient; so if the loss were a straight line, a step would lower it by step_size
+// * |g|². Losses are sober ones, but "first order" starts from the loss of the lesson, which may be
+// drugged; then the two columns differ at step 0.
+// A file, if there is one, gets all that is shown, as CSV.
 static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to) {
     const Model *m = t->run.model;
     size_t n_bytes = strlen(e->lesson) + strlen(e->sequel);
     char *whole = resize(NULL, n_bytes + 1, 1);
     sprintf(whole, "%s%s", e->lesson, e->sequel);
     int n_lesson, n_whole, n_other;
-    // The lesson's tokens are only counted: that is where the sequel
-    // begins.
+    // The lesson's tokens are only counted: that is where the sequel begins.
     int *lesson = tokens_of(m, e->lesson, &n_lesson);
     int *passage = tokens_of(m, whole, &n_whole);
     int *other = tokens_of(m, e->other, &n_other);
-    // What goes beyond the context is not measured. The last token is not
-    // read.
+    // What goes beyond the context is not measured. The last token is not read.
     n_whole = min(n_whole, m->config.seq_len + 1);
     n_other = min(n_other, m->config.seq_len + 1);
     double *of_passage = resize(NULL, n_whole, sizeof *of_passage);
@@ -1500,8 +1473,7 @@ static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to)
         if (to)
             fprintf(to, "%g", step_size);
         int first = e->counting ? n_lesson - 1 : 1; // LAST_ONLY, or all
-        // the lesson, as far as it counted; the straight line; what
-        // follows; all else
+        // the lesson, as far as it counted; the straight line; what follows; all else
         print_loss(mean_loss(of_passage, first, min(n_lesson, n_whole)), to);
         print_loss(t->step->loss - step_size * norm2, to);
         print_loss(mean_loss(of_passage, n_lesson, n_whole), to);
@@ -1527,9 +1499,9 @@ static void print_cure(Stepped *t, const Experiment *e, const int *prompt, int n
     free(text);
 }
 
-// Writes the model with the step taken, if that is wanted. What lies
-// between the tensors is copied, and these pass through a few rows at a
-// time, so there is never a second model in memory.
+// Writes the model with the step taken, if that is wanted.
+// What lies between the tensors is copied, and these pass through a few rows at a time, so there is
+// never a second model in memory.
 static void write_stepped(const Step *s, float step_size, Output *output) {
     enum { ROWS = 64 };
     const Model *m = s->model;
@@ -1559,9 +1531,9 @@ static void write_stepped(const Step *s, float step_size, Output *output) {
 /* ================================================================================================
  * 8  The command line
  *
- * Built like that of drugs: options about noise are read by the same
- * function. Doses make the lesson a drugged one; the gradient then goes
- * back through the very same glitches, as if they were part of the model.
+ * Built like that of drugs: options about noise are read by the same function.
+ * Doses make the lesson a drugged one; the gradient then goes back through the very same glitches,
+ * as if they were part of the model.
  */
 static const char STEP_USAGE[] =
     "usage: train_step <model.bin> [options]\n"
@@ -1575,13 +1547,12 @@ static const char STEP_USAGE[] =
     "  -f <file>    other text, measured too (a built-in paragraph)\n"
     "  -y <text>    the other cure: a prompt for the untouched model (Here is one of ...)\n"
     "  -t <file>    the whole table as .csv or .md\n"
-    "  -a <file>    the losses after the step as .csv; tests/page.py draws both\n"
+    "  -a <file>    the losses after the step as .csv; tests/laboratory/page.py draws both\n"
     "  -o <file>    the stepped model, a .bin, for one step size\n"
     "  -H -Q -K -V -A <theta>, -d, -w, -r, -s  doses for the lesson, as in drugs\n"
     "  -h           this help\n";
 
-// What is taught if nothing else is asked for, and how it goes on (Hamlet,
-// act 3).
+// What is taught if nothing else is asked for, and how it goes on (Hamlet, act 3).
 static const char PHRASE[] = "To be, or not to be, that is the question:";
 static const char SEQUEL[] =
     "\nWhether 'tis nobler in the mind to suffer\n"
@@ -1716,8 +1687,7 @@ int main(int argc, char **argv) {
     if (argc < 2 || !strcmp(argv[1], "-h"))
         show_help(STEP_USAGE, argc > 1);
     Experiment e = parse_experiment(argc, argv);
-    // First whatever can fail without any work: the files to be written,
-    // the model to be read.
+    // First whatever can fail without any work: the files to be written, the model to be read.
     Output table_file = output_open('t', e.table_path, ".csv .md", argv[1]);
     Output loss_file = output_open('a', e.loss_path, ".csv", argv[1]);
     Output model_file = output_open('o', e.model_path, ".bin", argv[1]);
@@ -1763,10 +1733,10 @@ int main(int argc, char **argv) {
 /* ================================================================================================
  * 9  Inside the maths
  *
- * matmul in drugs.c goes along the rows of a matrix. Going back through a
- * matrix (dX += dY W) and forming a gradient (dW = dYᵀ X) go across: rows
- * of b are weighted and added up. The same matrix a is read as it stands or
- * the other way round, which is why it has two strides.
+ * matmul in drugs.c goes along the rows of a matrix.
+ * Going back through a matrix (dX += dY W) and forming a gradient (dW = dYᵀ X) go across: rows of b
+ * are weighted and added up.
+ * The same matrix a is read as it stands or the other way round, which is why it has two strides.
  *
  *                        columns of b and out
  *                   | strip | strip | strip | strip |     a thread takes a strip
@@ -1774,9 +1744,9 @@ int main(int argc, char **argv) {
  *       rows of b   |  32   |                             in the cache while all rows of out use it
  *                   |-------|
  *
- * Within a block the tile is 3 rows of out by 4 vecs: 12 sums in registers,
- * and each vec of b that is loaded serves three of them. Whatever the tile,
- * each number of out gets its terms in the order of k, one after the other.
+ * Within a block the tile is 3 rows of out by 4 vecs: 12 sums in registers, and each vec of b that
+ * is loaded serves three of them.
+ * Whatever the tile, each number of out gets its terms in the order of k, one after the other.
  * So its bits do not depend on the shapes.
  */
 enum {
@@ -1788,8 +1758,8 @@ enum {
     MANY_ROWS = 32, // of out
 };
 
-// out[r] += the sum over k of a[r][k] * b[k], for COLUMNS columns and
-// n_rows rows: TILE_ROWS or 1, a constant wherever this is inlined.
+// out[r] += the sum over k of a[r][k] * b[k], for COLUMNS columns and n_rows rows: TILE_ROWS or 1,
+// a constant wherever this is inlined.
 static inline __attribute__((always_inline)) void
 sum_tile(float *out, ptrdiff_t out_stride, // (n_rows, COLUMNS)
          int n_rows,
@@ -1820,10 +1790,9 @@ static void add_block(float *out,     // (n_rows, n), rows n_cols apart
     float packed[BLOCK * COLUMNS];
     ptrdiff_t stride = n_cols;
     ptrdiff_t r = 0;
-    // Rows that lie a power of two apart share the same few places of the
-    // processor's cache, and so push each other out of it.
-    // Where they are used by many rows of out, it pays to put them together
-    // first.
+    // Rows that lie a power of two apart share the same few places of the processor's cache, and so
+    // push each other out of it.
+    // Where they are used by many rows of out, it pays to put them together first.
     if (n_rows > MANY_ROWS && n == COLUMNS) {
         for (int k = 0; k < n_k; k++)
             memcpy(packed + k * COLUMNS, b + k * n_cols, COLUMNS * sizeof *b);

@@ -1,0 +1,351 @@
+/* bench.c - whether the promises about speed hold here: bench [dim hidden_dim n_layers n_heads]
+ *
+ * Seconds differ from machine to machine and from minute to minute, so every line is a ratio of two
+ * things that were timed in turn in the same run: the median of five, the least and the largest.
+ * (How fast other programs are, llama2.c or PyTorch, must be timed beside it by hand.)
+ */
+#define TRAIN_STEP_LIBRARY
+#include "../../train_step.c"
+#include "../makers/flat.h"
+#include <signal.h>
+#include <sys/wait.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+enum {
+    ROUNDS = 5,
+    ROWS = 14,     // of the lesson
+    MANY = 256,    // of a long one, and of a long prompt
+    NEW = 8,       // tokens that each text writes
+    N_COLUMNS = 8, // of the table
+    N_TEXTS = 64,  // without a step
+    BENCH_VOCAB = 32000,
+};
+
+// ---- a model of any shape, whose weights are a repeated block of small random numbers
+
+// Where a tensor that follows `offset` begins.
+static size_t align(size_t offset) {
+    return (offset + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+static size_t tensor_floats(const Config *c, int which) {
+    int n_out, n_in;
+    tensor_shape(c, which, &n_out, &n_in);
+    return (size_t)n_out * n_in;
+}
+
+// The header's room, RoPE's frequencies, and a tokenizer of 32,000 pieces: one unknown piece, the
+// others the same letter each.
+static Bytes start_of_file(Config *c) {
+    Bytes file = {0};
+    Vocabulary vocabulary = {0};
+    append_zeros(&file, HEADER_BYTES);
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        double frequency = pow(10000, -2. * i / c->head_dim);
+        append(&file, &frequency, sizeof frequency);
+    }
+    for (int i = 0; i < c->vocab_size; i++)
+        append_piece(&vocabulary.pieces, 0, i ? NORMAL : UNKNOWN, "x", 1);
+    append_tokenizer(&file, c, &vocabulary);
+    free(vocabulary.pieces.data);
+    return file;
+}
+
+static size_t size_of_file(const Config *c, size_t offset) {
+    int layer, which;
+    for (int i = 0; tensor_at(c, i, &layer, &which); i++)
+        offset = align(offset) + tensor_floats(c, which) * sizeof(float);
+    return offset;
+}
+
+static void fill_weights(char *file, size_t offset, const Config *c) {
+    enum { BLOCK_FLOATS = 4099 }; // a prime, so that rows differ
+    static float block[BLOCK_FLOATS];
+    int layer, which;
+    for (int i = 0; i < BLOCK_FLOATS; i++)
+        block[i] = (uniform(1, i) - .5f) * .05f;
+    for (int i = 0; tensor_at(c, i, &layer, &which); i++) {
+        offset = align(offset);
+        for (size_t left = tensor_floats(c, which); left;) {
+            size_t n = left < BLOCK_FLOATS ? left : BLOCK_FLOATS;
+            memcpy(file + offset, block, n * sizeof *block);
+            offset += n * sizeof *block;
+            left -= n;
+        }
+    }
+}
+
+// The file of a model of this shape.
+static char *make_file(Config c, size_t *n_bytes) {
+    c.version = VERSION;
+    c.head_dim = c.dim / c.n_heads;
+    c.vocab_size = BENCH_VOCAB;
+    c.q_dim = c.dim;
+    c.kv_dim = c.dim;
+    Bytes start = start_of_file(&c);
+    *n_bytes = size_of_file(&c, start.n);
+    char *file = resize(start.data, *n_bytes, 1);
+    memcpy(file, "drugs.c", MAGIC_BYTES);
+    memcpy(file + MAGIC_BYTES, &c, CONFIG_BYTES);
+    fill_weights(file, start.n, &c);
+    return file;
+}
+
+// ---- what is timed
+
+// The seconds of a pass over some of the lesson's rows.
+static double time_forward(Step *step, int n_rows) {
+    double start = now();
+    forward(&step->acts, step->rows, n_rows);
+    return now() - start;
+}
+
+static double time_step(Step *step) {
+    double start = now();
+    step_take(step);
+    return now() - start;
+}
+
+// Seconds to write NEW tokens in n columns side by side, prompts not counted. Column i has a step
+// size of i * step_size.
+static double time_columns(const Step *step, int n, float step_size) {
+    const Model *m = step->model;
+    const int prompt = 1;
+    static Sequence sequences[N_TEXTS];
+    static int tokens[N_TEXTS][NEW];
+    Text texts[N_TEXTS];
+    Stepped stepped;
+    stepped_init(&stepped, step, MEASURE_ROWS);
+    for (int i = 0; i < n; i++) {
+        sequences[i] = sequence_new((Noise){0});
+        sequences[i].step_size = step_size * (float)i;
+        feed(&stepped.run, &sequences[i], &prompt, 1, 0);
+        texts[i] = (Text){.sequence = &sequences[i], .next = 2, .tokens = tokens[i]};
+    }
+    double start = now();
+    write_texts(&stepped.run, texts, n, NEW);
+    double seconds = now() - start;
+    for (int i = 0; i < n; i++)
+        sequence_free(m, &sequences[i]);
+    stepped_free(&stepped);
+    return seconds;
+}
+
+// The seconds in which memory delivers all weights, from w to end, when nothing else is done with
+// them than adding them up. The sum goes to *sum, so that the compiler cannot leave it out.
+static double time_reading(const float *w, const float *end, float *sum) {
+    const ptrdiff_t n = (end - w) / WIDTH;
+    double start = now();
+    vec total = {0};
+#pragma omp parallel
+    {
+        vec part = {0};
+#pragma omp for schedule(static)
+        for (ptrdiff_t i = 0; i < n; i++)
+            part += load(w + i * WIDTH, WIDTH);
+#pragma omp critical
+        total += part;
+    }
+    *sum += total[0];
+    return now() - start;
+}
+
+// Multiplications and additions a second, in registers and nowhere else, of all threads.
+static double peak(float *sink) {
+    enum { SUMS = 12, TIMES = 4000000 };
+    int n_threads = 0;
+    double start = now();
+#pragma omp parallel reduction(+ : n_threads)
+    {
+        vec sum[SUMS] = {{0}};
+        vec factor = {0};
+        for (int i = 0; i < WIDTH; i++)
+            factor[i] = .5f + (float)(start > 0) / 4;
+        for (int i = 0; i < TIMES; i++)
+            for (int k = 0; k < SUMS; k++)
+                sum[k] = sum[k] * factor + factor;
+        for (int k = 0; k < SUMS; k++)
+#pragma omp critical
+            *sink += sum[k][0];
+        n_threads++;
+    }
+    return 2. * SUMS * TIMES * WIDTH * n_threads / (now() - start);
+}
+
+// Multiplications and additions of a pass over n_rows rows, the last one's logits among them; those
+// of attention, which are few, left out.
+static double work(const Config *c, int n_rows) {
+    double layer = 2. * c->dim * (c->q_dim + c->kv_dim) + 3. * c->dim * c->hidden_dim;
+    return 2 * (layer * c->n_layers * n_rows + (double)c->dim * c->vocab_size);
+}
+
+// The seconds of one token behind MANY - 1 others, dosed at a site or (-1) sober.
+static double time_token(Run *run, Sequence *s, int site) {
+    const int n_layers = run->model->config.n_layers;
+    float *theta = resize(NULL, N_SITES * n_layers, sizeof *theta);
+    for (int l = 0; site >= 0 && l < n_layers; l++)
+        theta[site * n_layers + l] = .3f;
+    s->noise = (Noise){1, FAMILY_CENTRED, site < 0 ? NULL : theta};
+    Row row = {.token = 5, .position = MANY - 1, .sequence = s, .drugged = true, .wants_logits = true};
+    double start = now();
+    for (int i = 0; i < NEW; i++)
+        forward(run, &row, 1);
+    s->noise = (Noise){0};
+    free(theta);
+    return (now() - start) / NEW;
+}
+
+static void set_threads(int n) {
+#ifdef _OPENMP
+    omp_set_num_threads(n ? n : omp_get_num_procs());
+#else
+    (void)n;
+#endif
+}
+
+// Tokens of all threads in the time of one token of a single thread.
+static double gain(Run *run, Sequence *s) {
+    set_threads(1);
+    double one = time_token(run, s, -1);
+    set_threads(0);
+    time_token(run, s, -1); // the way to work is found again
+    return one / time_token(run, s, -1);
+}
+
+// The same while another program keeps one of the cores busy.
+static double gain_beside(Run *run, Sequence *s) {
+    pid_t busy = fork();
+    if (busy == 0)
+        for (;;) {
+        }
+    double ratio = gain(run, s);
+    if (busy > 0) {
+        kill(busy, SIGKILL);
+        waitpid(busy, NULL, 0);
+    }
+    return ratio;
+}
+
+// ---- the ratios
+
+enum { MEMORY, PROMPT, STEP, LONG_STEP, COLUMNS_8, TEXTS_64, DOSED_K, DOSED_V, IDLE, BUSY, N_RATIOS };
+static const char *const NAMES[N_RATIOS] = {
+    [MEMORY] = "decoding: of the speed at which memory delivers the weights (.85)",
+    [PROMPT] = "a prompt of 256 tokens: of what the registers can multiply and add (.75)",
+    [STEP] = "loss and gradient of 14 rows, in forward passes (at most 2.3)",
+    [LONG_STEP] = "the same of 256 rows (at most 2.3)",
+    [COLUMNS_8] = "8 columns of the table, in single ones (at most 1.6)",
+    [TEXTS_64] = "64 texts side by side: so many times cheaper than one by one (10)",
+    [DOSED_K] = "decoding at 256 keys with a dose at K: of sober speed (.85)",
+    [DOSED_V] = "the same at V (.85)",
+    [IDLE] = "decoding with all threads: of the speed of one (1.25)",
+    [BUSY] = "the same while another program has one of the cores (.9)",
+};
+
+static void measure(double ratios[N_RATIOS][ROUNDS], Step *lesson, Step *many, const float *weights,
+                    const float *end) {
+    const Config *c = &lesson->model->config;
+    float sum = 0;
+    Run run;
+    Sequence s = sequence_new((Noise){0});
+    int tokens[MANY] = {0};
+    run_init(&run, lesson->model, MANY, 1);
+    feed(&run, &s, tokens, MANY, 0);
+    step_take(lesson); // touches everything once
+    step_take(many);
+    for (int i = 0; i < ROUNDS; i++) {
+        double speed = peak(&sum);
+        s.length = 0;
+        double start = now();
+        feed(&run, &s, tokens, MANY, WANTS_LOGITS);
+        ratios[PROMPT][i] = work(c, MANY) / (now() - start) / speed;
+        double passing = time_forward(lesson, ROWS);
+        ratios[STEP][i] = time_step(lesson) / passing;
+        passing = time_forward(many, MANY);
+        ratios[LONG_STEP][i] = time_step(many) / passing;
+        double one = time_columns(lesson, 1, 0);
+        ratios[COLUMNS_8][i] = time_columns(lesson, N_COLUMNS, .001f) / one;
+        ratios[TEXTS_64][i] = N_TEXTS * one / time_columns(lesson, N_TEXTS, 0);
+        double reading = time_reading(weights, end, &sum);
+        double sober = time_token(&run, &s, -1);
+        ratios[MEMORY][i] = reading / sober;
+        ratios[DOSED_K][i] = sober / time_token(&run, &s, SITE_K);
+        ratios[DOSED_V][i] = sober / time_token(&run, &s, SITE_V);
+        ratios[IDLE][i] = gain(&run, &s);
+        ratios[BUSY][i] = gain_beside(&run, &s);
+    }
+    if (!isfinite(sum))
+        puts("the weights are not finite");
+    run_free(&run);
+    sequence_free(lesson->model, &s);
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a;
+    double y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void print_ratios(double ratios[N_RATIOS][ROUNDS]) {
+    puts("median (least - largest)");
+    for (int i = 0; i < N_RATIOS; i++) {
+        double *x = ratios[i];
+        qsort(x, ROUNDS, sizeof *x, by_value);
+        printf("%5.2f (%5.2f - %5.2f)  %s\n", x[ROUNDS / 2], x[0], x[ROUNDS - 1], NAMES[i]);
+    }
+}
+
+// A step over this many rows of a made-up text.
+static void prepare(Step *step, Sequence *s, const Model *m, int n_rows) {
+    int tokens[MANY + 1];
+    for (int i = 0; i <= n_rows; i++)
+        tokens[i] = i * 97 + 1;
+    *s = sequence_new((Noise){0});
+    step_init(step, m, n_rows);
+    step_add(step, s, tokens, n_rows + 1, 0);
+}
+
+int main(int argc, char **argv) {
+    Config c = {
+        .dim = 768,
+        .hidden_dim = 2048,
+        .n_layers = 12,
+        .n_heads = 12,
+        .seq_len = 1024,
+        .shared_classifier = 1,
+        .norm_eps = 1e-5f,
+        .bos = -1,
+    };
+    program = "bench";
+    if (argc == 5) {
+        c.dim = atoi(argv[1]);
+        c.hidden_dim = atoi(argv[2]);
+        c.n_layers = atoi(argv[3]);
+        c.n_heads = atoi(argv[4]);
+    }
+    c.n_kv_heads = c.n_heads;
+    Model m;
+    size_t n_bytes;
+    char *file = make_file(c, &n_bytes);
+    if (!model_parse(&m, file, n_bytes))
+        die(1, "%s", m.error);
+    printf("a model of %.0f MB, %d layers of %d\n", (double)n_bytes / 1e6, c.n_layers, c.dim);
+
+    static double ratios[N_RATIOS][ROUNDS];
+    Step lesson, many;
+    Sequence sequences[2];
+    prepare(&lesson, &sequences[0], &m, ROWS);
+    prepare(&many, &sequences[1], &m, MANY);
+    const float *end = (const float *)(void *)(file + n_bytes);
+    measure(ratios, &lesson, &many, m.layers[0].w[TOK_EMB], end);
+    print_ratios(ratios);
+    step_free(&lesson);
+    step_free(&many);
+    for (int i = 0; i < 2; i++)
+        sequence_free(&m, &sequences[i]);
+    model_close(&m);
+    free(file);
+    return 0;
+}

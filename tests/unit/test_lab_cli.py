@@ -1,0 +1,363 @@
+#!/usr/bin/env python3
+"""Tests of the experiments that tests/lab runs, on the small model tests/hamlet.bin.
+
+    make test, or: make && make tests/lab && python3 -m unittest discover tests/unit
+"""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import unittest
+
+from test_cli import CONTEXT, HERE, MODEL, Done, on_a_terminal, run as run_drugs, without_numbers
+
+LAB = os.path.join(HERE, "lab")
+LAYERS = 10                             # of this model
+PROMPT = "To be, or not to be"
+MODES = {"trip": ["-k", "2"], "probe": ["-n", "12", "-A", "1.6"], "explore": ["-n", "8", "-k", "2"]}
+
+
+def run(*arguments):
+    done = subprocess.run([LAB, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=120)
+    return Done(done.returncode, done.stdout, done.stderr.decode())
+
+
+@unittest.skipUnless(os.path.exists(LAB), "tests/lab is not built: run make tests/lab first")
+@unittest.skipUnless(os.path.exists(MODEL), "tests/hamlet.bin is not here")
+class LabCase(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def good(self, *arguments):
+        done = run(MODEL, *arguments)
+        self.assertEqual(done.status, 0, done.err)
+        return done
+
+    def bad(self, status, *arguments, words=()):
+        """The right status, nothing on stdout, and one line on stderr that has all the words."""
+        done = run(*arguments)
+        self.assertEqual(done.status, status, (arguments, done))
+        self.assertFalse(done.out, arguments)
+        self.assertRegex(done.err, r"\Alab: [^\n]+\n\Z", arguments)
+        for word in words:
+            self.assertIn(word, done.err, arguments)
+
+    def lab(self, mode, *arguments, out=None):
+        """What the terminal shows, as text, and if asked what is in the file."""
+        arguments = ["-i", PROMPT, *MODES[mode], *arguments]
+        if not out:
+            return self.good(mode, *arguments).out.decode("utf-8", "surrogateescape")
+        path = self.path(out)
+        shown = self.good(mode, *arguments, "-o", path).out.decode("utf-8", "surrogateescape")
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            return shown, stream.read()
+
+    def table(self, mode, *arguments):
+        shown, saved = self.lab(mode, *arguments, out="x.csv")
+        return shown, list(csv.DictReader(saved.splitlines(keepends=True)))
+
+
+class TestModes(LabCase):
+    def test_a_dose_of_nothing_changes_nothing(self):
+        _, rows = self.table("trip")
+        sober = [row for row in rows if row["theta"] == "0"]
+        self.assertEqual({row["distance"] for row in sober if row["level"]}, {"0"})
+        for row in sober:
+            if row["token"]:
+                self.assertAlmostEqual(float(row["drugged"]), float(row["sober"]), 6)
+
+    def test_quiet_and_repeatable(self):
+        """Without a terminal there are no colours and no progress; a run can be repeated, and what
+        goes to a file does not change what is shown."""
+        for mode, more in MODES.items():
+            done = self.good(mode, "-i", PROMPT, *more)
+            self.assertNotRegex(done.out, b"[\x1b\r]", mode)
+            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if mode == "explore" else ""
+            self.assertRegex(done.err, r"\A%s\Z" % pattern, mode)
+            again, _ = self.lab(mode, out="x.csv")
+            self.assertEqual(again, done.out.decode("utf-8", "surrogateescape"), mode)
+            self.assertEqual(os.listdir(self.folder), ["x.csv"])
+
+    def test_seeds(self):
+        """Every experiment takes its seeds from -s on, and directions from the family."""
+        for mode in MODES:
+            first = self.table(mode)
+            for other in ("-s", "421"), ("-r", "upstream"), ("-k", "3"):
+                self.assertNotEqual(self.table(mode, *other), first, (mode, other))
+
+
+class TestProbe(LabCase):
+    def test_numbers(self):
+        """The file has what is shown, agreement is a share of the twins, and the text is what the
+        sober model writes."""
+        shown, rows = self.table("probe", "-k", "7")
+        lines = shown.splitlines()
+        self.assertEqual([list(rows[0]), len(rows)],
+                         [["position", "token", "agreement", "probability"], 12])
+        self.assertEqual(lines.pop(0).split(), ["token", "agreement", "probability"])
+        for i, (row, line) in enumerate(zip(rows, lines)):
+            agreement, probability = float(row["agreement"]), float(row["probability"])
+            self.assertEqual(line, "%-20s %9.0f%% %12.4f" % (row["token"], 100 * agreement,
+                                                             probability))
+            self.assertEqual(int(row["position"]), int(rows[0]["position"]) + i)
+            self.assertAlmostEqual(7 * agreement, round(7 * agreement), 6)
+            self.assertTrue(0 < probability <= 1 and 0 <= agreement <= 1, row)
+        self.assertEqual(len(lines), 12)
+        self.assertTrue(any(0 < float(row["agreement"]) < 1 for row in rows), shown)
+        text = "".join(row["token"].replace("\\n", "\n") for row in rows)
+        done = run_drugs(MODEL, "-i", PROMPT, "-n", "12")
+        self.assertEqual(done.out.decode(), PROMPT + text + "\n")
+        self.assertIn("read %s tokens" % rows[0]["position"], done.err)
+
+    def test_sober(self):
+        """Without a dose all agree; twins change nothing about the probability."""
+        _, rows = self.table("probe")
+        for sober in (["-A", "0"], ["-A", "0", "-s", "7", "-k", "1"]):
+            _, same = self.table("probe", *sober)
+            self.assertEqual({row["agreement"] for row in same}, {"1"})
+            self.assertEqual(*([row["probability"] for row in table] for table in (same, rows)))
+
+    def test_terminal(self):
+        """On a terminal the text stands above, each token in the gray of its agreement, and the
+        numbers are the same; progress comes and goes."""
+        plain, rows = self.table("probe")
+        status, shown = on_a_terminal(0, LAB, MODEL, "probe", "-i", PROMPT, *MODES["probe"],
+                                      stderr=True)
+        self.assertEqual(status, 0)
+        progress, rest = shown.split("\r\033[K")
+        self.assertEqual(progress, "".join("\rtwin %d of 5" % i for i in range(5)))
+        text, rest = rest.split("\033[0m\n\n")
+        self.assertEqual(rest, plain)
+        shades = re.findall(r"\033\[38;5;(\d+)m([^\033]*)", text)
+        self.assertEqual([(236 + int(19 * float(row["agreement"])),
+                           row["token"].replace("\\n", "\n")) for row in rows],
+                         [(int(shade), token) for shade, token in shades])
+        self.assertGreater(len({shade for shade, _ in shades}), 1)
+
+
+class TestTrip(LabCase):
+    def test_numbers(self):
+        """The file has every passage; without a dose, and below the first dosed layer, the distance
+        is exactly 0, above it is not; the table that is shown is made of it."""
+        shown, rows = self.table("trip", "-K", ".6", "-x", "3")
+        tokens = [row for row in rows if row["token"]]
+        rows = [row for row in rows if row["level"]]
+        self.assertEqual({row["site"] for row in rows + tokens}, {"K"})
+        self.assertEqual(len(rows), 2 * LAYERS * 31 * (LAYERS + 1))
+        self.assertEqual(len(tokens), 2 * LAYERS * 31 * 10)
+        here = [row for row in tokens if row["theta"] == "0.6" and row["kind"] == "window"
+                and row["place"] == str(LAYERS // 2)]
+        bars = re.findall(r"^(.{16}) +(\S+) %  +(\S+) %", shown.split("The next token")[1], re.M)
+        self.assertEqual(bars, [("%-16s" % row["token"], "%.1f" % (100 * float(row["sober"])),
+                                 "%.1f" % (100 * float(row["drugged"]))) for row in here])
+        middle = {}
+        for row in rows:
+            place, level, theta = int(row["place"]), int(row["level"]), float(row["theta"])
+            first = max(place - 1, 0) if row["kind"] == "window" else 0
+            self.assertEqual(row["distance"] == "0", theta == 0 or level <= first, row)
+            if row["kind"] == "window" and place == LAYERS // 2:
+                middle.setdefault("%5.2f" % theta, []).append(float(row["distance"]))
+        lines = re.findall(r"^( \d\.\d\d) │.*│ +(\S+) +(\d+) +(\S+)$", shown, re.M)
+        self.assertEqual(lines, [
+            (theta, "%.3g" % max(x), str(x.index(max(x))), "%.3g" % x[-1])
+            for theta, x in list(middle.items())[::3]])
+        self.assertIn("-K 0.6, mean of 2 seeds from 420", shown)
+        for kind in "window", "full stack":
+            peak = max(float(row["distance"]) for row in rows
+                       if row["theta"] == "0.6" and row["kind"] in kind)
+            self.assertRegex(shown, r"\n%s .* %s\n" % (kind, re.escape("%.3g" % peak)))
+
+    def test_default_dose(self):
+        """Without a dose it is the attention output's, half the largest angle; one of 0 is none."""
+        self.assertEqual(self.lab("trip", "-x", "1"), self.lab("trip", "-x", "1", "-A", ".5"))
+        self.assertEqual(self.lab("trip", "-Q", "1"), self.lab("trip", "-Q", "1", "-H", "0"))
+
+
+class TestExplore(LabCase):
+    def test_numbers(self):
+        """The file has every text with the numbers of its cell, as they are shown; the likelihoods
+        against temperature follow from them."""
+        shown, rows = self.table("explore")
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        self.assertEqual(methods[:5] + methods[-3:],
+                         ["H", "Q", "K", "V", "A", "temperature", "logit noise", "sober"])
+        self.assertEqual(len(rows), ((len(methods) - 1) * 9 + 1) * 2)   # strengths, seeds
+        sober, table, verdict = re.fullmatch(
+            r"sober: (.*?)\n\nmethod [^\n]*\n(.*)\n\nAt the [^\n]*\n[^\n]*\n\n(.*)\n", shown,
+            re.S).groups()
+        cells = {}
+        for i, row in enumerate(rows):
+            numbers = [float(row[name]) for name in ("strength", "prefix", "angle", "diversity",
+                                                     "log-probability")]
+            line = "%-12s %8g %5d/2  %8.0f %8.3f %10.3f %16.4f" % (
+                row["method"], numbers[0], int(row["distinct"]), *numbers[1:])
+            self.assertEqual(line, table.splitlines()[i // 2])
+            self.assertEqual(int(row["seed"]), 420 + i % 2)
+            cells.setdefault(row["method"], {})[numbers[0]] = numbers[3:]
+            texts = [one["text"] for one in rows[i - i % 2:][:2]]
+            self.assertEqual(len(set(texts)), int(row["distinct"]), row)
+            prefix = sum(len(os.path.commonprefix([sober, text])) for text in texts) / 2
+            self.assertAlmostEqual(numbers[1], prefix)
+        self.assertEqual({row["text"] for row in rows if row["strength"] in ("0.01", "0.1")
+                          and row["method"] != "H"}, {sober})
+        self.assertEqual({row["text"] for row in rows if row["method"] == "sober"}, {sober})
+        del cells["sober"]
+        chance = list(cells.pop("temperature").values())
+        want = []
+        for method, doses in cells.items():
+            gains = []
+            for diversity, likelihood in doses.values():
+                there = [y + (diversity - x) / (x2 - x) * (y2 - y)
+                         for (x, y), (x2, y2) in zip(chance, chance[1:])
+                         if x != x2 and min(x, x2) <= diversity <= max(x, x2)]
+                gains += [likelihood - max(there)] if there else []
+            if gains:
+                want.append((method, "%+.4f" % (sum(gains) / len(gains)), str(len(gains))))
+        self.assertEqual(re.findall(r"^(\S.*?) +([-+]\S+)  \((\d+) doses\)$", verdict, re.M), want)
+        self.assertGreater(len(want), 3)
+
+    def test_markdown(self):
+        """Markdown has the cells of the CSV, one text a line."""
+        _, rows = self.table("explore")
+        _, saved = self.lab("explore", out="x.md")
+        lines = [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in saved.splitlines()]
+        self.assertEqual(lines.pop(0), list(rows[0]))
+        self.assertEqual(set(lines.pop(0)), {"---"})
+        self.assertEqual([[cell.replace("\\|", "|") for cell in line] for line in lines],
+                         [[cell.replace("\n", " ") for cell in row.values()] for row in rows])
+
+    def test_shape(self):
+        """A site's shape is kept, its dose is not; what a shape keeps out has no angle."""
+        _, rows = self.table("explore", "-V", ".1@ceil:0=0", "-A", ".7")
+        _, plain = self.table("explore")
+        for row, other in zip(rows, plain):
+            sober = row["method"] in ("V", "temperature", "logit noise", "sober")
+            self.assertEqual(row["angle"] == "0", sober, row)
+            self.assertTrue(row["method"] == "V" or row == other, row)
+
+
+class TestErrors(LabCase):
+    def test_help(self):
+        """It names every experiment and option; without an experiment it is shown as an error."""
+        done = run("-h")
+        self.assertEqual((done.status, done.err), (0, ""))
+        for word in *MODES, *("-" + letter for letter in "HQKVAdwsrinkxoh"):
+            self.assertRegex(done.out.decode(), r"(?m)^  (.* )?%s\b" % word)
+        for asked in [MODEL, "-h"], [MODEL, "trip", "-h"], [MODEL, "probe", "-k", "2", "-h"]:
+            self.assertEqual(run(*asked), done, asked)
+        for none in [], [MODEL]:
+            self.assertEqual(run(*none), Done(2, b"", done.out.decode()), none)
+
+    def test_experiments(self):
+        for word in "trips", "", "-V", "Trip":
+            self.bad(2, MODEL, word, "-i", PROMPT, words=["'%s'" % word])
+        self.bad(2, "-V", MODEL, "trip", words=["the model file comes first"])
+        self.bad(1, self.path("none.bin"), "trip", words=["none.bin"])
+
+    def test_options_of_drugs(self):
+        """What would change nothing here is refused."""
+        for mode in MODES:
+            for option in "-m", "-c", "-t", "-p", "-y", "-u", "-z":
+                self.bad(2, MODEL, mode, option, "0", words=["'%s'" % option, "not an option"])
+        self.bad(2, MODEL, "trip", "-i", PROMPT, "word", words=["'word'", "not an option"])
+        for option in "inkxoHQKVAdwrs":
+            self.bad(2, MODEL, "trip", "-" + option, words=["-" + option, "needs a value"])
+
+    def test_values(self):
+        """What is wrong is named on one line, and nothing is left behind."""
+        trip = [MODEL, "trip", "-i", PROMPT, "-o", self.path("x.csv")]
+        wrong = {"-k": ("0", "x", "1.5", "1001", "-1", "nan", ""), "-V": ("nan",),
+                 "-x": ("0", "nan", "inf", "-1", "1001", "x"), "-n": ("-1", "1.5", "x")}
+        for option, values in wrong.items():
+            for value in values:
+                self.bad(2, *trip, option, value, words=[option, "'%s'" % value])
+        self.bad(2, *trip, "-V", ".1", "-A", ".1", words=["trip", "one dose"])
+        self.bad(2, *trip, "-V", "1.6", words=["-V 1.6", "-x 1.5"])
+        self.bad(1, MODEL, "trip", "-o", self.path("x.csv"), "-i", "ab",
+                 words=["-i", "nothing can be dosed"])
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_endings(self):
+        """Each experiment writes its own kinds of files."""
+        for mode, endings in {"trip": (".svg", ".md", ""), "probe": (".svg", ".md", ""),
+                              "explore": (".svg", ".txt", "")}.items():
+            for name in *("x" + ending for ending in endings), "csv":
+                path = self.path(name)
+                self.bad(2, MODEL, mode, "-i", PROMPT, *MODES[mode], "-o", path,
+                         words=["-o", path, ".csv"])
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_the_model_is_not_overwritten(self):
+        """Not even if it is called like a table."""
+        model = self.path("model.csv")
+        shutil.copy(MODEL, model)
+        for mode, more in MODES.items():
+            self.bad(2, model, mode, "-i", PROMPT, *more, "-o", model, words=["-o", model])
+        with open(model, "rb") as ours, open(MODEL, "rb") as theirs:
+            self.assertEqual(ours.read(), theirs.read())
+        self.assertEqual(os.listdir(self.folder), ["model.csv"])
+
+    def test_a_prompt_that_does_not_fit(self):
+        """It is refused, and no part of a file is left behind."""
+        for mode in MODES:
+            with self.subTest(mode):
+                path = self.path(mode + ".csv")
+                self.bad(1, MODEL, mode, "-o", path, "-i", "x y " * CONTEXT, words=["-i"])
+                self.assertEqual([name for name in os.listdir(self.folder) if mode in name], [])
+
+    def test_a_model_that_is_not_in_order(self):
+        """What is no number ends every experiment with one line, and leaves no file."""
+        path = self.path("nan.bin")
+        with open(path, "wb") as stream:
+            stream.write(without_numbers(.5))
+        for mode, more in MODES.items():
+            with self.subTest(mode):
+                self.bad(1, path, mode, "-i", PROMPT, *more, "-o", self.path("x.csv"),
+                         words=["not finite"])
+                self.assertEqual(os.listdir(self.folder), ["nan.bin"])
+
+    def test_closed_streams(self):
+        """A stream that is closed is no place for a table: its file is as it always is."""
+        for mode, more in MODES.items():
+            _, want = self.lab(mode, out="x.csv")
+            for redirections in ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-":
+                path = self.path("y.csv")
+                subprocess.run(["sh", "-c", '"$0" "$@" ' + redirections, LAB, MODEL, mode, "-i",
+                                PROMPT, *more, "-o", path], stdin=subprocess.DEVNULL, check=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+                with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+                    self.assertEqual(stream.read(), want, (mode, redirections))
+                os.remove(path)
+
+    def test_prompts_from_files(self):
+        """-i @file and -i - are what they are for drugs."""
+        path = self.path("prompt.txt")
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(PROMPT)
+        want = self.good("probe", "-i", PROMPT, *MODES["probe"])
+        self.assertEqual(self.good("probe", "-i", "@" + path, *MODES["probe"]), want)
+        with open(path, "rb") as stream:
+            done = subprocess.run([LAB, MODEL, "probe", "-i", "-", *MODES["probe"]], stdin=stream,
+                                  stdout=subprocess.PIPE, check=True, timeout=120)
+        self.assertEqual(done.stdout, want.out)
+        self.bad(1, MODEL, "probe", "-i", "@" + path + "x", words=["-i", path, "cannot be read"])
+
+    def test_nowhere(self):
+        """A file that cannot be written is refused before any work."""
+        path = os.path.join(self.folder, "missing", "x.csv")
+        for mode, more in MODES.items():
+            self.bad(1, MODEL, mode, "-i", PROMPT, *more, "-o", path, words=[path])
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
