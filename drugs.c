@@ -217,7 +217,7 @@ typedef struct {
     Tokenizer *tokenizer;
     Layer *layers;       // (n_layers)
     const double *rope_freq; // (head_dim / 2) radians per position
-    void *file;          // the mapped file, NULL if the bytes are somebody else's
+    void *file;          // the mapped file, NULL if the caller has the bytes
     size_t file_bytes;
     char error[160];     // what is wrong with the file
 } Model;
@@ -935,7 +935,7 @@ static void forward(Run *run, Row *rows, int n_rows) {
 // How a text is read: with its noise, and with the logits of its last token or of every token.
 enum { DRUGGED = 1, WANTS_LOGITS = 2, ALL_LOGITS = 4 };
 
-// Lets a sequence read the first of n tokens behind what it has: as many as fit into one call.
+// Lets a sequence read the first of n tokens after what it has: as many as fit into one call.
 // They are the rows run->block[0], [1], ... Returns how many there were.
 static int read_block(Run *run, Sequence *s, const int *tokens, int n, int how) {
     int n_rows = min(n, run->max_rows);
@@ -1031,7 +1031,7 @@ static int cold_shower(Run *run, Sequence *s) {
  * the full theta, all others none.
  */
 
-// Depths are floats, so that .4 - .1, as -d and -w compute it, and the .3 that somebody types are
+// Depths are floats, so that .4 - .1, as -d and -w compute it, and a .3 that is typed are
 // the same number.
 // In double they are not.
 typedef struct {
@@ -1241,7 +1241,7 @@ static int character_at(const char *text, // (n)
                         ptrdiff_t n,
                         int *length) {    // out
     static const int masks[] = {0, 0xFF, 0x1F, 0x0F, 0x07};   // the digits in the first byte
-    static const int least[] = {0, 0, 0x80, 0x800, 0x10000};  // of so many bytes
+    static const int least[] = {0, 0, 0x80, 0x800, 0x10000};  // of 1, 2, 3, 4 bytes
     int n_bytes = character_length(*text);
     int point = (unsigned char)*text & masks[n_bytes];
     bool valid = n_bytes <= n && (n_bytes > 1 || point < 0x80);
@@ -1803,12 +1803,6 @@ static bool check_config(Model *m) {
         {"n_cutters", c->n_cutters, 0, 16}, // 0: a text is one word
         {"n_states", c->n_states, c->n_cutters, 1 << 16}, // each cutter begins in one of its own
         {"n_classes", c->n_classes, 1, 1 << 10},
-        {"n_ranges", c->n_ranges, 0, 1 << 16}, // Unicode needs some 1,500
-        {"n_units", c->n_units, 0, 1 << 21}, // all characters, and 256 bytes
-        {"n_pairs", c->n_pairs, 0, 1 << 24},
-        {"n_whole", c->n_whole, 0, c->vocab_size},
-        {"n_words", c->n_words, 0, c->vocab_size},
-        {"n_text", c->n_text, 0, 1 << 30},
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (fields[i].value < fields[i].least || fields[i].value > fields[i].most)
@@ -1878,13 +1872,13 @@ static size_t read_tables(Model *m,
     const int n_strings = c->vocab_size + N_CHAT_STRINGS + c->n_cutters;
     const struct {
         const char *name;
-        size_t n_records;
+        uint64_t n_records;
         size_t width;      // of a record, in bytes
         uint32_t below[4]; // what each number of it must be below; all 0: not checked here
     } tables[N_TABLES] = {
         [ROPE] = {"RoPE", c->head_dim / 2, sizeof(double), {0}},
         [CLASSES] = {"range of characters", c->n_ranges, sizeof(Range), {any, any, c->n_classes}},
-        [STEPS] = {"step", (size_t)c->n_states * (c->n_classes + 1), 4, {2 * (c->n_states + 1)}},
+        [STEPS] = {"step", (uint64_t)c->n_states * (c->n_classes + 1), 4, {2 * (c->n_states + 1)}},
         [UNITS] = {"unit", c->n_units, sizeof(Range), {any, any, MAX_SYMBOLS}},
         [PAIRS] = {"pair", c->n_pairs, sizeof(Pair), {MAX_SYMBOLS, MAX_SYMBOLS, n_pieces, any}},
         [STRINGS] = {"string", n_strings, sizeof(String), {c->n_text + 1, N_KINDS}},
@@ -1894,7 +1888,7 @@ static size_t read_tables(Model *m,
     };
     const void *found[N_TABLES];
     for (int i = 0; i < N_TABLES; i++) {
-        size_t size = tables[i].n_records * tables[i].width;
+        uint64_t size = tables[i].n_records * tables[i].width; // huge, if a header's number is negative
         if (size > n_bytes - first)
             return broken(m, "has %zu bytes, too few for its tables", n_bytes);
         found[i] = data + first;
@@ -2220,7 +2214,7 @@ static void reply(Talk *talk, const int *tokens, int n) {
     const Options *options = talk->options;
     const Config *c = &talk->run.model->config;
     Sequence *s = &talk->sequence;
-    int room = c->seq_len - s->length - n; // in the context, behind the prompt
+    int room = c->seq_len - s->length - n; // in the context, after the prompt
     // The last token that is written need not be read, so there is room for one more.
     int most = options->n_new && options->n_new <= room ? options->n_new : room + 1;
     sequence_reserve(talk->run.model, s, s->length + n + most - 1);
@@ -2383,7 +2377,7 @@ static bool chat_round(Talk *talk, Span question) {
     return room >= 1;
 }
 
-// A conversation with whoever types on standard input.
+// A conversation with a person who types on standard input.
 // The cold shower is taken before each question, unless -c is 0.
 static void chat(Talk *talk) {
     if (!has_chat(talk->run.model))
@@ -2523,7 +2517,7 @@ static bool parse_shape(Dose *dose, const char *text) {
             return false;
     text += strlen(modes[dose->mode]);
     dose->n_points = 0;
-    for (;;) { // a point and, behind a comma, the next one
+    for (;;) { // a point and, after a comma, the next one
         if (dose->n_points == MAX_POINTS)
             return false;
         Point *point = &dose->points[dose->n_points++];
@@ -2539,7 +2533,7 @@ static bool parse_shape(Dose *dose, const char *text) {
         text++;
     }
     qsort(dose->points, dose->n_points, sizeof *dose->points, by_depth);
-    return !*text; // or something stands behind the last point
+    return !*text; // or something stands after the last point
 }
 
 // Reads theta, or theta@shape.
@@ -2556,7 +2550,7 @@ static void parse_dose(Dose *dose, int option, const char *text) {
             option, MAX_POINTS, text);
 }
 
-// The options about noise, for getopt: a colon stands behind each that takes a value.
+// The options about noise, for getopt: a colon stands after each that takes a value.
 #define NOISE_OPTIONS "H:Q:K:V:A:d:w:r:s:"
 _Static_assert(sizeof NOISE_OPTIONS == 2 * (N_SITES + 4) + 1, "each site has an option");
 static const NoiseOptions NO_NOISE_OPTIONS = {.seed = 420, .depth = -1, .spread = -1};
@@ -2637,7 +2631,7 @@ static void show_help(const char *usage, bool asked) {
 static void open_standard_streams(void);
 
 // The next option of the command line, read with getopt; its value is in optarg.
-// -1 behind the last one.
+// -1 after the last one.
 // -h shows the help; what is no option, or lacks its value, ends the program.
 static int next_option(int argc, char **argv, const char *letters, const char *usage) {
     int letter = getopt(argc, argv, letters); // ':': no value. '?': no such option, see optopt
@@ -2661,7 +2655,7 @@ static const char USAGE[] =
     "  -m <mode>    generate (default) or chat\n"
     "  -y <text>    system prompt, for chat\n"
     "  -H -Q -K -V -A <theta>  doses in radians: norm output, query, key, value, attention output\n"
-    "  -d <depth>   where in the depth they act, 0 first layer, 1 behind the last (everywhere)\n"
+    "  -d <depth>   where in the depth they act, 0 first layer, 1 after the last (everywhere)\n"
     "  -w <spread>  how far around that depth, in the same unit (.1)\n"
     "               or a full shape for one dose: -A <theta>@<mode>:<depth>=<ratio>,...\n"
     "               with mode ceil, floor or interpolate: -A .3@interpolate:0=0,.4=1,.8=0\n"
@@ -2684,7 +2678,7 @@ static Options parse_options(int argc, char **argv) {
         .noise = NO_NOISE_OPTIONS,
     };
     int letter;
-    optind = 2; // behind the model
+    optind = 2; // after the model
     while ((letter = next_option(argc, argv, ":huxi:n:m:y:c:t:p:" NOISE_OPTIONS, USAGE)) >= 0) {
         if (take_noise_option(&options.noise, letter, optarg))
             continue;
@@ -2948,7 +2942,7 @@ static float sum_of(const float *x, int n) {
 // And 2^n is multiplied in by adding n to the exponent, which stands from bit 23 on in a float.
 //
 // x / ln 2 is rounded to a whole n by adding 1.5 * 2^23: a float as large as that has no digits
-// behind the point, so the sum is rounded, and its lowest bits hold n.
+// after the point, so the sum is rounded, and its lowest bits hold n.
 // (1.5, so that a negative n stays in the same range.)
 //
 // Its two ?: become selections and not branches, so the compiler can compute several at once.
@@ -2985,7 +2979,7 @@ static void exp_all(float *x, int n) {
 //
 //     angle = n pi/2 + r      cos r = 1 - r²/2! + r⁴/4! - ...      sin r = r (1 - r²/3! + ...)
 //
-// In large angles the digits of r are those that pi/2 has far behind the point.
+// In large angles the digits of r are those that pi/2 has far after the point.
 // So it comes in three pieces; the first two are so short, 25 bits each, that for up to 28 bits of
 // n their products with n are exact, and so are the differences.
 static void cos_sin_of(double angle, double *cosine, double *sine) {
@@ -3009,7 +3003,7 @@ static void cos_sin_of(double angle, double *cosine, double *sine) {
 }
 
 // In double precision: an angle of thousands of radians leaves a float only three digits
-// behind the point.
+// after the point.
 static void rope_angles(const Model *m, int position, float *cos_sin) {
     for (int i = 0; i < m->config.head_dim / 2; i++) {
         double cosine, sine;

@@ -17,10 +17,9 @@
  *    3  the virtual step       the stepped model without a stepped weight
  *    4  measuring              losses and norms
  *    5  texts side by side     all columns of the table are written at once
- *    6  files and tables
- *    7  the experiment         before, the table, after
- *    8  the command line
- *    9  inside the maths       going across a matrix
+ *    6  the experiment         before, the table, after
+ *    7  the command line
+ *    8  inside the maths       going across a matrix
  *
  * The convention of all that follows: the gradient of the loss with respect to something has the
  * shape of that thing, and is written with a d in front: dx is ∂loss/∂x.
@@ -34,12 +33,12 @@
  *     rmsnorm   softmax   attend      layer_forward: layer_backward   norm     classify
  *     rope      swiglu    attention   forward: backward               linear   embed   turn
  *
- * loss_, values_, keys_ and read_backward are parts of these.
+ * loss_, values_, keys_ and glitch_backward are parts of these.
  * (On the command line -x, -y and -t mean other things than in drugs.)
  */
 #define DRUGS_LIBRARY
 #include "drugs.c"
-#include <ctype.h>
+#include "tests/laboratory/tables.h" // files that appear whole, and tables
 #include <sys/ioctl.h>
 
 /* ================================================================================================
@@ -57,7 +56,7 @@
  * Nobody has to know the whole.
  */
 
-// out += a b: each row of out is a sum of the rows of b, weighted with a row of a. See section 9.
+// out += a b: each row of out is a sum of the rows of b, weighted with a row of a. See section 8.
 static void add_product(float *out,     // (n_rows, n_cols)
                         const float *a, // (n_rows, n_k): a[r][k] stands at a[r * a_row + k * a_k]
                         ptrdiff_t a_row, ptrdiff_t a_k,
@@ -69,37 +68,37 @@ static void clear(float *x, ptrdiff_t n) {
     memset(x, 0, n * sizeof *x);
 }
 
-// rmsnorm: y = gain * z with z = x * s and s = 1 / sqrt(mean of x² + eps).
+// rmsnorm: y = gain * z with z = x * scale and scale = 1 / sqrt(eps + mean of x²).
 //
 // The gain is a plain factor:      dgain += dy * z        dz = dy * gain
 //
-// x acts twice: directly, and through s, which all numbers of x share. By the chain rule
+// x acts twice: directly, and through the scale, which all numbers of x share. By the chain rule
 //
-//     ∂s/∂x_j = -1/2 (mean of x² + eps)^(-3/2) * 2 x_j / dim = -s³ x_j / dim
+//     ∂scale/∂x_j = -1/2 (eps + mean of x²)^(-3/2) * 2 x_j / dim = -scale³ x_j / dim
 //
-// and by the product rule, as z_i = x_i s,
+// and by the product rule, as z_i = x_i scale,
 //
-//     dx_j = dz_j s + (sum over i of dz_i x_i) ∂s/∂x_j
-//          = dz_j s - (sum over i of dz_i z_i) s² x_j / dim
-//          = s (dz_j - z_j * mean of (dz * z))
+//     dx_j = dz_j scale + (sum over i of dz_i x_i) ∂scale/∂x_j
+//          = dz_j scale - (sum over i of dz_i z_i) scale² x_j / dim
+//          = scale (dz_j - z_j * mean of (dz * z))
 //
 // The second term takes out of dz what would only change the length of x, which the norm forgets
-// (up to eps).
+// (but for eps).
 static void rmsnorm_backward(float *dx,         // (dim) is added to
                              float *dgain,      // (dim) is added to
                              const float *dy,   // (dim)
                              const float *x,    // (dim) what came in
                              const float *gain, // (dim)
                              int dim, float eps) {
-    float s = 1.0f / sqrtf(dot(x, x, dim) / (float)dim + eps);
+    float scale = 1.0f / sqrtf(dot(x, x, dim) / (float)dim + eps);
     float mean = 0; // of dz * z: the part of dz that points along x
     for (int i = 0; i < dim; i++)
-        mean += dy[i] * gain[i] * (x[i] * s);
+        mean += dy[i] * gain[i] * (x[i] * scale);
     mean /= (float)dim;
     for (int i = 0; i < dim; i++) {
-        float z = x[i] * s; // what the forward pass multiplied with the gain
+        float z = x[i] * scale; // what the forward pass multiplied with the gain
         dgain[i] += dy[i] * z;
-        dx[i] += s * (dy[i] * gain[i] - z * mean);
+        dx[i] += scale * (dy[i] * gain[i] - z * mean);
     }
 }
 
@@ -145,9 +144,12 @@ static void softmax_backward(float *dp,      // (n)
         dp[i] = p[i] * (dp[i] - average) / divisor;
 }
 
-// swiglu: h = silu(gate) * up.
-// With S = 1 / (1 + exp(-gate)), whose derivative is exp(-gate) S² = S (1 - S), silu is gate * S,
-// and by the product rule its derivative is S + gate S (1 - S) = S (1 + gate (1 - S)).
+// swiglu: h = silu(gate) * up, and silu(gate) = gate * sigmoid with sigmoid = 1 / (1 + exp(-gate)).
+//
+// The derivative of the sigmoid is exp(-gate) sigmoid² = sigmoid (1 - sigmoid).
+// So by the product rule that of silu is
+//
+//     sigmoid + gate sigmoid (1 - sigmoid) = sigmoid (1 + gate (1 - sigmoid))
 static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) each
                             const float *gate, const float *up, ptrdiff_t n) {
 #pragma omp parallel for schedule(static) if (worth_threads(n * 16))
@@ -160,27 +162,35 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) ea
     }
 }
 
-// turn: r = A x + B u.
-// A and B (glitch.a and glitch.b) depend on x themselves; the angle and u do not, they come
-// from the place.
+// turn: r = a x + b u (section 4 of drugs.c).
+// The angle and u come from the place, so they do not change with x, but a and b do.
 // With
 //
-//     xx = x.x     ux = u.x     oo = u.u - ux²/xx     (|o|², section 4 of drugs.c)
-//     B = sin(angle) sqrt(xx / oo)     A = cos(angle) - B ux/xx
+//     xx = x.x     ux = u.x     oo = u.u - ux²/xx
+//     b = sin(angle) sqrt(xx / oo)     a = cos(angle) - b ux/xx
 //
-// there are three paths on which x reaches the loss: directly, because A multiplies it, and through
-// A and B, which are made of it.
-// With g for dr,
+// x reaches the loss on three paths: a multiplies it, a is made of it, and b is made of it.
+// Write g for dr, and grad a for the vector of all ∂a/∂x_j:
 //
-//     dx = A g  +  (x.g) grad A  +  (u.g) grad B
+//     dx = a g  +  (x.g) grad a  +  (u.g) grad b
 //
-// For the gradients of B and A, begin with grad xx = 2 x and grad ux = u, so
+// To find grad b, square its definition, b² oo = sin²(angle) xx, and take the gradient of both
+// sides, with sin²(angle) = b² oo / xx put in again:
 //
-//     grad oo = -2 ux/xx u + 2 ux²/xx² x
-//     log B   = log sin(angle) + (log xx - log oo) / 2       and grad B = B grad log B:
-//     grad B  = B/2 (grad xx / xx - grad oo / oo)
-//             = B (1/xx - ux²/(xx² oo)) x  +  B ux/(xx oo) u         =  B_x x + B_u u
-//     grad A  = -ux/xx grad B - B/xx u + 2 B ux/xx² x                =  A_x x + A_u u
+//     2 b oo grad b + b² grad oo = b² (oo / xx) grad xx
+//     grad b = b/2 (grad xx / xx - grad oo / oo)
+//
+// From grad xx = 2 x and grad ux = u follows grad oo = -2 ux/xx u + 2 ux²/xx² x.
+// So both gradients are mixes of x and u:
+//
+//     grad b = b_x x + b_u u     b_x = b (1/xx - ux²/(xx² oo))       b_u = b ux/(xx oo)
+//     grad a = a_x x + a_u u     a_x = -b_x ux/xx + 2 b ux/xx²       a_u = -b_u ux/xx - b/xx
+//
+// An example to check by hand: x = (1, 0), u = (1, 1), and an angle with sine .6 and cosine .8.
+// Then xx = 1, ux = 1, oo = 1, b = .6, a = .2, and r = (.8, .6), as long as x. b_x = 0, b_u = .6,
+// a_x = 1.2, a_u = -1.2, so grad b = (.6, .6) and grad a = (0, -1.2).
+// For g = (1, 0) that gives dx = .2 (1, 0) + (0, -1.2) + (.6, .6) = (.8, -.6).
+// And indeed: in two dimensions the glitch is a plain rotation, r_0 = .8 x_0 - .6 x_1.
 //
 // The noise is a function of its place, so u is simply drawn once more. g (n) becomes dx; x is the
 // vector before it was turned, u (n) is scratch.
@@ -197,17 +207,17 @@ static void turn_backward(Place place,
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
     double oo = dot(u, u, n) - ux * ux / xx;
-    // As derived: how A and B change with x, each a part along x and one along u.
-    double B = glitch.b;
-    double B_x = B * (1 / xx - ux * ux / (xx * xx * oo));
-    double B_u = B * ux / (xx * oo);
-    double A_x = -B_x * ux / xx + 2 * B * ux / (xx * xx);
-    double A_u = -B_u * ux / xx - B / xx;
-    // How much the loss cares about A and about B.
+    // How b and a change with x, each in its part along x and its part along u.
+    double b = glitch.b;
+    double b_x = b * (1 / xx - ux * ux / (xx * xx * oo));
+    double b_u = b * ux / (xx * oo);
+    double a_x = -b_x * ux / xx + 2 * b * ux / (xx * xx);
+    double a_u = -b_u * ux / xx - b / xx;
+    // How much the loss cares about a and about b.
     double xg = dot(x, g, n);
     double ug = dot(u, g, n);
-    float to_x = (float)(xg * A_x + ug * B_x);
-    float to_u = (float)(xg * A_u + ug * B_u);
+    float to_x = (float)(xg * a_x + ug * b_x);
+    float to_u = (float)(xg * a_u + ug * b_u);
     for (int i = 0; i < n; i++)
         g[i] = g[i] * glitch.a + x[i] * to_x + u[i] * to_u;
 }
@@ -215,9 +225,8 @@ static void turn_backward(Place place,
 /* ================================================================================================
  * 2  The backward pass
  *
- * A matrix gives y_o = sum over i of w[o][i] x_i.
- * So ∂y_o/∂w[o][i] = x_i, and one row moves each weight by dw[o][i] = dy_o x_i.
- * Over n rows these add up:
+ * A matrix gives y_o = sum over i of w[o][i] x_i, so ∂y_o/∂w[o][i] = x_i.
+ * For one row the gradient of each weight is therefore dw[o][i] = dy_o x_i, and n rows add up:
  *
  *     dW[o][i] = sum over r of dY[r][o] X[r][i]        dW = dYᵀ X
  *
@@ -235,20 +244,22 @@ static void turn_backward(Place place,
  * For Llama-2-7B and the phrase above (14 tokens with BOS; the last one is only predicted, so 13
  * rows) that is 0.2 GB instead of 27.
  *
- * Below, acts are the buffers that forward filled and grads the same buffers for gradients, so the
- * dY of a matrix stands where its Y stood:
+ * Below, acts are the buffers that forward filled, and grads are the same buffers for gradients.
+ * So the dY of a matrix stands where its Y stood:
  *
- *     matrix            X, from acts    dY, from grads
- *     wq, wk, wv        xn              q, k, v
- *     wo                att             xm
- *     w1, w3            fn              gate, up
- *     w2                h               x of the next layer
- *     classifier        last_xn         dlogits
- *     embedding         dx of layer 0   one-hot rows     (roles exchanged)
+ *     matrix            X               dY
+ *     wq, wk, wv        acts xn         grads q, k, v
+ *     wo                acts att        grads xm
+ *     w1, w3            acts fn         grads gate, up
+ *     w2                acts h          grads x of the next layer
+ *     classifier        acts last_xn    dlogits
+ *     embedding         grads x of      one-hot rows: 1 at the token of a row, 0 elsewhere
+ *                       layer 0
  *
- * The last two are kept in vocab_x and vocab_dy; embed_backward says how.
- * (x = O E without a transpose, so dE = Oᵀ dx: O stands where dY stood, and dx where X stood.
- * Only so does dYᵀX have the shape (vocab_size, dim).)
+ * In the last line the two have changed places, because the embedding is not read like the others:
+ * x is a row of it, picked by a token, which is x = O E with the one-hot rows O. So dE = Oᵀ dx,
+ * which is dYᵀ X with O for dY and dx for X (embed_backward has the details).
+ * The factors of the last two matrices are kept in vocab_dy and vocab_x.
  *
  * The way back through a layer is the drawing of drugs.c, turned upside down.
  * Where x went two ways, two gradients come together:
@@ -300,92 +311,74 @@ typedef struct {
 } Factors;
 
 // The factors of a tensor. If the classifier is the embedding, both have the rows of both.
-static Factors factors(const Step *s, int layer, int which) {
-    const Slot *a = &s->acts.slots[layer];
-    const Slot *g = &s->grads.slots[layer];
-    const Config *c = &s->model->config;
+static Factors factors(const Step *step, int layer, int which) {
+    const Slot *acts = &step->acts.slots[layer];
+    const Slot *grads = &step->grads.slots[layer];
+    const Config *c = &step->model->config;
     bool shared = c->shared_classifier;
-    ptrdiff_t first, last; // rows of vocab_dy and vocab_x
-    Factors f = {.n = s->n_rows};
+    const struct {
+        const float *x, *dy;
+    } of_layer[N_LAYER_TENSORS] = {
+        [WQ] = {acts->xn, grads->q}, // three readers of one x
+        [WK] = {acts->xn, grads->k},
+        [WV] = {acts->xn, grads->v},
+        [WO] = {acts->att, grads->xm}, // what wo gave was added to x: its gradient is the sum's
+        [W1] = {acts->fn, grads->gate},
+        [W3] = {acts->fn, grads->up},
+        [W2] = {acts->h, step->grads.slots[layer + 1].x}, // likewise
+    };
+    Factors f = {.n = step->n_rows};
     tensor_shape(c, which, &f.n_out, &f.n_in);
-    switch (which) {
-    case WQ: // three readers of one x
-        f.x = a->xn;
-        f.dy = g->q;
-        break;
-    case WK:
-        f.x = a->xn;
-        f.dy = g->k;
-        break;
-    case WV:
-        f.x = a->xn;
-        f.dy = g->v;
-        break;
-    case WO:
-        f.x = a->att;
-        f.dy = g->xm; // what wo gave was added to x, so its gradient is that of the sum
-        break;
-    case W1:
-        f.x = a->fn;
-        f.dy = g->gate;
-        break;
-    case W3:
-        f.x = a->fn;
-        f.dy = g->up;
-        break;
-    case W2: // likewise
-        f.x = a->h;
-        f.dy = s->grads.slots[layer + 1].x;
-        break;
-    case TOK_EMB:
-    case WCLS:
-        first = shared || which == WCLS ? 0 : s->n_loss;
-        last = shared || which == TOK_EMB ? s->n_loss + s->n_inputs : s->n_loss;
-        f.n = last - first;
-        f.x = s->vocab_x + first * f.n_in;
-        f.dy = s->vocab_dy + first * f.n_out;
-        break;
-    default: // ATT_NORM, FFN_NORM, FINAL_NORM
-        f.n = 0;
+    if (which < N_LAYER_TENSORS) {
+        f.x = of_layer[which].x;
+        f.dy = of_layer[which].dy;
+    } else if (which != FINAL_NORM) { // rows of vocab_dy and vocab_x, from first on
+        ptrdiff_t first = shared || which == WCLS ? 0 : step->n_loss;
+        ptrdiff_t last = shared || which == TOK_EMB ? step->n_loss + step->n_inputs : step->n_loss;
+        f.n = (int)(last - first);
+        f.x = step->vocab_x + first * f.n_in;
+        f.dy = step->vocab_dy + first * f.n_out;
     }
+    if (!f.x) // ATT_NORM, FFN_NORM, FINAL_NORM
+        f.n = 0;
     return f;
 }
 
 // The gradient of a norm's gain, (dim).
-static float *dgain(const Step *s, int layer, int which) {
-    const Config *c = &s->model->config;
+static float *dgain(const Step *step, int layer, int which) {
+    const Config *c = &step->model->config;
     ptrdiff_t index = 2 * layer;
     if (which == FFN_NORM)
         index++;
     if (which == FINAL_NORM)
         index = 2 * c->n_layers;
-    return s->dgains + index * c->dim;
+    return step->dgains + index * c->dim;
 }
 
 // linear: y = x wᵀ, that is y_o = sum over i of w[o][i] x_i.
 // So y_o changes with x_i by w[o][i], and dx_i += sum over o of dy_o w[o][i]: dx += dy w.
-static void linear_backward(Step *s,
+static void linear_backward(Step *step,
                             float *dx,       // (n_rows, n_in) is added to
                             const float *dy, // (n_rows, n_out)
                             int layer, int which) {
     int n_out, n_in;
-    tensor_shape(&s->model->config, which, &n_out, &n_in);
-    const float *w = s->model->layers[layer].w[which];
+    tensor_shape(&step->model->config, which, &n_out, &n_in);
+    const float *w = step->model->layers[layer].w[which];
     // dy is read as it stands: rows n_out apart, neighbours 1 apart.
     // (acts has only the rows with logits while the classifier is gone back through.)
-    add_product(dx, dy, n_out, 1, w, s->acts.n_rows, n_out, n_in);
+    add_product(dx, dy, n_out, 1, w, step->acts.n_rows, n_out, n_in);
 }
 
 // norm: row by row; the gain's gradient is the sum over the rows.
-static void norm_backward(Step *s,
+static void norm_backward(Step *step,
                           float *dx,       // (n_rows, dim) is added to
                           const float *dy, // (n_rows, dim)
                           const float *x,  // (n_rows, dim) what came in
                           int layer, int which) {
-    const Config *c = &s->model->config;
-    const float *gain = s->model->layers[layer].w[which];
-    float *to = dgain(s, layer, which); // all rows add to it
-    for (int r = 0; r < s->acts.n_rows; r++) {
+    const Config *c = &step->model->config;
+    const float *gain = step->model->layers[layer].w[which];
+    float *to = dgain(step, layer, which); // all rows add to it
+    for (int r = 0; r < step->acts.n_rows; r++) {
         rmsnorm_backward(dx, to, dy, x, gain, c->dim, c->norm_eps);
         dx += c->dim;
         dy += c->dim;
@@ -414,7 +407,7 @@ typedef struct {
 
 // A key or value x that was read turned: g, the gradient of what was read, goes back through the
 // glitch (which is drawn again) and is added to dx.
-static void read_backward(const HeadBackward *b, Place place,
+static void glitch_backward(const HeadBackward *b, Place place,
                           const float *x, // (head_dim) the key or value
                           float *dx) {    // (head_dim)
     turn_backward(place, x, b->g, b->head_dim, b->head.u);
@@ -451,7 +444,7 @@ static void values_backward(const HeadBackward *b) {
         float from_u = dot(b->dout, h->u, n) * glitch.b;
         b->dprob[t] = b->dprob[t] * glitch.a + from_u;
         set_g(b, h->prob[t], b->dout);
-        read_backward(b, place, value, dvalue);
+        glitch_backward(b, place, value, dvalue);
     }
 }
 
@@ -479,27 +472,27 @@ static void keys_backward(const HeadBackward *b) {
         add_scaled(b->dq, dscore * glitch.a, key, n);
         add_scaled(b->dq, dscore * glitch.b, h->u, n);
         set_g(b, dscore, h->q);
-        read_backward(b, place, key, dkey);
+        glitch_backward(b, place, key, dkey);
     }
 }
 
-// attend, and site A behind it: dout is given, dq, dkeys and dvalues are added to.
+// attend, and site A after it: dout is given, dq, dkeys and dvalues are added to.
 // The weights and the turned query are computed anew, which is cheaper than to keep them
 // for all rows.
-static void attend_backward(const Step *s, ptrdiff_t r, int layer, int head,
+static void attend_backward(const Step *step, ptrdiff_t r, int layer, int head,
                             float *scratch) { // (2 * head_scratch)
-    const Config *c = &s->model->config;
-    const Slot *g = &s->grads.slots[layer];
+    const Config *c = &step->model->config;
+    const Slot *grads = &step->grads.slots[layer];
     int head_dim = c->head_dim;
     ptrdiff_t at = r * c->q_dim + head * head_dim;
-    const float *query = s->acts.slots[layer].q + at;
+    const float *query = step->acts.slots[layer].q + at;
     float *out = scratch + head_scratch(c);
     // The same head as on the way forward, and where its gradients are.
     HeadBackward b = {
-        .head = head_of(&s->acts, r, layer, head, scratch),
+        .head = head_of(&step->acts, r, layer, head, scratch),
         .head_dim = head_dim,
-        .dout = g->att + at,
-        .dq = g->q + at,
+        .dout = grads->att + at,
+        .dq = grads->q + at,
         .g = out + head_dim,
         .dprob = out + 2 * head_dim,
     };
@@ -507,8 +500,8 @@ static void attend_backward(const Step *s, ptrdiff_t r, int layer, int head,
     // The rows of a sequence stand together, in order, and begin at position 0.
     // So this is the row of the oldest key.
     ptrdiff_t first_row = r + 1 - h->n_keys;
-    b.dkeys = g->k + first_row * c->kv_dim + h->kv_head * head_dim;
-    b.dvalues = g->v + first_row * c->kv_dim + h->kv_head * head_dim;
+    b.dkeys = grads->k + first_row * c->kv_dim + h->kv_head * head_dim;
+    b.dvalues = grads->v + first_row * c->kv_dim + h->kv_head * head_dim;
 
     attend(h, head_dim, query, out); // fills the scratch
     // From here on attend is read from its last line to its first.
@@ -521,28 +514,28 @@ static void attend_backward(const Step *s, ptrdiff_t r, int layer, int head,
 }
 
 // attention: all heads of all rows, then RoPE of the keys.
-static void attention_backward(const Step *s, int layer) {
-    const Config *c = &s->model->config;
-    const Slot *g = &s->grads.slots[layer];
-    ptrdiff_t n_rows = s->n_rows;
+static void attention_backward(const Step *step, int layer) {
+    const Config *c = &step->model->config;
+    const Slot *grads = &step->grads.slots[layer];
+    ptrdiff_t n_rows = step->n_rows;
     int n_sharing = c->n_heads / c->n_kv_heads; // query heads that read one kv head
     // Keys and values get gradients from all queries that saw them: they are summed up.
-    clear(g->q, n_rows * c->q_dim);
-    clear(g->k, n_rows * c->kv_dim);
-    clear(g->v, n_rows * c->kv_dim);
+    clear(grads->q, n_rows * c->q_dim);
+    clear(grads->k, n_rows * c->kv_dim);
+    clear(grads->v, n_rows * c->kv_dim);
 #pragma omp parallel for schedule(static) if (worth_threads(n_rows * c->q_dim * 64))
     for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++) {
         // One thread does all that adds to this kv head, so nobody else writes there.
-        float *scratch = s->scratch + 2 * kv_head * head_scratch(c);
+        float *scratch = step->scratch + 2 * kv_head * head_scratch(c);
         for (ptrdiff_t r = 0; r < n_rows; r++)
             for (int i = 0; i < n_sharing; i++)
-                attend_backward(s, r, layer, kv_head * n_sharing + i, scratch);
+                attend_backward(step, r, layer, kv_head * n_sharing + i, scratch);
     }
     // A key is turned by RoPE once, before it goes into the cache, so it is turned back once, when
     // all of its gradient is there.
     for (ptrdiff_t r = 0; r < n_rows; r++) {
-        const float *cos_sin = s->acts.cos_sin + r * c->head_dim;
-        float *dkeys = g->k + r * c->kv_dim; // of all kv heads
+        const float *cos_sin = step->acts.cos_sin + r * c->head_dim;
+        float *dkeys = grads->k + r * c->kv_dim; // of all kv heads
         for (int i = 0; i < c->kv_dim; i += c->head_dim)
             rope_backward(dkeys + i, cos_sin, c->head_dim);
     }
@@ -555,97 +548,97 @@ static void attention_backward(const Step *s, int layer) {
 // The log's derivative by a logit is exp(logit) / sum.
 // So that of the loss is the token's probability, minus 1 at the target: by the step (minus!) all
 // others are pushed down, the target is pulled up.
-// Fills s->loss and the first n_loss rows of vocab_dy.
-static void loss_backward(Step *s) {
-    const ptrdiff_t vocab_size = s->model->config.vocab_size;
-    double *losses = resize(NULL, s->n_loss, sizeof *losses);
-#pragma omp parallel for schedule(static) if (worth_threads(s->n_loss * vocab_size * 16))
-    for (int i = 0; i < s->n_loss; i++) {
-        const float *logits = s->acts.logits + i * vocab_size;
-        float *dlogits = s->vocab_dy + i * vocab_size;
+// Fills step->loss and the first n_loss rows of vocab_dy.
+static void loss_backward(Step *step) {
+    const ptrdiff_t vocab_size = step->model->config.vocab_size;
+    double *losses = resize(NULL, step->n_loss, sizeof *losses);
+#pragma omp parallel for schedule(static) if (worth_threads(step->n_loss * vocab_size * 16))
+    for (int i = 0; i < step->n_loss; i++) {
+        const float *logits = step->acts.logits + i * vocab_size;
+        float *dlogits = step->vocab_dy + i * vocab_size;
         memcpy(dlogits, logits, vocab_size * sizeof *logits);
         // softmax returns log(sum of exp(logits)); minus the logit that is
         // -log p.
-        losses[i] = softmax(dlogits, vocab_size, 1) - logits[s->targets[i]];
+        losses[i] = softmax(dlogits, vocab_size, 1) - logits[step->targets[i]];
         // The loss is the mean over n_loss predictions, so each counts one n_loss-th.
         for (ptrdiff_t j = 0; j < vocab_size; j++)
-            dlogits[j] /= (float)s->n_loss;
-        dlogits[s->targets[i]] -= 1.0f / (float)s->n_loss;
+            dlogits[j] /= (float)step->n_loss;
+        dlogits[step->targets[i]] -= 1.0f / (float)step->n_loss;
     }
-    s->loss = 0; // summed up in one order, however many threads there were
-    for (int i = 0; i < s->n_loss; i++)
-        s->loss += losses[i] / s->n_loss;
+    step->loss = 0; // summed up in one order, however many threads there were
+    for (int i = 0; i < step->n_loss; i++)
+        step->loss += losses[i] / step->n_loss;
     free(losses);
 }
 
 // classify: logits = classifier rmsnorm(x) of the rows that wanted logits.
 // Their dx go back to the places from which they were gathered; the other rows get 0.
-static void classify_backward(Step *s) {
-    const ptrdiff_t dim = s->model->config.dim;
-    float *dx = s->grads.slots[s->model->config.n_layers].x;
-    float *dlast_x = s->grads.last_x;   // (n_loss, dim)
-    float *dlast_xn = s->grads.last_xn; // (n_loss, dim)
-    ptrdiff_t size = s->n_loss * dim;
-    memcpy(s->vocab_x, s->acts.last_xn, size * sizeof *dx);
+static void classify_backward(Step *step) {
+    const ptrdiff_t dim = step->model->config.dim;
+    float *dx = step->grads.slots[step->model->config.n_layers].x;
+    float *dlast_x = step->grads.last_x;   // (n_loss, dim)
+    float *dlast_xn = step->grads.last_xn; // (n_loss, dim)
+    ptrdiff_t size = step->n_loss * dim;
+    memcpy(step->vocab_x, step->acts.last_xn, size * sizeof *dx);
     clear(dlast_xn, size);
     clear(dlast_x, size);
-    linear_backward(s, dlast_xn, s->vocab_dy, 0, WCLS);
-    norm_backward(s, dlast_x, dlast_xn, s->acts.last_x, 0, FINAL_NORM);
+    linear_backward(step, dlast_xn, step->vocab_dy, 0, WCLS);
+    norm_backward(step, dlast_x, dlast_xn, step->acts.last_x, 0, FINAL_NORM);
     // So far acts had only the rows that want logits, as classify left them.
-    s->acts.rows = s->rows;
-    s->acts.n_rows = s->n_rows;
-    clear(dx, s->n_rows * dim);
-    for (ptrdiff_t r = 0; r < s->n_rows; r++)
-        if (s->rows[r].wants_logits) {
+    step->acts.rows = step->rows;
+    step->acts.n_rows = step->n_rows;
+    clear(dx, step->n_rows * dim);
+    for (ptrdiff_t r = 0; r < step->n_rows; r++)
+        if (step->rows[r].wants_logits) {
             memcpy(dx + r * dim, dlast_x, dim * sizeof *dx);
             dlast_x += dim; // the next one that was gathered
         }
 }
 
 // layer_forward, read from its last line to its first.
-static void layer_backward(Step *s, int layer) {
-    const Model *m = s->model;
+static void layer_backward(Step *step, int layer) {
+    const Model *m = step->model;
     const Config *c = &m->config;
-    const Slot *a = &s->acts.slots[layer];
-    const Slot *g = &s->grads.slots[layer];
-    const float *dx = s->grads.slots[layer + 1].x; // (n_rows, dim)
+    const Slot *acts = &step->acts.slots[layer];
+    const Slot *grads = &step->grads.slots[layer];
+    const float *dx = step->grads.slots[layer + 1].x; // (n_rows, dim)
     const ptrdiff_t dim = c->dim;
-    ptrdiff_t size = s->n_rows * dim;
-    ptrdiff_t hidden_size = (ptrdiff_t)s->n_rows * c->hidden_dim;
+    ptrdiff_t size = step->n_rows * dim;
+    ptrdiff_t hidden_size = (ptrdiff_t)step->n_rows * c->hidden_dim;
 
     // x of the next layer = xm + w2 h: dx goes both ways
-    memcpy(g->xm, dx, size * sizeof *dx);
-    clear(g->h, hidden_size);
-    linear_backward(s, g->h, dx, layer, W2);
+    memcpy(grads->xm, dx, size * sizeof *dx);
+    clear(grads->h, hidden_size);
+    linear_backward(step, grads->h, dx, layer, W2);
 
     // h = silu(w1 fn) * w3 fn, with fn = rmsnorm(xm)
-    swiglu_backward(g->gate, g->up, g->h, a->gate, a->up, hidden_size);
-    clear(g->fn, size);
-    linear_backward(s, g->fn, g->gate, layer, W1);
-    linear_backward(s, g->fn, g->up, layer, W3);
-    norm_backward(s, g->xm, g->fn, a->xm, layer, FFN_NORM);
+    swiglu_backward(grads->gate, grads->up, grads->h, acts->gate, acts->up, hidden_size);
+    clear(grads->fn, size);
+    linear_backward(step, grads->fn, grads->gate, layer, W1);
+    linear_backward(step, grads->fn, grads->up, layer, W3);
+    norm_backward(step, grads->xm, grads->fn, acts->xm, layer, FFN_NORM);
 
     // xm = x + wo att
-    memcpy(g->x, g->xm, size * sizeof *dx);
-    clear(g->att, (ptrdiff_t)s->n_rows * c->q_dim);
-    linear_backward(s, g->att, g->xm, layer, WO);
-    attention_backward(s, layer);
+    memcpy(grads->x, grads->xm, size * sizeof *dx);
+    clear(grads->att, (ptrdiff_t)step->n_rows * c->q_dim);
+    linear_backward(step, grads->att, grads->xm, layer, WO);
+    attention_backward(step, layer);
 
     // the three readers of xn
-    clear(g->xn, size);
-    linear_backward(s, g->xn, g->q, layer, WQ);
-    linear_backward(s, g->xn, g->k, layer, WK);
-    linear_backward(s, g->xn, g->v, layer, WV);
+    clear(grads->xn, size);
+    linear_backward(step, grads->xn, grads->q, layer, WQ);
+    linear_backward(step, grads->xn, grads->k, layer, WK);
+    linear_backward(step, grads->xn, grads->v, layer, WV);
 
     // xn = rmsnorm(x), turned at H. What was turned is the sober xn, computed once more
     const float *gain = m->layers[layer].w[ATT_NORM];
-    float *sober = s->grads.direction; // which is free: grads draws no glitches
-    for (ptrdiff_t r = 0; r < s->n_rows; r++) {
-        Place place = place_of(m, &s->rows[r], SITE_H, layer, 0);
-        rmsnorm(sober, a->x + r * dim, gain, c->dim, c->norm_eps);
-        turn_backward(place, sober, g->xn + r * dim, c->dim, s->acts.direction);
+    float *sober = step->grads.direction; // which is free: grads draws no glitches
+    for (ptrdiff_t r = 0; r < step->n_rows; r++) {
+        Place place = place_of(m, &step->rows[r], SITE_H, layer, 0);
+        rmsnorm(sober, acts->x + r * dim, gain, c->dim, c->norm_eps);
+        turn_backward(place, sober, grads->xn + r * dim, c->dim, step->acts.direction);
     }
-    norm_backward(s, g->x, g->xn, a->x, layer, ATT_NORM);
+    norm_backward(step, grads->x, grads->xn, acts->x, layer, ATT_NORM);
 }
 
 // embed: x = O E, where E is the embedding and O has a one-hot row for each row of x: 1 at the
@@ -656,28 +649,28 @@ static void layer_backward(Step *s, int layer) {
 //     dE = Oᵀ dx
 //
 // The dx of rows with the same token are added up first.
-// These factors stand behind those of the classifier:
+// These factors stand after those of the classifier:
 //
 //     vocab_dy                        vocab_x
 //     | dlogits (n_loss)   |          | last_xn (n_loss)  |     the classifier's
 //     | one-hot (n_inputs) |          | dx (n_inputs)     |     the embedding's
 //
 // A model that uses one matrix for both simply has all of these rows as its factors.
-static void embed_backward(Step *s) {
-    const Config *c = &s->model->config;
+static void embed_backward(Step *step) {
+    const Config *c = &step->model->config;
     const ptrdiff_t dim = c->dim;
     const ptrdiff_t vocab_size = c->vocab_size;
-    const float *dx = s->grads.slots[0].x;                 // (n_rows, dim)
-    float *one_hot = s->vocab_dy + s->n_loss * vocab_size; // (n_inputs, vocab_size)
-    float *dinputs = s->vocab_x + s->n_loss * dim;         // (n_inputs, dim)
-    s->n_inputs = 0;
-    for (ptrdiff_t r = 0; r < s->n_rows; r++) {
-        int token = s->rows[r].token;
+    const float *dx = step->grads.slots[0].x;                 // (n_rows, dim)
+    float *one_hot = step->vocab_dy + step->n_loss * vocab_size; // (n_inputs, vocab_size)
+    float *dinputs = step->vocab_x + step->n_loss * dim;         // (n_inputs, dim)
+    step->n_inputs = 0;
+    for (ptrdiff_t r = 0; r < step->n_rows; r++) {
+        int token = step->rows[r].token;
         int i = 0; // has this token come in before?
-        while (i < s->n_inputs && s->inputs[i] != token)
+        while (i < step->n_inputs && step->inputs[i] != token)
             i++;
-        if (i == s->n_inputs) {
-            s->inputs[s->n_inputs++] = token;
+        if (i == step->n_inputs) {
+            step->inputs[step->n_inputs++] = token;
             clear(one_hot + i * vocab_size, vocab_size);
             clear(dinputs + i * dim, dim);
             one_hot[i * vocab_size + token] = 1;
@@ -688,58 +681,58 @@ static void embed_backward(Step *s) {
 
 // forward, backwards.
 // Afterwards every gradient is known: gains as they are, matrices as their factors.
-static void backward(Step *s) {
-    const Config *c = &s->model->config;
+static void backward(Step *step) {
+    const Config *c = &step->model->config;
     // Gains are added to by every row; all else is overwritten or cleared on the way.
-    clear(s->dgains, (2 * c->n_layers + 1) * (ptrdiff_t)c->dim);
-    loss_backward(s);
-    classify_backward(s);
+    clear(step->dgains, (2 * c->n_layers + 1) * (ptrdiff_t)c->dim);
+    loss_backward(step);
+    classify_backward(step);
     for (int layer = c->n_layers - 1; layer >= 0; layer--)
-        layer_backward(s, layer);
-    embed_backward(s);
+        layer_backward(step, layer);
+    embed_backward(step);
 }
 
 // Room for a step over at most max_rows rows.
-static void step_init(Step *s, const Model *m, int max_rows) {
+static void step_init(Step *step, const Model *m, int max_rows) {
     const Config *c = &m->config;
-    *s = (Step){.model = m};
-    run_init(&s->acts, m, max_rows, c->n_layers + 1);
-    run_init(&s->grads, m, max_rows, c->n_layers + 1);
-    s->rows = resize(NULL, max_rows, sizeof *s->rows);
-    s->targets = resize(NULL, max_rows, sizeof *s->targets);
-    s->inputs = resize(NULL, max_rows, sizeof *s->inputs);
+    *step = (Step){.model = m};
+    run_init(&step->acts, m, max_rows, c->n_layers + 1);
+    run_init(&step->grads, m, max_rows, c->n_layers + 1);
+    step->rows = resize(NULL, max_rows, sizeof *step->rows);
+    step->targets = resize(NULL, max_rows, sizeof *step->targets);
+    step->inputs = resize(NULL, max_rows, sizeof *step->inputs);
     // Two norms a layer, and the final one.
     ptrdiff_t n_gains = (2 * c->n_layers + 1) * (ptrdiff_t)c->dim;
     ptrdiff_t n_scratch = 2 * c->n_kv_heads * head_scratch(c);
-    s->dgains = resize(NULL, n_gains, sizeof(float));
-    s->scratch = resize(NULL, n_scratch, sizeof(float));
+    step->dgains = resize(NULL, n_gains, sizeof(float));
+    step->scratch = resize(NULL, n_scratch, sizeof(float));
     // Twice max_rows rows, for n_loss and n_inputs; freed with the buffers of acts.
-    s->vocab_dy = new_buffer(&s->acts, 2 * (ptrdiff_t)c->vocab_size);
-    s->vocab_x = new_buffer(&s->acts, 2 * c->dim);
+    step->vocab_dy = new_buffer(&step->acts, 2 * (ptrdiff_t)c->vocab_size);
+    step->vocab_x = new_buffer(&step->acts, 2 * c->dim);
 }
 
 // Gives back what step_init took.
-static void step_free(Step *s) {
-    run_free(&s->acts);
-    run_free(&s->grads);
-    free(s->rows);
-    free(s->targets);
-    free(s->inputs);
-    free(s->dgains);
-    free(s->scratch);
+static void step_free(Step *step) {
+    run_free(&step->acts);
+    run_free(&step->grads);
+    free(step->rows);
+    free(step->targets);
+    free(step->inputs);
+    free(step->dgains);
+    free(step->scratch);
 }
 
 // Adds a text of n tokens to the rows: token i is to be followed by token i
 // + 1. Of these predictions all count in the loss, or only the last. how:
 // DRUGGED, LAST_ONLY, or both.
-enum { LAST_ONLY = 8 }; // a bit that DRUGGED and its kin leave free
-static void step_add(Step *s,
+enum { LAST_ONLY = 8 }; // a bit that DRUGGED, WANTS_LOGITS and ALL_LOGITS leave free
+static void step_add(Step *step,
                      Sequence *sequence, // a new one
                      const int *tokens,  // (n)
                      int n, int how) {
     for (int i = 0; i + 1 < n; i++) {
         bool counts = !(how & LAST_ONLY) || i + 2 == n; // i + 1 is the last token
-        s->rows[s->n_rows++] = (Row){
+        step->rows[step->n_rows++] = (Row){
             .token = tokens[i],
             .position = i,
             .sequence = sequence,
@@ -747,14 +740,14 @@ static void step_add(Step *s,
             .wants_logits = counts,
         };
         if (counts)
-            s->targets[s->n_loss++] = tokens[i + 1];
+            step->targets[step->n_loss++] = tokens[i + 1];
     }
 }
 
 // Forward and backward over the rows that were added: the loss, and the gradient of everything.
-static void step_take(Step *s) {
-    forward(&s->acts, s->rows, s->n_rows);
-    backward(s);
+static void step_take(Step *step) {
+    forward(&step->acts, step->rows, step->n_rows);
+    backward(step);
 }
 
 /* ================================================================================================
@@ -794,20 +787,20 @@ typedef struct {
 } Stepped;
 
 // y (n_out) -= step_size dyᵀ (X x), for one vector x (n_in).
-static void correct(const Stepped *t,
+static void subtract_step(const Stepped *stepped,
                     float *y,       // (n_out) what w gave
                     const float *x, // (n_in)
                     float step_size, Factors f) {
-    dots(t->products, x, f.x, f.n_in, f.n_in, f.n);
+    dots(stepped->products, x, f.x, f.n_in, f.n_in, f.n);
     for (int i = 0; i < f.n; i++)
-        t->products[i] *= -step_size;
+        stepped->products[i] *= -step_size;
     // The dy are the rows, and the products say how much of each is added.
-    add_product(y, t->products, f.n, 1, f.dy, 1, f.n, f.n_out);
+    add_product(y, stepped->products, f.n, 1, f.dy, 1, f.n, f.n_out);
 }
 
 // The same for the embedding's row of a token.
 // That row of dYᵀX is the sum over i of dY[i][token] X[i].
-static void correct_row(float *row, // (dim) of the token
+static void subtract_row(float *row, // (dim) of the token
                         float step_size, Factors f, int token) {
     for (ptrdiff_t i = 0; i < f.n; i++) {
         float product = f.dy[i * f.n_out + token];
@@ -815,58 +808,58 @@ static void correct_row(float *row, // (dim) of the token
     }
 }
 
-// Called behind each use of weights: turns what they gave into what the stepped ones give.
+// Called after each use of a tensor: turns what it gave into what the stepped one gives.
 static void stepped_hook(const Run *run, int layer, int which,
                          const float *x, // (n_rows, n_in) what went in
                          float *y) {     // (n_rows, n_out) what came out
-    const Stepped *t = run->owner;
+    const Stepped *stepped = run->owner;
     const Config *c = &run->model->config;
-    Factors f = factors(t->step, layer, which);
+    Factors f = factors(stepped->step, layer, which);
     for (ptrdiff_t r = 0; r < run->n_rows; r++) {
         const Row *row = &run->rows[r];
         float step_size = row->sequence->step_size;
         if (step_size == 0)
             continue; // bitwise the untouched model
         if (which == TOK_EMB) { // which has no x
-            correct_row(y + r * c->dim, step_size, f, row->token);
+            subtract_row(y + r * c->dim, step_size, f, row->token);
         } else if (f.n) {
-            correct(t, y + r * f.n_out, x + r * f.n_in, step_size, f);
+            subtract_step(stepped, y + r * f.n_out, x + r * f.n_in, step_size, f);
         } else { // a norm is linear in its gain
-            const float *gain = dgain(t->step, layer, which);
-            rmsnorm(t->normed, x + r * c->dim, gain, c->dim, c->norm_eps);
-            add_scaled(y + r * c->dim, -step_size, t->normed, c->dim);
+            const float *gain = dgain(stepped->step, layer, which);
+            rmsnorm(stepped->normed, x + r * c->dim, gain, c->dim, c->norm_eps);
+            add_scaled(y + r * c->dim, -step_size, stepped->normed, c->dim);
         }
     }
 }
 
 // Working memory of the stepped model for up to max_rows rows. t must stay where it is: the run
 // points at it.
-static void stepped_init(Stepped *t, const Step *s, int max_rows) {
-    run_init(&t->run, s->model, max_rows, 1);
-    t->run.hook = stepped_hook; // from now on every use of weights comes by
-    t->run.owner = t;
-    t->step = s;
-    t->products = resize(NULL, 2 * (ptrdiff_t)s->n_rows, sizeof(float));
-    t->normed = resize(NULL, s->model->config.dim, sizeof(float));
+static void stepped_init(Stepped *stepped, const Step *step, int max_rows) {
+    run_init(&stepped->run, step->model, max_rows, 1);
+    stepped->run.hook = stepped_hook; // from now on every use of weights comes by
+    stepped->run.owner = stepped;
+    stepped->step = step;
+    stepped->products = resize(NULL, 2 * (ptrdiff_t)step->n_rows, sizeof(float));
+    stepped->normed = resize(NULL, step->model->config.dim, sizeof(float));
 }
 
-static void stepped_free(Stepped *t) {
-    run_free(&t->run);
-    free(t->products);
-    free(t->normed);
+static void stepped_free(Stepped *stepped) {
+    run_free(&stepped->run);
+    free(stepped->products);
+    free(stepped->normed);
 }
 
 // Adds `factor` times the gradient of a tensor to n_rows of its rows, from row `first` on:
 // w (n_rows, n_in).
 // This is the step written down, for -o and for those who want to compare.
-static void add_gradient(const Step *s,
+static void add_gradient(const Step *step,
                          float *w, // (n_rows, n_in) rows of the tensor
                          float factor, int layer, int which,
                          int first, int n_rows) {
-    Factors f = factors(s, layer, which);
+    Factors f = factors(step, layer, which);
     ptrdiff_t size = f.n * (ptrdiff_t)f.n_in;
     if (!f.n) { // a gain is one row
-        add_scaled(w, factor, dgain(s, layer, which), f.n_in);
+        add_scaled(w, factor, dgain(step, layer, which), f.n_in);
         return;
     }
     float *scaled = resize(NULL, size, sizeof *scaled);
@@ -899,23 +892,23 @@ static double surprise(const float *logits, int n, int token) {
 
 // losses[i] = the surprise of tokens[i] after those before it, for the model with a step of this
 // size. losses (n); there is none for tokens[0].
-static void token_losses(Stepped *t, float step_size,
+static void token_losses(Stepped *stepped, float step_size,
                          const int *tokens, int n, // (n)
                          double *losses) {         // (n)
-    const Config *c = &t->run.model->config;
+    const Config *c = &stepped->run.model->config;
     Sequence sequence = sequence_new((Noise){0}); // sober: the step alone is measured
     sequence.step_size = step_size;
     int i = 0; // the last token needs no reading, as nothing comes after it
     while (i + 1 < n) {
         int left = n - 1 - i;
-        int n_rows = read_block(&t->run, &sequence, tokens + i, left, ALL_LOGITS);
+        int n_rows = read_block(&stepped->run, &sequence, tokens + i, left, ALL_LOGITS);
         for (int r = 0; r < n_rows; r++) {
-            const float *logits = t->run.block[r].logits;
+            const float *logits = stepped->run.block[r].logits;
             losses[i + r + 1] = surprise(logits, c->vocab_size, tokens[i + r + 1]);
         }
         i += n_rows;
     }
-    sequence_free(t->run.model, &sequence);
+    sequence_free(stepped->run.model, &sequence);
 }
 
 // The mean of losses[from] to losses[to - 1], NAN if there are none, INFINITY if one of them
@@ -935,11 +928,11 @@ static double mean_loss(const double *losses, int from, int to) {
 //           = sum over i and j of (dy_i . dy_j) (x_i . x_j)
 //
 // Two n x n tables of dot products, Gram matrices, say it all.
-static double gradient_norm2(const Step *s, int layer, int which) {
-    Factors f = factors(s, layer, which);
+static double gradient_norm2(const Step *step, int layer, int which) {
+    Factors f = factors(step, layer, which);
     const ptrdiff_t size = (ptrdiff_t)f.n * f.n;
     if (!f.n) { // a gain's gradient is there as it is
-        const float *gradient = dgain(s, layer, which);
+        const float *gradient = dgain(step, layer, which);
         return dot(gradient, gradient, f.n_in);
     }
     float *gram_dy = resize(NULL, 2 * size, sizeof *gram_dy);
@@ -1055,207 +1048,8 @@ static char *text_of(const Model *m, const int *tokens, int n) {
     return text;
 }
 
-// A token as a word of a table: what it prints, on one line, with <0A> and the like for what
-// cannot be seen.
-// The caller frees it.
-static char *visible(const Model *m, int token) {
-    const Span piece = string_at(m, token);
-    char *text = resize(NULL, 4 * (ptrdiff_t)piece.length + 1, 1); // <0A> takes four
-    char *to = text;
-    for (int i = 0; i < piece.length; i++) {
-        unsigned char byte = (unsigned char)piece.bytes[i];
-        bool plain = byte >= ' ' && byte != 127;
-        if (kind_of(m, token) == BYTE && byte > 127)
-            plain = false; // a part of a character
-        if (plain)
-            *to++ = (char)byte;
-        else if (byte == '\n')
-            to += sprintf(to, "\\n");
-        else
-            to += sprintf(to, "<%02X>", byte);
-    }
-    return text;
-}
-
 /* ================================================================================================
- * 6  Files and tables
- *
- * A table can be printed in three ways, of the same cells:
- *
- *     terminal     To          be,         or
- *     CSV          "To","be,","or"            quotes inside a cell are doubled
- *     Markdown     | To | be, | or |          bars inside a cell are escaped
- */
-
-// A file that is being written beside its place and moved there when it is whole.
-// So a full disk or a crash loses nothing that was there before.
-typedef struct {
-    FILE *to;
-    const char *path;
-    char *place;  // memory of path, if links were followed
-    char *beside; // one of unfinished
-} Output;
-
-// Of -t, -a and -o: what would be left behind, "" where there is nothing.
-static char unfinished[3][PATH_MAX];
-
-// Runs at every exit of the program, also by a signal. A file that was moved to its place no longer
-// has such a name.
-static void remove_unfinished(void) {
-    for (int i = 0; i < 3; i++)
-        if (*unfinished[i])
-            unlink(unfinished[i]);
-}
-
-// Ctrl-C and its kin: first the files, then what the signal does otherwise.
-static void interrupted(int number) {
-    remove_unfinished();
-    signal(number, SIG_DFL);
-    raise(number);
-}
-
-// Whether a file's name has this ending.
-static bool ends_with(const char *path, const char *ending) {
-    size_t n_path = strlen(path);
-    size_t n_ending = strlen(ending);
-    return n_path > n_ending && !strcmp(path + n_path - n_ending, ending);
-}
-
-// Whether two names lead to one file, through links as well.
-static bool is_same_file(const char *path, const char *other) {
-    struct stat a, b;
-    if (stat(path, &a) || stat(other, &b))
-        return false; // one of them is not there
-    return a.st_dev == b.st_dev && a.st_ino == b.st_ino;
-}
-
-// Opens the file that an option names.
-// That is done before the work, so that none is lost.
-// It must end in one of the endings, ".csv .md" say, and it must not be the model itself.
-// Without a path there is nothing to open or close.
-static Output output_open(int option, const char *path, const char *endings,
-                          const char *model_path) {
-    Output output = {.path = path};
-    if (!path)
-        return output;
-    const char *ending = strrchr(path, '.');
-    const char *found = ending ? strstr(endings, ending) : NULL;
-    if (!found || strchr(ending, ' ') || isalpha(found[strlen(ending)]))
-        die(2, "-%c takes a file that ends in one of: %s; got '%s'", option, endings, path);
-    if (is_same_file(path, model_path))
-        die(2, "-%c would overwrite the model, %s", option, path);
-    mode_t mask = umask(0); // what the user does not want others to do
-    umask(mask);
-    struct stat info = {.st_mode = S_IFREG | (0666 & ~mask)}; // of a new file
-    // A link stays, and what it leads to is replaced.
-    output.place = realpath(path, NULL);
-    if (output.place)
-        output.path = output.place;
-    if (!lstat(output.path, &info) && !output.place) // a link to nowhere
-        die(1, "%s cannot be written: %s", path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) // a folder, a device
-        die(1, "%s cannot be written: it is not a regular file", path);
-    static const int signals[] = {SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGXCPU, 0};
-    atexit(remove_unfinished);
-    for (const int *one = signals; *one; one++)
-        if (signal(*one, interrupted) == SIG_IGN)
-            signal(*one, SIG_IGN); // as nohup wants it
-    // mkstemp makes a name that no file has, and opens it for the owner alone.
-    int free_one = 0;
-    while (*unfinished[free_one])
-        free_one++;
-    output.beside = unfinished[free_one];
-    snprintf(output.beside, PATH_MAX, "%s.XXXXXX", output.path);
-    int file = mkstemp(output.beside);
-    if (file >= 0)
-        output.to = fdopen(file, "wb");
-    if (!output.to || fchmod(file, info.st_mode & 0777))
-        die(1, "%s cannot be written: %s", path, strerror(errno));
-    return output;
-}
-
-// Moves the file to its place.
-// Each of these calls may be the one that finds the disk full; none is left out because an
-// earlier one failed.
-static void output_close(Output *output) {
-    if (!output->path)
-        return;
-    check_mapped();
-    bool failed = ferror(output->to);
-    failed = fflush(output->to) || failed;
-    failed = fsync(fileno(output->to)) || failed;
-    failed = fclose(output->to) || failed;
-    if (failed || rename(output->beside, output->path))
-        die(1, "%s cannot be written: %s", output->path, strerror(errno));
-    *output->beside = '\0';
-    free(output->place);
-}
-
-// A table in the making: for a terminal, as CSV, or as Markdown.
-typedef struct {
-    FILE *to;
-    int width;     // of a column of a terminal, 0: no terminal
-    bool markdown; // else CSV
-    int n_cells;   // of this row so far
-    int padding;   // spaces that the last cell still lacks
-} Table;
-
-// How a byte of a cell is written: CSV doubles quotes, Markdown escapes its bars and knows
-// no line feeds.
-static void print_cell_byte(const Table *table, char byte) {
-    if (table->markdown && byte == '|')
-        fputs("\\|", table->to);
-    else if (table->markdown && byte == '\n')
-        fputc(' ', table->to);
-    else if (!table->width && !table->markdown && byte == '"')
-        fputs("\"\"", table->to);
-    else
-        fputc(byte, table->to);
-}
-
-// The next cell of a row, n bytes of text.
-// A terminal's cell is cut to its width, counted in characters, with a space at least between
-// two of them.
-static void print_cell(Table *table, const char *text, int n) {
-    bool csv = !table->width && !table->markdown;
-    const char *quote = csv ? "\"" : "";
-    const char *before = table->markdown ? "| " : "";
-    if (csv && table->n_cells)
-        before = ",";
-    fprintf(table->to, "%*s%s%s", table->padding, "", before, quote);
-    int n_shown = 0; // characters
-    for (int i = 0; i < n; i++) {
-        // A byte that begins a character counts; the others of it do not.
-        if (!continues_character(text[i])) {
-            if (table->width && n_shown == table->width - 1)
-                break;
-            n_shown++;
-        }
-        print_cell_byte(table, text[i]);
-    }
-    fputs(table->markdown ? " " : quote, table->to);
-    if (table->width)
-        table->padding = table->width - n_shown;
-    table->n_cells++;
-}
-
-// Ends a row. The last cell of a terminal's row needs no padding.
-static void end_row(Table *table) {
-    fputs(table->markdown ? "|\n" : "\n", table->to);
-    table->n_cells = 0;
-    table->padding = 0;
-}
-
-// The line that Markdown wants below the names of the columns.
-static void end_heading(Table *table) {
-    int n = table->n_cells;
-    end_row(table);
-    for (int i = 0; table->markdown && i < n; i++)
-        fputs(i + 1 < n ? "|---" : "|---|\n", table->to);
-}
-
-/* ================================================================================================
- * 7  The experiment
+ * 6  The experiment
  *
  *     before     how the untouched model sees the lesson, and where the gradient lies
  *     table      what "To be" becomes with each step size
@@ -1285,17 +1079,17 @@ typedef struct {
 } Experiment;
 
 // The lesson as the model sees it before the step; drugged, if there are doses.
-static void print_lesson(const Step *s) {
-    const Config *c = &s->model->config;
-    printf("Before the step, the lesson has a loss of %.4f:\n\n", s->loss);
+static void print_lesson(const Step *step) {
+    const Config *c = &step->model->config;
+    printf("Before the step, the lesson has a loss of %.4f:\n\n", step->loss);
     printf("    %-16s %11s %6s\n", "token", "probability", "rank");
-    for (ptrdiff_t i = 0; i < s->n_loss; i++) {
-        const float *logits = s->acts.logits + i * c->vocab_size;
-        int target = s->targets[i];
+    for (ptrdiff_t i = 0; i < step->n_loss; i++) {
+        const float *logits = step->acts.logits + i * c->vocab_size;
+        int target = step->targets[i];
         int rank = 1; // 1: the model would have said so itself
         for (int token = 0; token < c->vocab_size; token++)
             rank += logits[token] > logits[target];
-        char *text = visible(s->model, target);
+        char *text = visible(step->model, target);
         double p = exp(-surprise(logits, c->vocab_size, target));
         printf("    %-16s %11.6f %6d\n", text, p, rank);
         free(text);
@@ -1304,13 +1098,13 @@ static void print_lesson(const Step *s) {
 
 // How the gradient is spread over the model: its length by layer and by kind of tensor.
 // Returns the square of the whole length.
-static double print_gradient(const Step *s) {
+static double print_gradient(const Step *step) {
     static const char *const names[] = {
         "att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3", "w2",
         "embedding", "final norm", "classifier",
     };
     _Static_assert(sizeof names / sizeof *names == N_TENSORS, "each tensor has a name");
-    const Config *c = &s->model->config;
+    const Config *c = &step->model->config;
     const int n_kinds = N_TENSORS - c->shared_classifier; // WCLS, the last, may be TOK_EMB
     // Squares of lengths add up, over layers and over kinds. All sums here are squares.
     double kinds[N_TENSORS] = {0};
@@ -1319,7 +1113,7 @@ static double print_gradient(const Step *s) {
     for (int layer = 0; layer < c->n_layers; layer++) {
         double norm2 = 0;
         for (int which = 0; which < N_LAYER_TENSORS; which++) {
-            double one = gradient_norm2(s, layer, which);
+            double one = gradient_norm2(step, layer, which);
             kinds[which] += one;
             norm2 += one;
         }
@@ -1327,7 +1121,7 @@ static double print_gradient(const Step *s) {
         printf(" %.3g", sqrt(norm2));
     }
     for (int which = TOK_EMB; which < n_kinds; which++) {
-        kinds[which] = gradient_norm2(s, 0, which);
+        kinds[which] = gradient_norm2(step, 0, which);
         total += kinds[which];
     }
     printf("\n                  by kind:   ");
@@ -1337,12 +1131,12 @@ static double print_gradient(const Step *s) {
     return total;
 }
 
-// Writes up to n_new tokens behind the prompt for each step size, always the most probable one.
+// Writes up to n_new tokens after the prompt for each step size, always the most probable one.
 // Returns the texts, prompts included; the caller frees them.
-static char **write_columns(Stepped *t, const Experiment *e,
+static char **write_columns(Stepped *stepped, const Experiment *e,
                             const int *prompt, // (n_prompt)
                             int n_prompt) {
-    const Model *m = t->run.model;
+    const Model *m = stepped->run.model;
     const int n = e->n_sizes;
     const int n_new = min(e->n_new, m->config.seq_len - n_prompt);
     const ptrdiff_t length = n_prompt + n_new; // of a whole text, in tokens
@@ -1356,14 +1150,14 @@ static char **write_columns(Stepped *t, const Experiment *e,
         sequences[i].step_size = (float)e->step_sizes[i];
         sequence_reserve(m, &sequences[i], length);
         memcpy(tokens + i * length, prompt, n_prompt * sizeof *prompt);
-        const float *logits = feed(&t->run, &sequences[i], prompt, n_prompt, WANTS_LOGITS);
+        const float *logits = feed(&stepped->run, &sequences[i], prompt, n_prompt, WANTS_LOGITS);
         texts[i] = (Text){
             .sequence = &sequences[i],
             .next = argmax(logits, m->config.vocab_size),
             .tokens = tokens + i * length + n_prompt,
         };
     }
-    write_texts(&t->run, texts, n, n_new);
+    write_texts(&stepped->run, texts, n, n_new);
     for (int i = 0; i < n; i++) {
         int n_written = n_prompt + texts[i].n_tokens;
         written[i] = text_of(m, tokens + i * length, n_written);
@@ -1444,8 +1238,8 @@ static void print_loss(double loss, FILE *to) {
 // * |g|². Losses are sober ones, but "first order" starts from the loss of the lesson, which may be
 // drugged; then the two columns differ at step 0.
 // A file, if there is one, gets all that is shown, as CSV.
-static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to) {
-    const Model *m = t->run.model;
+static void print_after(Stepped *stepped, const Experiment *e, double norm2, FILE *to) {
+    const Model *m = stepped->run.model;
     size_t n_bytes = strlen(e->lesson) + strlen(e->sequel);
     char *whole = resize(NULL, n_bytes + 1, 1);
     sprintf(whole, "%s%s", e->lesson, e->sequel);
@@ -1467,15 +1261,15 @@ static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to)
         fputs("step size,lesson,first order,its sequel,other text\n", to);
     for (int i = 0; i < e->n_sizes; i++) {
         float step_size = (float)e->step_sizes[i];
-        token_losses(t, step_size, passage, n_whole, of_passage);
-        token_losses(t, step_size, other, n_other, of_other);
+        token_losses(stepped, step_size, passage, n_whole, of_passage);
+        token_losses(stepped, step_size, other, n_other, of_other);
         printf("    %-10g", step_size);
         if (to)
             fprintf(to, "%g", step_size);
         int first = e->counting ? n_lesson - 1 : 1; // LAST_ONLY, or all
         // the lesson, as far as it counted; the straight line; what follows; all else
         print_loss(mean_loss(of_passage, first, min(n_lesson, n_whole)), to);
-        print_loss(t->step->loss - step_size * norm2, to);
+        print_loss(stepped->step->loss - step_size * norm2, to);
         print_loss(mean_loss(of_passage, n_lesson, n_whole), to);
         print_loss(mean_loss(of_other, 1, n_other), to);
         puts("");
@@ -1491,9 +1285,9 @@ static void print_after(Stepped *t, const Experiment *e, double norm2, FILE *to)
 }
 
 // What a prompt (n) that says where we are does to the untouched model.
-static void print_cure(Stepped *t, const Experiment *e, const int *prompt, int n) {
+static void print_cure(Stepped *stepped, const Experiment *e, const int *prompt, int n) {
     Experiment untouched = {.n_sizes = 1, .n_new = e->n_new}; // of step size 0
-    char **text = write_columns(t, &untouched, prompt, n); // a table of one column
+    char **text = write_columns(stepped, &untouched, prompt, n); // a table of one column
     printf("\nThe other cure, without any step:\n\n%s\n", *text);
     free(*text);
     free(text);
@@ -1502,9 +1296,9 @@ static void print_cure(Stepped *t, const Experiment *e, const int *prompt, int n
 // Writes the model with the step taken, if that is wanted.
 // What lies between the tensors is copied, and these pass through a few rows at a time, so there is
 // never a second model in memory.
-static void write_stepped(const Step *s, float step_size, Output *output) {
+static void write_stepped(const Step *step, float step_size, Output *output) {
     enum { ROWS = 64 };
-    const Model *m = s->model;
+    const Model *m = step->model;
     const char *done = m->file; // up to here the file is written
     int layer, which, n_out, n_in;
     if (!output->path)
@@ -1518,7 +1312,7 @@ static void write_stepped(const Step *s, float step_size, Output *output) {
             int n_rows = min(n_out - r, ROWS);
             ptrdiff_t size = (ptrdiff_t)n_rows * n_in;
             memcpy(rows, w, size * sizeof *rows); // the mapped file must not change
-            add_gradient(s, rows, -step_size, layer, which, r, n_rows);
+            add_gradient(step, rows, -step_size, layer, which, r, n_rows);
             fwrite(rows, sizeof *rows, size, output->to);
             w += size;
         }
@@ -1529,7 +1323,7 @@ static void write_stepped(const Step *s, float step_size, Output *output) {
 }
 
 /* ================================================================================================
- * 8  The command line
+ * 7  The command line
  *
  * Built like that of drugs: options about noise are read by the same function.
  * Doses make the lesson a drugged one; the gradient then goes back through the very same glitches,
@@ -1636,7 +1430,7 @@ static Experiment parse_experiment(int argc, char **argv) {
     };
     int letter;
     parse_step_sizes(&e, "0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1");
-    optind = 2; // behind the model
+    optind = 2; // after the model
     while ((letter = next_option(argc, argv, ":hl:i:e:n:x:g:f:y:t:a:o:" NOISE_OPTIONS,
                                  STEP_USAGE)) >= 0)
         if (!take_noise_option(&e.noise, letter, optarg))
@@ -1663,7 +1457,7 @@ static int *read_prompt(const Model *m, int option, const char *text, int *n) {
 }
 
 // Teaches the lesson: everything that the step needs to know.
-static void teach(Step *s, const Model *m, const Experiment *e) {
+static void teach(Step *step, const Model *m, const Experiment *e) {
     int n;
     int *lesson = tokens_of(m, e->lesson, &n);
     if (!*e->lesson || n < 2)
@@ -1672,9 +1466,9 @@ static void teach(Step *s, const Model *m, const Experiment *e) {
         die(1, "-l has %d tokens, the model's context only %d", n, m->config.seq_len);
     Noise noise = noise_of(&e->noise, m);
     Sequence sequence = sequence_new(noise);
-    step_init(s, m, n - 1); // a lesson of n tokens is n - 1 predictions
-    step_add(s, &sequence, lesson, n, DRUGGED | e->counting);
-    step_take(s);
+    step_init(step, m, n - 1); // a lesson of n tokens is n - 1 predictions
+    step_add(step, &sequence, lesson, n, DRUGGED | e->counting);
+    step_take(step);
     sequence_free(m, &sequence);
     free((float *)noise.theta);
     free(lesson);
@@ -1731,7 +1525,7 @@ int main(int argc, char **argv) {
 #endif
 
 /* ================================================================================================
- * 9  Inside the maths
+ * 8  Inside the maths
  *
  * matmul in drugs.c goes along the rows of a matrix.
  * Going back through a matrix (dX += dY W) and forming a gradient (dW = dYᵀ X) go across: rows of b
