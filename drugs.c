@@ -52,6 +52,9 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#if defined __AVX2__ && defined __F16C__
+#include <immintrin.h> // see section 12
+#endif
 
 // A program that includes this file, as train_step.c does, defines DRUGS_LIBRARY first and brings a
 // main of its own.
@@ -172,7 +175,7 @@ typedef struct {
     int32_t shared_classifier; // 1: the embedding serves as the classifier too
     int32_t sliding_window;    // Mistral: a query sees this many keys, itself included; 0: all
     float norm_eps;            // keeps RMSNorm from dividing by zero
-    int32_t storage;           // 0: the weights are fp32
+    int32_t storage;           // of matrices: FP32, BF16 or FP16
     int32_t bos;               // the token that begins a text, -1: none
     int32_t unknown;           // the token for what is no piece, -1: none
     int32_t text_flags;        // PREFIX_SPACE to NEWLINE_SPACE, see section 8
@@ -204,10 +207,34 @@ enum {
     N_TENSORS
 };
 
+// How the numbers of a matrix are stored, in two bytes or in four.
+// Most checkpoints have two bytes a weight, and the file keeps them:
+//
+//     FP32    s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm     sign, 8 bits of exponent, 23 of mantissa
+//     BF16    s eeeeeeee mmmmmmm                     the upper half of an FP32
+//     FP16    s eeeee mmmmmmmmmm                     fewer exponents, more digits
+//
+// Both become FP32 without any rounding, in a register, when they are used: every FP32 has room for
+// these digits and exponents.
+// So the results are, to the last bit, those of a file with four bytes.
+// But half of the bytes come from memory, and to write a token all weights must come from memory
+// once: that is what takes the time.
+// Gains are few and always FP32.
+enum { FP32, BF16, FP16, N_STORAGES };
+typedef struct {
+    const void *data;
+    int storage;
+} Weights;
+
+// Bytes of a number.
+static int bytes_of(int storage) {
+    return storage == FP32 ? 4 : 2;
+}
+
 // A layer's tensors.
 // Layer 0 also has the ones that exist once, so that a layer and a name lead to every tensor.
 typedef struct {
-    const float *w[N_TENSORS];
+    Weights w[N_TENSORS];
 } Layer;
 
 typedef struct Tokenizer Tokenizer; // section 8
@@ -232,11 +259,11 @@ typedef struct {
  */
 
 // "#pragma omp parallel for" (OpenMP) shares a loop out among the cores.
-// Threads cost some microseconds to wake.
-// Below this many multiply-adds one core is faster.
-enum { WORTH_THREADS = 1000000 };
-// Whether so many multiply-adds are worth all threads, see section 12.
-static bool worth_threads(double work);
+// Threads cost some microseconds to wake, as long as it takes to read some 100,000 bytes.
+// Where fewer bytes are read, or as much else is done, one core is faster.
+enum { WORTH_THREADS = 1 << 17 };
+// Whether reading so many bytes is worth all threads, see section 12.
+static bool worth_threads(double bytes);
 
 // The sum of a[i] * b[i], for i < n.
 static float dot(const float *a, const float *b, int n);
@@ -247,8 +274,11 @@ static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride,
 // out = x wᵀ, for n_rows vectors x at once.
 static void matmul(float *out,     // (n_rows, n_out)
                    const float *x, // (n_rows, n_in)
-                   const float *w, // (n_out, n_in)
+                   Weights w,      // (n_out, n_in)
                    ptrdiff_t n_rows, ptrdiff_t n_in, ptrdiff_t n_out);
+
+// to[i] = w[first + i], for i < n.
+static void widen(float *to, Weights w, ptrdiff_t first, ptrdiff_t n);
 
 // y[i] += a * x[i], for i < n.
 static void add_scaled(float *y, float a, const float *x, int n);
@@ -347,8 +377,8 @@ static double softmax(float *x, int n, float scale) {
 static void swiglu(float *h, const float *gate, const float *up, // (n_rows, hidden_dim) each
                    int n_rows, int hidden_dim) {
     ptrdiff_t size = (ptrdiff_t)n_rows * hidden_dim;
-    // An exp takes as long as some 16 multiply-adds.
-#pragma omp parallel for schedule(static) if (worth_threads(size * 16))
+    // An exp takes as long as reading some 8 bytes.
+#pragma omp parallel for schedule(static) if (worth_threads(size * 8.0))
     for (ptrdiff_t first = 0; first < size; first += hidden_dim) {
         for (ptrdiff_t i = first; i < first + hidden_dim; i++)
             h[i] = -gate[i];
@@ -753,8 +783,12 @@ static void attend(const Head *h, int head_dim,
 static void attention(Run *run, int layer) {
     const Config *c = &run->model->config;
     const Slot *slot = &run->slots[layer % run->n_slots];
-    const ptrdiff_t n_rows = run->n_rows; // each query may see some 64 keys
-#pragma omp parallel for schedule(static) if (worth_threads(n_rows * c->q_dim * 64))
+    const ptrdiff_t n_rows = run->n_rows;
+    double n_seen = 0; // keys, by all rows together
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        n_seen += head_of(run, r, layer, 0, run->heads).n_keys;
+    const double bytes = n_seen * c->q_dim * 2 * sizeof(float); // a key and a value for each head
+#pragma omp parallel for schedule(static) if (worth_threads(bytes))
     for (int head = 0; head < c->n_heads; head++)
         for (ptrdiff_t r = 0; r < n_rows; r++) {
             float *scratch = run->heads + head * head_scratch(c);
@@ -776,16 +810,20 @@ static void call_hook(const Run *run, int layer, int which, const float *x, floa
 static void embed(const Run *run, float *x) {
     const Model *m = run->model;
     ptrdiff_t dim = m->config.dim;
-    const float *embedding = m->layers[0].w[TOK_EMB];
     for (ptrdiff_t r = 0; r < run->n_rows; r++)
-        memcpy(x + r * dim, embedding + run->rows[r].token * dim, dim * sizeof *x);
+        widen(x + r * dim, m->layers[0].w[TOK_EMB], run->rows[r].token * dim, dim);
     call_hook(run, 0, TOK_EMB, NULL, x);
+}
+
+// The gain of a norm, (dim).
+static const float *gain_of(const Model *m, int layer, int which) {
+    return m->layers[layer].w[which].data;
 }
 
 // y = rmsnorm(x) for all rows, both (n_rows, dim).
 static void norm(const Run *run, float *y, const float *x, int layer, int which) {
     const Config *c = &run->model->config;
-    const float *gain = run->model->layers[layer].w[which];
+    const float *gain = gain_of(run->model, layer, which);
     for (ptrdiff_t r = 0; r < run->n_rows; r++)
         rmsnorm(y + r * c->dim, x + r * c->dim, gain, c->dim, c->norm_eps);
     call_hook(run, layer, which, x, y);
@@ -889,6 +927,10 @@ static void layer_forward(Run *run, int layer) {
     add(next->x, slot->xm, run->added, size);
 }
 
+// layer_forward for one layer after the other.
+// Section 12 has it, as it also sees which is faster: all threads or one.
+static void all_layers(Run *run);
+
 // What left the layers for row r of the latest call of forward, (dim).
 static const float *last_state(const Run *run, ptrdiff_t r) {
     const Config *c = &run->model->config;
@@ -927,8 +969,7 @@ static void classify(Run *run, Row *rows) {
 static void forward(Run *run, Row *rows, int n_rows) {
     enter_rows(run, rows, n_rows);
     embed(run, run->slots[0].x);
-    for (int layer = 0; layer < run->model->config.n_layers; layer++)
-        layer_forward(run, layer);
+    all_layers(run);
     classify(run, rows);
 }
 
@@ -938,7 +979,8 @@ enum { DRUGGED = 1, WANTS_LOGITS = 2, ALL_LOGITS = 4 };
 // Lets a sequence read the first of n tokens after what it has: as many as fit into one call.
 // They are the rows run->block[0], [1], ... Returns how many there were.
 static int read_block(Run *run, Sequence *s, const int *tokens, int n, int how) {
-    int n_rows = min(n, run->max_rows);
+    int n_blocks = (n + run->max_rows - 1) / run->max_rows;
+    int n_rows = n ? (n + n_blocks - 1) / n_blocks : 0; // so that all blocks are about as long
     int start = s->length;
     for (int r = 0; r < n_rows; r++)
         run->block[r] = (Row){
@@ -1748,8 +1790,8 @@ static void print_token(Printer *printer, const Model *m, int token) {
  *   RoPE            head_dim / 2 doubles, radians per position
  *   tables          of struct Tokenizer, in its order; their records consist of numbers of 32 bits
  *   text            n_text bytes
- *   the weights     fp32 tensors, each at a multiple of 64 bytes, in the order in which the forward
- *                   pass reads them: embedding, layer after layer, final norm, classifier
+ *   the weights     tensors, each at a multiple of 64 bytes, in the order in which the forward pass
+ *                   reads them: embedding, layer after layer, final norm, classifier
  *
  * A file comes from strangers.
  * Each number in it that leads somewhere is checked before it is used, with `if` and not with
@@ -1796,7 +1838,7 @@ static bool check_config(Model *m) {
         {"seq_len", c->seq_len, 1, 1 << 28}, // a context of that many
         {"shared_classifier", c->shared_classifier, 0, 1}, // no or yes
         {"sliding_window", c->sliding_window, 0, 1 << 28}, // 0: none
-        {"storage", c->storage, 0, 0}, // fp32
+        {"storage", c->storage, FP32, FP16},
         {"bos", c->bos, -1, (int64_t)c->vocab_size - 1}, // -1: none
         {"unknown", c->unknown, -1, (int64_t)c->vocab_size - 1},
         {"text_flags", c->text_flags, 0, ALL_FLAGS},
@@ -1964,6 +2006,12 @@ static bool tensor_at(const Config *c, int i, int *layer, int *which) {
     return i < n_in_layers + 3 - c->shared_classifier;
 }
 
+// How a tensor is stored.
+static int storage_of(const Config *c, int which) {
+    bool gain = which == ATT_NORM || which == FFN_NORM || which == FINAL_NORM;
+    return gain ? FP32 : c->storage;
+}
+
 // Finds every tensor, from byte `first` on, and checks that together they fill the file.
 // False: see m->error.
 static bool find_tensors(Model *m,
@@ -1976,12 +2024,13 @@ static bool find_tensors(Model *m,
     m->layers = resize(NULL, c->n_layers, sizeof *m->layers); // small: pointers only
     for (int i = 0; tensor_at(c, i, &layer, &which); i++) {
         tensor_shape(c, which, &n_out, &n_in);
+        int storage = storage_of(c, which);
         offset = (offset + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
         // A file that is too short has tensors beyond its end.
         // C does not define what a pointer to there is, so it is not even computed.
         if (offset <= n_bytes)
-            m->layers[layer].w[which] = (const float *)(const void *)(data + offset);
-        offset += (uint64_t)n_out * (uint64_t)n_in * sizeof(float);
+            m->layers[layer].w[which] = (Weights){data + offset, storage};
+        offset += (uint64_t)n_out * (uint64_t)n_in * (uint64_t)bytes_of(storage);
     }
     if (offset != n_bytes) // a download that broke off, most likely
         return broken(m, "has %zu bytes, the header promises %llu; copy or export it again",
@@ -2408,8 +2457,8 @@ static void chat(Talk *talk) {
 
 // Generates or chats, and says on stderr how fast.
 static void converse(const Model *m, const Options *options, Noise noise) {
-    enum { BLOCK = 64 }; // rows of a prompt that are computed at once: enough to use
-                         // each weight often, and little memory
+    enum { BLOCK = 256 }; // rows of a prompt that are computed at once: enough to use
+                          // each weight often, and little memory
     Talk talk = {
         .options = options,
         .sequence = sequence_new(noise),
@@ -2755,6 +2804,10 @@ int main(int argc, char **argv) {
  * single dot product needs 2 loads for one.
  * It also has to wait for its one sum after each addition; 16 sums keep the adders busy.
  *
+ * So a thread takes 16 rows of w, which its cache can hold, and as many rows of x as fit beside
+ * them; it makes all tiles of these, and goes on with the next rows of x.
+ * Each w comes from memory once.
+ *
  * For a single row of x there is nothing to use again, and the speed is that of the memory.
  * Memory is fastest when it is read from one end to the other, so then the rows of w are taken one
  * by one: four at a time are read half as fast.
@@ -2768,6 +2821,7 @@ int main(int argc, char **argv) {
  * Some machines can do both with one rounding, and compilers use that here and not there, unless
  * they are told not to:
  * -ffp-contract=off, as the Makefile does.
+ * (gcc 12 fuses a * c - b * s all the same, so rope adds the product with -s.)
  */
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16 is 0 for a machine with half floats
 #error "this compiler rounds sums to more digits than a float has; for x86 use -msse2 -mfpmath=sse"
@@ -2801,6 +2855,45 @@ static inline vec load(const float *p, ptrdiff_t n) {
     return v;
 }
 
+// Widens WIDTH numbers of two bytes each.
+//
+// The bits of a BF16 are the upper half of an FP32: they are moved there.
+// Those of an FP16 without its sign are moved to where an FP32 has exponent and mantissa.
+// Its exponent counts from -15 and that of an FP32 from -127, so the number that they mean there is
+// too small by 2^112, and a multiplication by that rounds nothing.
+// (Subnormal numbers, which have no leading 1, come out right as well.)
+// x86 has instructions for the way from memory, which gcc 12 does not find by itself.
+typedef uint32_t word_vec __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef uint16_t halves
+    __attribute__((vector_size(WIDTH * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
+static inline __attribute__((always_inline)) vec widened(const halves *half, int storage) {
+#if defined __AVX2__ && defined __F16C__
+    if (storage == FP16)
+        return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)half));
+    word_vec wide = (word_vec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)half));
+#else
+    word_vec wide = __builtin_convertvector(*half, word_vec);
+#endif
+    if (storage == BF16)
+        return (vec)(wide << 16);
+    vec magnitude = (vec)((wide & 0x7FFF) << 13) * 0x1p112f;
+    return (vec)((word_vec)magnitude | (wide & 0x8000) << 16);
+}
+
+// n weights from number `first` on, at most WIDTH; the others are zero.
+static inline __attribute__((always_inline)) vec
+load_weights(Weights w, ptrdiff_t first, ptrdiff_t n) {
+    if (w.storage == FP32)
+        return load((const float *)w.data + first, n);
+    const uint16_t *p = (const uint16_t *)w.data + first;
+    if (n >= WIDTH)
+        return widened((const halves *)p, w.storage);
+    halves rest = {0};
+    for (int i = 0; i < n; i++)
+        rest[i] = p[i];
+    return widened(&rest, w.storage);
+}
+
 // The sum of the 8 partial sums, halving them: 8, 4, 2, 1.
 static inline float sum_lanes(const vec sum[PARTS]) {
     typedef float four __attribute__((vector_size(4 * sizeof(float))));
@@ -2812,15 +2905,16 @@ static inline float sum_lanes(const vec sum[PARTS]) {
 
 // One step of a tile: sum[r][o] += x[r] * w[o] for the first n numbers of n_x rows of x and n_w
 // rows of w, n at most 8.
+// The first row of w begins at its number w_at.
 static inline __attribute__((always_inline)) void
 add_products(vec sum[TILE_X][TILE_W][PARTS],
              const float *x, ptrdiff_t x_stride, int n_x,
-             const float *w, ptrdiff_t w_stride, int n_w, ptrdiff_t n) {
+             Weights w, ptrdiff_t w_at, ptrdiff_t w_stride, int n_w, ptrdiff_t n) {
     for (int part = 0; part < PARTS; part++) {
         ptrdiff_t at = part * WIDTH;
         vec w_part[TILE_W];
         for (int o = 0; o < n_w; o++)
-            w_part[o] = load(w + o * w_stride + at, n - at);
+            w_part[o] = load_weights(w, w_at + o * w_stride + at, n - at);
         for (int r = 0; r < n_x; r++) {
             vec x_part = load(x + r * x_stride + at, n - at);
             for (int o = 0; o < n_w; o++)
@@ -2829,22 +2923,28 @@ add_products(vec sum[TILE_X][TILE_W][PARTS],
     }
 }
 
+enum { AHEAD = 1024 }; // bytes: a single row of x asks for weights so far ahead
+
 // A tile: out[r][o] = x[r] . w[o].
-// Wherever it is called n_x and n_w are constants.
+// Wherever it is called n_x, n_w and w.storage are constants.
 // As it becomes part of its callers (always_inline), the compiler writes the loops over r and o
 // out, and each sum gets a register of its own.
 static inline __attribute__((always_inline)) void
 tile(float *out, ptrdiff_t out_stride, // (n_x, n_w)
      const float *x, int n_x,          // (n_x, n)
-     const float *w, ptrdiff_t w_stride,
+     Weights w, ptrdiff_t w_at, ptrdiff_t w_stride,
      int n_w,                          // (n_w, n)
      ptrdiff_t n) {
     vec sum[TILE_X][TILE_W][PARTS] = {{{{0}}}};
     ptrdiff_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        add_products(sum, x + i, n, n_x, w + i, w_stride, n_w, LANES);
+#pragma GCC unroll 4
+    for (; i + LANES <= n; i += LANES) {
+        if (n_x * n_w == 1) // the processor itself looks ahead, but stops at every 4,096 bytes
+            __builtin_prefetch((const char *)w.data + (w_at + i) * bytes_of(w.storage) + AHEAD);
+        add_products(sum, x + i, n, n_x, w, w_at + i, w_stride, n_w, LANES);
+    }
     if (i < n) // the rest
-        add_products(sum, x + i, n, n_x, w + i, w_stride, n_w, n - i);
+        add_products(sum, x + i, n, n_x, w, w_at + i, w_stride, n_w, n - i);
     for (int r = 0; r < n_x; r++)
         for (int o = 0; o < n_w; o++)
             out[r * out_stride + o] = sum_lanes(sum[r][o]);
@@ -2852,71 +2952,107 @@ tile(float *out, ptrdiff_t out_stride, // (n_x, n_w)
 
 static float dot(const float *a, const float *b, int n) {
     float out;
-    tile(&out, 0, a, 1, b, 0, 1, n);
+    tile(&out, 0, a, 1, (Weights){b, FP32}, 0, 0, 1, n);
     return out;
 }
 
 static void dots(float *out, const float *x, const float *w, ptrdiff_t w_stride, int n, int n_out) {
+    const Weights floats = {w, FP32};
     int o = 0;
     for (; o + TILE_W <= n_out; o += TILE_W)
-        tile(out + o, 0, x, 1, w + o * w_stride, w_stride, TILE_W, n);
+        tile(out + o, 0, x, 1, floats, o * w_stride, w_stride, TILE_W, n);
     for (; o < n_out; o++)
         out[o] = dot(x, w + o * w_stride, n);
+}
+
+// All rows of x times the rows of w from `first` on, up to n_w of them: see above.
+enum { CHUNK = 16, X_BYTES = 1 << 17 }; // rows of w; bytes of x that stay in the cache beside them
+static inline __attribute__((always_inline)) void
+chunk(float *out, const float *x, Weights w, ptrdiff_t first, ptrdiff_t n_w,
+      ptrdiff_t n_rows, ptrdiff_t n_in, ptrdiff_t n_out) {
+    const ptrdiff_t last = first + n_w;
+    ptrdiff_t n_block = X_BYTES / (n_in * (ptrdiff_t)sizeof *x) / TILE_X * TILE_X;
+    n_block = n_block < TILE_X ? TILE_X : n_block;
+    for (ptrdiff_t begin = 0; begin < n_rows; begin += n_block) {
+        const ptrdiff_t end = min(begin + n_block, n_rows);
+        ptrdiff_t o = first;
+        for (; n_rows > 1 && o + TILE_W <= last; o += TILE_W) {
+            ptrdiff_t r = begin;
+            for (; r + TILE_X <= end; r += TILE_X)
+                tile(out + r * n_out + o, n_out, x + r * n_in, TILE_X, w, o * n_in, n_in, TILE_W, n_in);
+            for (; r < end; r++) // what fills no tile
+                tile(out + r * n_out + o, n_out, x + r * n_in, 1, w, o * n_in, n_in, TILE_W, n_in);
+        }
+        for (; o < last; o++)
+            for (ptrdiff_t r = begin; r < end; r++)
+                tile(out + r * n_out + o, 0, x + r * n_in, 1, w, o * n_in, 0, 1, n_in);
+    }
+}
+
+// The rows of w are shared out among the threads.
+// Each storage has its own copy of the loops, as the constants in these calls say.
+static void matmul(float *out, const float *x, Weights w, ptrdiff_t n_rows, ptrdiff_t n_in,
+                   ptrdiff_t n_out) {
+    // Per weight: its own bytes, and a multiply-add for each row, as long as reading half a byte.
+    const double bytes = (double)n_in * (double)n_out * ((double)bytes_of(w.storage) + .5 * (double)n_rows);
+    const ptrdiff_t step = n_rows > 1 ? CHUNK : TILE_W;
+#pragma omp parallel for schedule(static) if (worth_threads(bytes))
+    for (ptrdiff_t o = 0; o < n_out; o += step) {
+        const ptrdiff_t n_w = min(n_out - o, step);
+        if (w.storage == FP32)
+            chunk(out, x, (Weights){w.data, FP32}, o, n_w, n_rows, n_in, n_out);
+        else if (w.storage == BF16)
+            chunk(out, x, (Weights){w.data, BF16}, o, n_w, n_rows, n_in, n_out);
+        else
+            chunk(out, x, (Weights){w.data, FP16}, o, n_w, n_rows, n_in, n_out);
+    }
+}
+
+static void widen(float *to, Weights w, ptrdiff_t first, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += WIDTH) {
+        vec part = load_weights(w, first + i, n - i);
+        memcpy(to + i, &part, min(n - i, WIDTH) * sizeof *to);
+    }
 }
 
 // All threads, or one alone?
 // On an idle machine all are faster.
 // But when another program has one of the cores, the thread there stands still half of the time,
 // and all others wait for it after each product.
-// So large products are timed, and as long as one thread is faster it works alone; after .1 seconds
-// all try once more.
-static struct { // what was measured so far
-    double pace[2]; // seconds for a multiply-add, of one thread and of all
-    double alone;   // seconds that one thread has worked since all tried
-} race;
-static const double RETRY = .1;
+// A product for a single row is so short that this can cost more than it gains.
+//
+// Layers are alike, so one can be compared with another: now and then layer 1 is computed
+// the other way.
+// If it was faster than those after it, the other way it is from now on.
+// The next trial comes after a hundred times the time of this one, so trials take a hundredth
+// of the time.
+static struct {
+    bool one_thread;   // the way now
+    double next_trial; // the time, in seconds
+} team;
+static bool solo; // whether this layer has one thread
 
-static bool worth_threads(double work) {
-    return work > WORTH_THREADS && race.pace[1] <= race.pace[0];
+static bool worth_threads(double bytes) {
+    return bytes > WORTH_THREADS && !solo;
 }
 
-// Both begin with 0 seconds, so that the first large product is tried by all threads, and one of
-// the next by one alone; from then on they compete.
-// A measured pace that is faster counts in full, a slower one by an eighth: it may be chance.
-static void note_pace(double *pace, double measured) {
-    *pace += (measured - *pace) / (measured < *pace ? 1 : 8);
-}
-
-// The rows of w are shared out among the threads in fours.
-// Each four is fetched from memory once: while it is used for all rows of x it stays in the
-// processor's cache.
-static void matmul(float *out, const float *x, const float *w, ptrdiff_t n_rows, ptrdiff_t n_in,
-                   ptrdiff_t n_out) {
-    const double work = (double)n_rows * (double)n_in * (double)n_out;
-    const bool large = work > WORTH_THREADS;
-    const bool all = worth_threads(work) || (large && race.alone > RETRY);
-    const double start = large ? now() : 0;
-#pragma omp parallel for schedule(static) if (all)
-    for (ptrdiff_t o = 0; o < n_out; o += TILE_W) {
-        const float *rows = w + o * n_in;
-        int n_w = min(n_out - o, TILE_W);
-        ptrdiff_t r = 0;
-        if (n_rows > 1 && n_w == TILE_W)
-            for (; r + TILE_X <= n_rows; r += TILE_X)
-                tile(out + r * n_out + o, n_out, x + r * n_in, TILE_X, rows, n_in, TILE_W, n_in);
-        if (r == 0 && n_rows > 0) { // nobody has fetched the rows yet: one after the other
-            for (int k = 0; k < n_w; k++)
-                out[o + k] = dot(x, rows + k * n_in, n_in);
-            r = 1;
-        }
-        for (; r < n_rows; r++) // what fills no tile
-            dots(out + r * n_out + o, x + r * n_in, rows, n_in, n_in, n_w);
+static void all_layers(Run *run) {
+    const int n_layers = run->model->config.n_layers;
+    const bool trial = run->n_rows == 1 && n_layers > 3 && now() >= team.next_trial;
+    double seconds[] = {INFINITY, INFINITY}; // of a layer: the way now, the other way
+    for (int layer = 0; layer < n_layers; layer++) {
+        const bool other = trial && layer == 1;
+        solo = run->n_rows == 1 && team.one_thread != other;
+        double start = trial ? now() : 0;
+        layer_forward(run, layer);
+        if (trial && layer > 0)
+            seconds[other] = fmin(seconds[other], now() - start);
     }
-    if (large) {
-        double seconds = now() - start;
-        note_pace(&race.pace[all], seconds / work);
-        race.alone = all ? 0 : race.alone + seconds;
-    }
+    if (!trial)
+        return;
+    if (seconds[true] < .8 * seconds[false])
+        team.one_thread = !team.one_thread;
+    team.next_trial = now() + 100 * seconds[true];
 }
 
 static void add_scaled(float *y, float a, const float *x, int n) {

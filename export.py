@@ -15,8 +15,9 @@ In the first, INPUT is one of these; which one is found by looking:
     a llama2.c export, v0       stories15M.bin
 
 The tokenizer is looked for beside the weights (tokenizer.model, then tokenizer.json, then
-tokenizer.bin) unless --tokenizer names one.  Weights may be fp32, fp16 or bf16; the flat file is
-always fp32, so that the C program can use it where it lies, in the mapped file.
+tokenizer.bin) unless --tokenizer names one.  Weights may be fp32, fp16 or bf16.  The flat file
+keeps what the matrices have, so nothing is rounded and little is computed; gains become fp32, and
+so does all of a checkpoint whose matrices are mixed.
 
 The flat file, all little-endian.  It says everything that using the model as its makers meant
 needs, so that the C program need not know one family from another:
@@ -27,7 +28,7 @@ needs, so that the C program need not know one family from another:
         44     i32 shared_classifier: 1 = the embedding is also the classifier
         48     i32 sliding_window: how many positions attention looks back, 0 = all of them
         52     f32 norm_eps
-        56     i32 storage: 0 = fp32
+        56     i32 storage of the matrices: 0 = fp32, 1 = bf16, 2 = fp16
         60     i32 bos: the piece that begins a text, -1 = none
         64     i32 unknown: the piece for what is unknown, -1 = none
         68     i32 text_flags, see section 6
@@ -50,7 +51,7 @@ needs, so that the C program need not know one family from another:
        ...     n_whole times u32: the pieces that are found whole, by first byte, longer ones first
        ...     n_words times u32: the pieces that are taken where they are a word, by their bytes
        ...     n_text bytes: the strings
-       ...     the tensors, fp32, each from a multiple of 64 bytes on, in the order of use:
+       ...     the tensors, each from a multiple of 64 bytes on, in the order of use (gains fp32):
 
     tok_emb   (vocab_size, dim)
     then for every layer
@@ -399,9 +400,10 @@ def near(number):
 # ------------------------------------------------------------------------------------------------
 # 4. Tensors: a name for some bytes of a file, until somebody asks for rows
 #
-# A tensor has a shape, rows(first, last) that reads those rows as fp32, and a problem: None, or
-# why it cannot be used.  The problem is told only when the tensor turns out to be needed, because
-# only then is its name known, and because the unused ones may have as many problems as they like.
+# A tensor has a shape, a dtype, rows(first, last) that reads those rows as they are, and a problem:
+# None, or why it cannot be used.  The problem is told only when the tensor turns out to be needed,
+# because only then is its name known, and because the unused ones may have as many problems as they
+# like.
 
 
 def from_f16(data):
@@ -452,9 +454,8 @@ class Stored:
             self.problem = f"holds {self.dtype} numbers: only {', '.join(DTYPES)} can be exported"
 
     def rows(self, first, last):
-        size, to_fp32 = DTYPES[self.dtype]
-        width = math.prod(self.shape[1:]) * size
-        return to_fp32(self.file.read(self.offset + first * width, (last - first) * width))
+        width = math.prod(self.shape[1:]) * DTYPES[self.dtype][0]
+        return self.file.read(self.offset + first * width, (last - first) * width)
 
 
 @dataclass
@@ -462,6 +463,7 @@ class View:
     """A matrix made of rows of others: origin(row) lists the (tensor, row) that make one."""
     shape: tuple
     origin: object
+    dtype: str
     problem: str = None
 
     def rows(self, first, last):
@@ -483,18 +485,18 @@ def reorder(tensors, head_dim, group):
             head, within = divmod(row, head_dim)
             line, column = divmod(within, group)
             return [(tensor, head * head_dim + column * (head_dim // group) + line)]
-        return View(tensor.shape, origin)
+        return View(tensor.shape, origin, tensor.dtype)
     return {key: view(tensor) if key[0] in ("wq", "wk") else tensor
             for key, tensor in tensors.items()}
 
 
 def place(file, at, layout, alignment=1):
-    """Nameless fp32 tensors that fill a file from `at` to its end; layout is (key, shape)s."""
+    """Nameless tensors that fill a file from `at` to its end; layout is (key, shape, dtype)s."""
     tensors = {}
-    for key, shape in layout:
+    for key, shape, dtype in layout:
         at += -at % alignment
-        tensors[key] = Stored(file, at, "F32", shape)
-        at += 4 * math.prod(shape)
+        tensors[key] = Stored(file, at, dtype, shape)
+        at += DTYPES[dtype][0] * math.prod(shape)
         if at > file.size:              # the layout may be as long as a header lies
             break
     demand(at == file.size, f"is {file.size} bytes long, which is not what its header says: it is "
@@ -2059,13 +2061,13 @@ def join_shards(name, parts):
         return parts[0]
     rows, columns = parts[0].shape
     problem = next((part.problem for part in parts if part.problem), None)
-    if any(part.shape != parts[0].shape for part in parts):
-        problem = "is cut into parts of different shapes"
+    if any((part.shape, part.dtype) != (parts[0].shape, parts[0].dtype) for part in parts):
+        problem = "is cut into parts of different shapes or types"
     if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")):
         shape, origin = (rows, columns * len(parts)), lambda row: [(part, row) for part in parts]
     else:
         shape, origin = (rows * len(parts), columns), lambda row: [(parts[row // rows], row % rows)]
-    return View(shape, origin, problem)
+    return View(shape, origin, parts[0].dtype, problem)
 
 
 def read_checkpoint(path):
@@ -2126,7 +2128,7 @@ def read_v0(path):
     keys = ((kind, layer) for kind in (V0_ORDER[:-1] if config.shared_classifier else V0_ORDER)
             for layer in range(n_layers if kind in LAYER_KINDS else 1))
     tensors = place(file, 28, (
-        (key, (seq_len, config.head_dim) if key[0] == "RoPE" else config.shape(key[0]))
+        (key, (seq_len, config.head_dim) if key[0] == "RoPE" else config.shape(key[0]), "F32")
         for key in keys))
     return config, tensors, {}, "llama"
 
@@ -2183,17 +2185,29 @@ def read_model(path, named_tokenizer):
 HEADER, HEADER_BYTES, ALIGNMENT = "<8s11if13i", 256, 64
 SIZES = ("dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size seq_len shared_classifier "
          "sliding_window").split()
-CHUNK_BYTES = 1 << 18               # of fp32, at a time: what stays in the caches is fastest
+STORAGES = "F32", "BF16", "F16"
+CHUNK_BYTES = 1 << 18               # at a time: what stays in the caches is fastest
+
+
+def dtype_of(kind, storage):
+    """Of a tensor in a file that stores its matrices so."""
+    return "F32" if kind.endswith("norm") else storage
+
+
+def storage_of(tensors):
+    """The dtype that all matrices have, F32 if they differ."""
+    found = {tensor.dtype for (kind, _), tensor in tensors.items() if not kind.endswith("norm")}
+    return found.pop() if len(found) == 1 else "F32"
 
 
 def write_flat(config, tensors, tokenizer, output):
-    begin = front(config, tokenizer)
+    begin = front(config, tokenizer, storage_of(tensors))
     with replacing(output) as temporary, open(temporary, "xb") as stream:
         stream.write(begin)
         return write_tensors(stream, config, tensors, ALIGNMENT)
 
 
-def front(c, tokenizer):
+def front(c, tokenizer, storage):
     """All that comes before the tensors."""
     ranges, n_classes, rows = tokenizer.automata
     # An embedding is often padded to a round number of rows; the rest gets empty pieces.
@@ -2207,9 +2221,9 @@ def front(c, tokenizer):
     demand(n_text <= 1 << 30, "its pieces are longer than 2^30 bytes in all")
     tables = ranges, rows, units, tokenizer.pairs, whole_pieces, tokenizer.words
     header = struct.pack(
-        HEADER, MAGIC, VERSION, *(getattr(c, name) for name in SIZES), c.norm_eps, 0,
-        tokenizer.begins, unknown, tokenizer.flags, len(tokenizer.patterns), len(rows), n_classes,
-        len(ranges), *map(len, tables[2:]), n_text)
+        HEADER, MAGIC, VERSION, *(getattr(c, name) for name in SIZES), c.norm_eps,
+        STORAGES.index(storage), tokenizer.begins, unknown, tokenizer.flags,
+        len(tokenizer.patterns), len(rows), n_classes, len(ranges), *map(len, tables[2:]), n_text)
     rope = struct.pack(f"<{len(c.frequencies)}d", *c.frequencies)
     strings = zip(itertools.accumulate(map(len, texts)), kinds)
     return b"".join((header.ljust(HEADER_BYTES, b"\0"), rope, *map(numbers, tables[:4]),
@@ -2223,14 +2237,19 @@ def numbers(records):
 
 
 def write_tensors(stream, c, tensors, alignment=1):
-    done, total = 0, sum(4 * math.prod(c.shape(kind)) for kind, _ in c.layout())
+    storage = storage_of(tensors)
+    done, total = 0, sum(DTYPES[dtype_of(kind, storage)][0] * math.prod(c.shape(kind))
+                         for kind, _ in c.layout())
     show = sys.stderr and sys.stderr.isatty()
     for kind, layer in c.layout():
+        tensor, dtype = tensors[kind, layer], dtype_of(kind, storage)
+        size, to_fp32 = DTYPES[tensor.dtype]
+        convert = bytes if tensor.dtype == dtype else to_fp32
         rows, *columns = c.shape(kind)
-        step = max(1, CHUNK_BYTES // (4 * math.prod(columns)))
+        step = max(1, CHUNK_BYTES // (size * math.prod(columns)))
         stream.write(bytes(-stream.tell() % alignment))
         for first in range(0, rows, step):
-            done += stream.write(tensors[kind, layer].rows(first, min(first + step, rows)))
+            done += stream.write(convert(tensor.rows(first, min(first + step, rows))))
             if show:
                 print(f"\r{done / 1e6:.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr)
     return stream.tell()
@@ -2267,7 +2286,10 @@ def read_flat(path):
     said = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
     demand(said[1] == VERSION, f"is a flat file of version {said[1]}; this export.py knows "
            f"version {VERSION}: export the checkpoint again")
-    sizes, norm_eps, (_, begins, _, flags, n_cutters, *counts) = said[2:12], said[12], said[13:]
+    sizes, norm_eps, storage = said[2:12], said[12], said[13]
+    begins, _, flags, n_cutters, *counts = said[14:]
+    demand(0 <= storage < len(STORAGES), "is damaged: its matrices are stored in an unknown way")
+    dtype = STORAGES[storage]
     demand(sizes[8] in (0, 1), "is damaged: shared_classifier is neither 0 nor 1")
     n_states, n_classes, n_ranges, n_units, n_pairs, n_whole, n_words, n_text = counts
     demand(0 <= flags <= ALL_FLAGS and 0 <= n_cutters <= MOST_CUTTERS and min(counts) >= 0
@@ -2303,9 +2325,9 @@ def read_flat(path):
         pieces, flags, byte_level, patterns, takes_words=bool(words), begins=begins, chat=chat,
         automata=(ranges, n_classes, rows), units=units, pairs=pairs, words=words)
     check_tokenizer(tokenizer, config.vocab_size)
-    demand(front(config, tokenizer) == file.read(0, parts.at),
+    demand(front(config, tokenizer, dtype) == file.read(0, parts.at),
            "is damaged: its header or its tokenizer is not as export.py writes them")
-    layout = ((key, config.shape(key[0])) for key in config.layout())
+    layout = ((key, config.shape(key[0]), dtype_of(key[0], dtype)) for key in config.layout())
     return config, place(file, parts.at, layout, ALIGNMENT), tokenizer
 
 
@@ -2326,14 +2348,15 @@ class Parts:
 
 
 def write_hf(c, tensors, tokenizer, folder):
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end, storage = {"__metadata__": {"format": "pt"}}, 0, storage_of(tensors)
     for kind, layer in c.layout():
-        first, end = end, end + 4 * math.prod(c.shape(kind))
-        header[name_of(kind, layer, "hf")] = {"dtype": "F32", "shape": c.shape(kind),
+        dtype = dtype_of(kind, storage)
+        first, end = end, end + DTYPES[dtype][0] * math.prod(c.shape(kind))
+        header[name_of(kind, layer, "hf")] = {"dtype": dtype, "shape": c.shape(kind),
                                               "data_offsets": [first, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)     # the data shall begin at a multiple of 8 bytes
-    files = {"config.json": hf_settings(c, tokenizer),
+    files = {"config.json": hf_settings(c, tokenizer, storage),
              "generation_config.json": {"_from_model_config": True, **hf_ends(tokenizer)},
              "tokenizer.json": hf_tokenizer(tokenizer, folder),
              "tokenizer_config.json": hf_tokenizer_settings(tokenizer)}
@@ -2349,7 +2372,7 @@ def write_hf(c, tensors, tokenizer, folder):
             return write_tensors(stream, c, reorder(tensors, c.head_dim, c.head_dim // 2))
 
 
-def hf_settings(c, tokenizer):
+def hf_settings(c, tokenizer, storage):
     """config.json; hf_config() is the way back."""
     family = "mistral" if c.sliding_window else "llama"
     theta, scaling = explain_frequencies(c.frequencies)
@@ -2358,7 +2381,8 @@ def hf_settings(c, tokenizer):
                   sliding_window=c.sliding_window or None, rope_theta=theta, rope_scaling=scaling)
     return {"architectures": [family.capitalize() + "ForCausalLM"], "model_type": family,
             "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-            "torch_dtype": "float32", **{SETTINGS[field]: fields[field] for field in fields},
+            "torch_dtype": {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[storage],
+            **{SETTINGS[field]: fields[field] for field in fields},
             **hf_ends(tokenizer)}
 
 

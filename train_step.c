@@ -60,7 +60,7 @@
 static void add_product(float *out,     // (n_rows, n_cols)
                         const float *a, // (n_rows, n_k): a[r][k] stands at a[r * a_row + k * a_k]
                         ptrdiff_t a_row, ptrdiff_t a_k,
-                        const float *b, // (n_k, n_cols)
+                        Weights b,      // (n_k, n_cols)
                         ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols);
 
 // Sets n numbers to zero: before the first of several gradients is added to them.
@@ -152,7 +152,7 @@ static void softmax_backward(float *dp,      // (n)
 //     sigmoid + gate sigmoid (1 - sigmoid) = sigmoid (1 + gate (1 - sigmoid))
 static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) each
                             const float *gate, const float *up, ptrdiff_t n) {
-#pragma omp parallel for schedule(static) if (worth_threads(n * 16))
+#pragma omp parallel for schedule(static) if (worth_threads(n * 8.0))
     for (ptrdiff_t i = 0; i < n; i++) {
         float z = gate[i];
         float sigmoid = 1.0f / (1.0f + exp_of(-z));
@@ -363,7 +363,7 @@ static void linear_backward(Step *step,
                             int layer, int which) {
     int n_out, n_in;
     tensor_shape(&step->model->config, which, &n_out, &n_in);
-    const float *w = step->model->layers[layer].w[which];
+    Weights w = step->model->layers[layer].w[which];
     // dy is read as it stands: rows n_out apart, neighbours 1 apart.
     // (acts has only the rows with logits while the classifier is gone back through.)
     add_product(dx, dy, n_out, 1, w, step->acts.n_rows, n_out, n_in);
@@ -376,7 +376,7 @@ static void norm_backward(Step *step,
                           const float *x,  // (n_rows, dim) what came in
                           int layer, int which) {
     const Config *c = &step->model->config;
-    const float *gain = step->model->layers[layer].w[which];
+    const float *gain = gain_of(step->model, layer, which);
     float *to = dgain(step, layer, which); // all rows add to it
     for (int r = 0; r < step->acts.n_rows; r++) {
         rmsnorm_backward(dx, to, dy, x, gain, c->dim, c->norm_eps);
@@ -520,10 +520,15 @@ static void attention_backward(const Step *step, int layer) {
     ptrdiff_t n_rows = step->n_rows;
     int n_sharing = c->n_heads / c->n_kv_heads; // query heads that read one kv head
     // Keys and values get gradients from all queries that saw them: they are summed up.
+    double n_seen = 0; // keys, by all rows together
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        n_seen += head_of(&step->acts, r, layer, 0, step->scratch).n_keys;
     clear(grads->q, n_rows * c->q_dim);
     clear(grads->k, n_rows * c->kv_dim);
     clear(grads->v, n_rows * c->kv_dim);
-#pragma omp parallel for schedule(static) if (worth_threads(n_rows * c->q_dim * 64))
+    // There and back takes some four times as long as on the way forward.
+    const double bytes = 4.0 * n_seen * c->q_dim * 2 * sizeof(float);
+#pragma omp parallel for schedule(static) if (worth_threads(bytes))
     for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++) {
         // One thread does all that adds to this kv head, so nobody else writes there.
         float *scratch = step->scratch + 2 * kv_head * head_scratch(c);
@@ -552,7 +557,7 @@ static void attention_backward(const Step *step, int layer) {
 static void loss_backward(Step *step) {
     const ptrdiff_t vocab_size = step->model->config.vocab_size;
     double *losses = resize(NULL, step->n_loss, sizeof *losses);
-#pragma omp parallel for schedule(static) if (worth_threads(step->n_loss * vocab_size * 16))
+#pragma omp parallel for schedule(static) if (worth_threads(step->n_loss * vocab_size * 8.0))
     for (int i = 0; i < step->n_loss; i++) {
         const float *logits = step->acts.logits + i * vocab_size;
         float *dlogits = step->vocab_dy + i * vocab_size;
@@ -631,7 +636,7 @@ static void layer_backward(Step *step, int layer) {
     linear_backward(step, grads->xn, grads->v, layer, WV);
 
     // xn = rmsnorm(x), turned at H. What was turned is the sober xn, computed once more
-    const float *gain = m->layers[layer].w[ATT_NORM];
+    const float *gain = gain_of(m, layer, ATT_NORM);
     float *sober = step->grads.direction; // which is free: grads draws no glitches
     for (ptrdiff_t r = 0; r < step->n_rows; r++) {
         Place place = place_of(m, &step->rows[r], SITE_H, layer, 0);
@@ -795,7 +800,7 @@ static void subtract_step(const Stepped *stepped,
     for (int i = 0; i < f.n; i++)
         stepped->products[i] *= -step_size;
     // The dy are the rows, and the products say how much of each is added.
-    add_product(y, stepped->products, f.n, 1, f.dy, 1, f.n, f.n_out);
+    add_product(y, stepped->products, f.n, 1, (Weights){f.dy, FP32}, 1, f.n, f.n_out);
 }
 
 // The same for the embedding's row of a token.
@@ -866,7 +871,7 @@ static void add_gradient(const Step *step,
     for (ptrdiff_t i = 0; i < size; i++)
         scaled[i] = factor * f.x[i];
     // dyᵀ: dy read the other way round, its columns as rows, from column `first` on.
-    add_product(w, f.dy + first, 1, f.n_out, scaled, n_rows, f.n, f.n_in);
+    add_product(w, f.dy + first, 1, f.n_out, (Weights){scaled, FP32}, n_rows, f.n, f.n_in);
     free(scaled);
 }
 
@@ -937,8 +942,8 @@ static double gradient_norm2(const Step *step, int layer, int which) {
     }
     float *gram_dy = resize(NULL, 2 * size, sizeof *gram_dy);
     float *gram_x = gram_dy + size; // both (n, n)
-    matmul(gram_dy, f.dy, f.dy, f.n, f.n_out, f.n);
-    matmul(gram_x, f.x, f.x, f.n, f.n_in, f.n);
+    matmul(gram_dy, f.dy, (Weights){f.dy, FP32}, f.n, f.n_out, f.n);
+    matmul(gram_x, f.x, (Weights){f.x, FP32}, f.n, f.n_in, f.n);
     double sum = 0;
     for (ptrdiff_t i = 0; i < size; i++)
         sum += (double)gram_dy[i] * gram_x[i];
@@ -1294,30 +1299,35 @@ static void print_cure(Stepped *stepped, const Experiment *e, const int *prompt,
 }
 
 // Writes the model with the step taken, if that is wanted.
-// What lies between the tensors is copied, and these pass through a few rows at a time, so there is
-// never a second model in memory.
+// A step needs all digits of a float, so this file is fp32, however the model was stored.
+// What comes before the tensors is copied but for the storage, and the tensors pass through a few
+// rows at a time, so there is never a second model in memory.
 static void write_stepped(const Step *step, float step_size, Output *output) {
     enum { ROWS = 64 };
+    static const char zeros[ALIGNMENT];
     const Model *m = step->model;
-    const char *done = m->file; // up to here the file is written
+    const char *data = m->file;
+    Config config = m->config;
+    size_t n_written = (const char *)m->layers[0].w[TOK_EMB].data - data; // a multiple of 64
     int layer, which, n_out, n_in;
     if (!output->path)
         return;
+    config.storage = FP32;
+    fwrite(data, 1, MAGIC_BYTES, output->to);
+    fwrite(&config, 1, CONFIG_BYTES, output->to);
+    fwrite(data + MAGIC_BYTES + CONFIG_BYTES, 1, n_written - MAGIC_BYTES - CONFIG_BYTES, output->to);
     for (int i = 0; tensor_at(&m->config, i, &layer, &which); i++) {
         tensor_shape(&m->config, which, &n_out, &n_in);
-        const float *w = m->layers[layer].w[which];
-        fwrite(done, 1, (const char *)w - done, output->to); // header, pieces, padding
+        n_written += fwrite(zeros, 1, -n_written % ALIGNMENT, output->to);
         float *rows = resize(NULL, (ptrdiff_t)ROWS * n_in, sizeof *rows);
         for (int r = 0; r < n_out; r += ROWS) {
             int n_rows = min(n_out - r, ROWS);
             ptrdiff_t size = (ptrdiff_t)n_rows * n_in;
-            memcpy(rows, w, size * sizeof *rows); // the mapped file must not change
+            widen(rows, m->layers[layer].w[which], (ptrdiff_t)r * n_in, size);
             add_gradient(step, rows, -step_size, layer, which, r, n_rows);
-            fwrite(rows, sizeof *rows, size, output->to);
-            w += size;
+            n_written += fwrite(rows, sizeof *rows, size, output->to) * sizeof *rows;
         }
         free(rows);
-        done = (const char *)w;
     }
     output_close(output);
 }
@@ -1579,19 +1589,22 @@ sum_tile(float *out, ptrdiff_t out_stride, // (n_rows, COLUMNS)
 static void add_block(float *out,     // (n_rows, n), rows n_cols apart
                       const float *a, // (n_rows, n_k)
                       ptrdiff_t a_row, ptrdiff_t a_k,
-                      const float *b, // (n_k, n), rows n_cols apart
+                      Weights weights, ptrdiff_t at, // (n_k, n), rows n_cols apart, from number `at` on
                       ptrdiff_t n_rows, int n_k, ptrdiff_t n_cols, int n) {
     float packed[BLOCK * COLUMNS];
-    ptrdiff_t stride = n_cols;
+    const float *b = packed;
+    ptrdiff_t stride = COLUMNS;
     ptrdiff_t r = 0;
     // Rows that lie a power of two apart share the same few places of the processor's cache, and so
     // push each other out of it.
-    // Where they are used by many rows of out, it pays to put them together first.
-    if (n_rows > MANY_ROWS && n == COLUMNS) {
+    // Where they are used by many rows of out, it pays to put them together first; and numbers of
+    // two bytes are widened so.
+    if (n_rows > MANY_ROWS || weights.storage != FP32) {
         for (int k = 0; k < n_k; k++)
-            memcpy(packed + k * COLUMNS, b + k * n_cols, COLUMNS * sizeof *b);
-        b = packed;
-        stride = COLUMNS;
+            widen(packed + k * COLUMNS, weights, at + k * n_cols, n);
+    } else {
+        b = (const float *)weights.data + at;
+        stride = n_cols;
     }
     if (n == COLUMNS) {
         for (; r + TILE_ROWS <= n_rows; r += TILE_ROWS)
@@ -1606,12 +1619,13 @@ static void add_block(float *out,     // (n_rows, n), rows n_cols apart
 
 static void add_product(float *out,
                         const float *a, ptrdiff_t a_row, ptrdiff_t a_k,
-                        const float *b,
+                        Weights b,
                         ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols) {
-#pragma omp parallel for schedule(static) if (worth_threads(n_rows * n_k * n_cols))
+    const double bytes = (double)n_k * (double)n_cols * ((double)bytes_of(b.storage) + .5 * (double)n_rows);
+#pragma omp parallel for schedule(static) if (worth_threads(bytes))
     for (ptrdiff_t first = 0; first < n_cols; first += STRIP)
         for (ptrdiff_t k = 0; k < n_k; k += BLOCK)
             for (ptrdiff_t c = first; c < min(first + STRIP, n_cols); c += COLUMNS)
-                add_block(out + c, a + k * a_k, a_row, a_k, b + k * n_cols + c, n_rows,
+                add_block(out + c, a + k * a_k, a_row, a_k, b, k * n_cols + c, n_rows,
                           min(n_k - k, BLOCK), n_cols, min(n_cols - c, COLUMNS));
 }

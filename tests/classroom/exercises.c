@@ -635,7 +635,7 @@ static void expect_moves(const float *history, int n_steps, double want, const c
     char *before = resize(NULL, (ptrdiff_t)file_bytes, 1);
     for (int i = 0; tensor_at(&b.model.config, i, &layer, &which); i++) {
         tensor_shape(&b.model.config, which, &n_out, &n_in);
-        ptrdiff_t at = (const char *)b.model.layers[layer].w[which] - b.file.data;
+        ptrdiff_t at = (const char *)b.model.layers[layer].w[which].data - b.file.data;
         add_gradient(&step, (float *)(void *)(gradients + at), 1, layer, which, 0, n_out);
     }
     for (int i = 0; i < n_steps; i++) {
@@ -645,7 +645,7 @@ static void expect_moves(const float *history, int n_steps, double want, const c
     }
     for (int i = 0; tensor_at(&b.model.config, i, &layer, &which); i++) {
         tensor_shape(&b.model.config, which, &n_out, &n_in);
-        const float *w = b.model.layers[layer].w[which];
+        const float *w = b.model.layers[layer].w[which].data;
         ptrdiff_t at = (const char *)w - b.file.data;
         expect_move(TENSOR_NAMES[which], (float *)(void *)(gradients + at),
                     (float *)(void *)(before + at), w, n_out * n_in, rate, want, hint);
@@ -690,7 +690,7 @@ static void write_step(const Step *s, float step_size) {
     int layer, which, n_out, n_in;
     for (int i = 0; tensor_at(&s->model->config, i, &layer, &which); i++) {
         tensor_shape(&s->model->config, which, &n_out, &n_in);
-        float *w = (float *)(uintptr_t)s->model->layers[layer].w[which]; // of a bench: may be written
+        float *w = (float *)(uintptr_t)s->model->layers[layer].w[which].data; // of a bench: may be written
         add_gradient(s, w, -step_size, layer, which, 0, n_out);
     }
 }

@@ -339,7 +339,7 @@ int main(int argc, char **argv) {
     prepare(&lesson, &sequences[0], &m, ROWS);
     prepare(&many, &sequences[1], &m, MANY);
     const float *end = (const float *)(void *)(file + n_bytes);
-    measure(ratios, &lesson, &many, m.layers[0].w[TOK_EMB], end);
+    measure(ratios, &lesson, &many, m.layers[0].w[TOK_EMB].data, end);
     print_ratios(ratios);
     step_free(&lesson);
     step_free(&many);

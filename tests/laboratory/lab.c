@@ -1355,7 +1355,7 @@ static double best_likelihood(const Cell *curve, double diversity) {
 // By how many nats a token a method's texts are likelier than those of temperature, as the mean
 // over its points at whose diversity temperature has some. *n is how many that are; if it is 0,
 // what comes back is NAN. A nat is a factor of e = 2.7 in the probability of each token.
-static double gain_of(const Cell *method, const Cell *temperature, int *n) {
+static double likelihood_gain(const Cell *method, const Cell *temperature, int *n) {
     double sum = 0;
     *n = 0;
     for (int i = 0; i < N_STRENGTHS; i++) {
@@ -1400,7 +1400,7 @@ static void print_gains(const Cell *cells) {
     for (int method = 0; method < N_METHODS; method++) {
         const Cell *points = cells + method * N_STRENGTHS;
         int n;
-        double gain = gain_of(points, temperature, &n);
+        double gain = likelihood_gain(points, temperature, &n);
         if (n && method != TEMPERATURE)
             printf("%-12s %+.4f  (%d doses)\n", points->name, gain, n);
     }

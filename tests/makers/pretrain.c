@@ -528,7 +528,7 @@ static void make_file(Config c) {
 }
 
 static float *weights(const Model *m, int layer, int which) {
-    return (float *)(uintptr_t)m->layers[layer].w[which];
+    return (float *)(uintptr_t)m->layers[layer].w[which].data;
 }
 
 /* ================================================================================================
@@ -557,7 +557,7 @@ static void descend(const Step *s, float rate) {
         for (ptrdiff_t j = 0; j < size; j++)
             v[j] *= MOMENTUM;
         if (f.n)
-            add_product(v, f.dy, 1, f.n_out, f.x, f.n_out, f.n, f.n_in);
+            add_product(v, f.dy, 1, f.n_out, (Weights){f.x, FP32}, f.n_out, f.n, f.n_in);
         else
             add_scaled(v, 1, dgain(s, layer, which), f.n_in);
         for (ptrdiff_t j = 0; j < size; j++)

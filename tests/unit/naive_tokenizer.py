@@ -32,7 +32,7 @@ def read_file(data):
     assert data[:8] == b"drugs.c\0" and not any(data[108:256])
     file = File()
     file.__dict__.update(zip(NAMES, struct.unpack("<11if13i", data[8:108])))
-    assert file.version == 3 and file.storage == 0
+    assert file.version == 3 and file.storage in (0, 1, 2)
     file.end = 256
 
     def records(kind, width, count):

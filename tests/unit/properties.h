@@ -209,8 +209,8 @@ static int n_seen(const Observer *o, Spot at) {
 }
 
 // The gain of a layer's first norm. That of a bench may be written.
-static float *gain_of(const Model *m, int layer) {
-    return (float *)(uintptr_t)m->layers[layer].w[ATT_NORM];
+static float *attention_gain(const Model *m, int layer) {
+    return (float *)(uintptr_t)m->layers[layer].w[ATT_NORM].data;
 }
 
 static void observer_open(Observer *o) {
@@ -220,7 +220,7 @@ static void observer_open(Observer *o) {
     cr_assert(m->config.dim == DIM && m->config.head_dim == HEAD_DIM && m->config.kv_dim == KV_DIM);
     for (int layer = 0; layer < m->config.n_layers; layer++)
         for (int i = 0; i < DIM; i++)
-            gain_of(m, layer)[i] = 1;
+            attention_gain(m, layer)[i] = 1;
     o->sequence = sequence_new((Noise){.theta = o->theta});
     sequence_reserve(m, &o->sequence, MOST_KEYS);
 }
@@ -668,7 +668,7 @@ static void lesson_close(Lesson *l) {
 static void expect_zeros_survive(int site) {
     Lesson l;
     lesson_open(&l, site);
-    float *wv = (float *)(uintptr_t)l.bench.model.layers[1].w[WV]; // of a bench: may be written
+    float *wv = (float *)(uintptr_t)l.bench.model.layers[1].w[WV].data; // of a bench: may be written
     memset(wv, 0, KV_DIM * DIM * sizeof *wv);
     step_take(&l.step);
     const float *dxn = l.step.grads.slots[1].xn;
@@ -788,7 +788,7 @@ static Books books_of(const Step *step, int layer) {
         books.size += length_of(g->v + r * c->kv_dim, c->kv_dim)
                     * length_of(a->v + r * c->kv_dim, c->kv_dim);
     }
-    const float *gain = step->model->layers[layer].w[ATT_NORM];
+    const float *gain = step->model->layers[layer].w[ATT_NORM].data;
     books.gain = dot_in_double(dgain(step, layer, ATT_NORM), gain, c->dim);
     return books;
 }
@@ -810,7 +810,7 @@ static double slope_of_loss(Step *step, int layer, int which, const float *direc
     int n_out, n_in;
     tensor_shape(&step->model->config, which, &n_out, &n_in);
     const ptrdiff_t n = (ptrdiff_t)n_out * n_in;
-    float *w = (float *)(uintptr_t)step->model->layers[layer].w[which]; // of a bench: may be written
+    float *w = (float *)(uintptr_t)step->model->layers[layer].w[which].data; // of a bench: may be written
     float *old = resize(NULL, n, sizeof *old);
     double slope[2];
     memcpy(old, w, (size_t)n * sizeof *old);
@@ -832,7 +832,7 @@ static double slope_of_loss(Step *step, int layer, int which, const float *direc
 // If all keys of a layer grow: dk . k, from the way forward alone.
 static double slope_of_keys(Step *step, int layer) {
     float growth[KV_DIM * DIM];
-    memcpy(growth, step->model->layers[layer].w[WK], sizeof growth);
+    memcpy(growth, step->model->layers[layer].w[WK].data, sizeof growth);
     return slope_of_loss(step, layer, WK, growth);
 }
 

@@ -398,7 +398,7 @@ static void check_product(int n_rows, int n_in, int n_out) {
     float *w = some_numbers(2, n_out * n_in);
     float *y = resize(NULL, n_rows * n_out, sizeof *y);
     float *row_alone = resize(NULL, n_out, sizeof *row_alone);
-    matmul(y, x, w, n_rows, n_in, n_out);
+    matmul(y, x, (Weights){w, FP32}, n_rows, n_in, n_out);
     for (int r = 0; r < n_rows; r++) {
         const float *x_row = x + r * n_in;
         const float *y_row = y + r * n_out;
@@ -1363,7 +1363,7 @@ static Bytes mended(Bytes text) {
 }
 
 // The bytes of tokens, one piece behind the other.
-static Bytes bytes_of(const Model *m, const int *tokens, int n) {
+static Bytes bytes_of_tokens(const Model *m, const int *tokens, int n) {
     Bytes bytes = {0};
     for (int i = 0; i < n; i++) {
         const Span piece = string_at(m, tokens[i]);
@@ -1397,7 +1397,7 @@ Test(tokenizer, round_trip) {
         Bytes printed = mended(want);
         int n_tokens;
         int *tokens = plain_tokens(&b.model, text.data, text.n, false, &n_tokens);
-        Bytes bytes = bytes_of(&b.model, tokens, n_tokens);
+        Bytes bytes = bytes_of_tokens(&b.model, tokens, n_tokens);
         size_t n_back;
         char *back = decode(&b, tokens, n_tokens, &n_back);
         const size_t prefix = text.n > 0; // the space in front

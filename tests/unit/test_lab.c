@@ -364,7 +364,7 @@ enum { NEW = 16, WIDE = 64, VOCAB = 320 };
 
 // Makes a model surer: all logits are ten times as far apart.
 static void make_surer(Bench *b) {
-    float *gain = (float *)b->model.layers[0].w[FINAL_NORM];
+    float *gain = (float *)b->model.layers[0].w[FINAL_NORM].data;
     for (int i = 0; i < b->model.config.dim; i++)
         gain[i] *= 10;
 }

@@ -219,7 +219,8 @@ Test(loader, every_header_field) {
         {FIELD(shared_classifier), {1}, size},
         {FIELD(sliding_window), {-1, (1 << 28) + 1, INT32_MAX, INT32_MIN}, ""},
         {FIELD(bos), {-2, 8, INT32_MAX, INT32_MIN}, ""},
-        {FIELD(storage), {1, -1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(storage), {3, -1, INT32_MAX, INT32_MIN}, ""},
+        {FIELD(storage), {1, 2}, size},
         {FIELD(unknown), {-2, 8, INT32_MAX, INT32_MIN}, ""},
         {FIELD(text_flags), {32, 64, -1, INT32_MIN}, ""},
         {FIELD(n_cutters), {-1, 17, INT32_MAX, INT32_MIN}, ""},
@@ -521,9 +522,9 @@ Test(loader, paths) {
     // weights: streams of testing.h's unit(), 16 * layer + which
     Model m;
     cr_assert(model_open(&m, path));
-    const float *gain = m.layers[1].w[ATT_NORM];
-    const float *w2 = m.layers[1].w[W2];
-    const float *classifier = m.layers[0].w[WCLS];
+    const float *gain = m.layers[1].w[ATT_NORM].data;
+    const float *w2 = m.layers[1].w[W2].data;
+    const float *classifier = m.layers[0].w[WCLS].data;
     cr_assert_eq(gain[7], unit(16 + ATT_NORM, 7) + .5f);
     cr_assert_eq(w2[255], (unit(16 + W2, 255) - .5f) * (4 / sqrtf(16)));
     cr_assert_eq(classifier[264 * 16 - 1], (unit(WCLS, 264 * 16 - 1) - .5f) * .5f);

@@ -189,7 +189,7 @@ static void lose_the_file(void) {
         _exit(9);
     unlink(name);
     strcpy(name, "model.bin"); // which is quoted
-    taken = resize(NULL, (ptrdiff_t)m.layers[1].w[W2][0], 1);
+    taken = resize(NULL, (ptrdiff_t)*(const float *)m.layers[1].w[W2].data, 1);
 }
 Test(messages, a_file_that_is_cut_short) {
     char words[100];
@@ -203,7 +203,7 @@ static void read_two(int ruined, bool wanted) {
     Bench b;
     bench_open(&b, M, 2);
     const int dim = b.model.config.dim;
-    float *embedding = (float *)b.model.layers[0].w[TOK_EMB];
+    float *embedding = (float *)b.model.layers[0].w[TOK_EMB].data;
     embedding[(3 + ruined) * dim] = NAN;
     Sequence one = sequence_new((Noise){0}), other = sequence_new((Noise){0});
     Row rows[] = {{3, 0, &one, false, wanted || ruined != 0, NULL},
@@ -388,59 +388,37 @@ Test(measuring, now) {
     }
 }
 
-// A product that was fast is believed at once, a slow one by an eighth.
-Test(speed, notes_a_pace) {
-    double pace = 8;
-    note_pace(&pace, 16);
-    cr_assert_eq(pace, 9);
-    note_pace(&pace, 4);
-    cr_assert_eq(pace, 4);
-}
-
-// All threads work on what is large, unless one alone was faster.
+// All threads work on what is large, unless one alone is faster.
 Test(speed, one_thread_or_all) {
-    race.pace[0] = race.pace[1] = 1;
     cr_assert(worth_threads(WORTH_THREADS + 1) && !worth_threads(WORTH_THREADS));
-    race.pace[1] = 2;
+    solo = true;
     cr_assert(!worth_threads(WORTH_THREADS + 1));
-    race.pace[0] = 3;
-    cr_assert(worth_threads(WORTH_THREADS + 1));
 }
 
-// A product of so many columns and 1000 rows; each number of it is 1000.
-static void multiply(int n_columns) {
-    float *w = resize(NULL, 1000 * n_columns, sizeof *w);
-    float *x = resize(NULL, 1000, sizeof *x);
-    float *out = resize(NULL, n_columns, sizeof *out);
-    for (int i = 0; i < 1000 * n_columns; i++)
-        w[i] = x[i % 1000] = 1;
-    matmul(out, x, w, 1, 1000, n_columns);
-    for (int i = 0; i < n_columns; i++)
-        cr_assert_eq(out[i], 1000);
-    free(w);
-    free(x);
-    free(out);
-}
-
-// Large products are timed, and nobody else's time is touched. One thread that works alone does so
-// until it has done it for long enough.
-Test(speed, times_large_products) {
-    race.pace[0] = 1;
-    race.pace[1] = 2;
-    multiply(1000);
-    cr_assert(race.alone == 0 && race.pace[0] == 1 && race.pace[1] == 2, "that was not large");
-    multiply(1001);
-    cr_assert(race.alone > 0 && race.pace[1] == 2);
-    cr_assert_float_eq(race.pace[0] * 1001e3 / race.alone, 1, 1e-6);
-    race.pace[0] = 0; // nothing is faster, and it is slower than that
-    race.alone = RETRY / 2;
-    multiply(1001);
-    cr_assert(race.alone > RETRY / 2 && race.pace[1] == 2);
-    cr_assert_float_eq(race.pace[0] * 8 * 1001e3 / (race.alone - RETRY / 2), 1, 1e-6);
-    race.pace[0] = 0;
-    race.alone = RETRY * 2;
-    multiply(1001);
-    cr_assert(race.alone == 0 && race.pace[0] == 0 && race.pace[1] < 2, "all may try again");
+// Now and then a single row tries the other way with one layer, if there are layers to compare it
+// with. Several rows never do, and always have all threads.
+Test(speed, the_other_way_is_tried) {
+    for (int n_layers = 3; n_layers <= 4; n_layers++) {
+        FileHeader header = G;
+        header.n_layers = n_layers;
+        Bench b;
+        bench_open(&b, header, 4);
+        const int tokens[] = {1, 40, 50, 60, 70};
+        Sequence s = sequence_new((Noise){0});
+        team.next_trial = 0;
+        team.one_thread = true;
+        feed(&b.run, &s, tokens, 4, WANTS_LOGITS);
+        cr_assert(team.next_trial == 0 && !solo, "four rows");
+        const double before = now();
+        feed(&b.run, &s, tokens + 4, 1, WANTS_LOGITS);
+        cr_assert_eq(team.next_trial > before, n_layers > 3, "%d layers", n_layers);
+        team.next_trial = INFINITY;
+        team.one_thread = true;
+        feed(&b.run, &s, tokens + 4, 1, WANTS_LOGITS);
+        cr_assert(solo && team.one_thread, "no trial is due");
+        sequence_free(&b.model, &s);
+        bench_close(&b);
+    }
 }
 
 // Of equals the first is taken, by argmax and by the order of candidates.

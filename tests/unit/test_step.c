@@ -122,7 +122,7 @@ static Tensor nth_tensor(const Config *c, int i) {
 
 // Where a tensor's weights are; those of a bench may be written.
 static float *weights(const Bench *b, const Tensor *t) {
-    return (float *)(uintptr_t)b->model.layers[t->layer].w[t->which];
+    return (float *)(uintptr_t)b->model.layers[t->layer].w[t->which].data;
 }
 
 // Everything but the step itself.
@@ -831,7 +831,7 @@ Test(step, leaves_alone_tokens_that_were_not_read) {
         run->rows = &row;
         run->n_rows = 1;
         embed(run, x);
-        const float *untouched = lesson.model->layers[0].w[TOK_EMB] + token * c->dim;
+        const float *untouched = (const float *)lesson.model->layers[0].w[TOK_EMB].data + token * c->dim;
         cr_assert_eq(same(x, untouched, c->dim), !was_read, "token %d", token);
     }
     lesson_free(&lesson);
@@ -1064,7 +1064,7 @@ static void check_written(const char *path, const char *stepped_path, float step
     study(&after, stepped_path, TO_BE);
 
     const Model *m = lesson.model;
-    size_t before_weights = (const char *)m->layers[0].w[TOK_EMB] - (const char *)m->file;
+    size_t before_weights = (const char *)m->layers[0].w[TOK_EMB].data - (const char *)m->file;
     cr_assert_eq(after.model->file_bytes, m->file_bytes);
     cr_assert(!memcmp(after.model->file, m->file, before_weights));
     char *text = written(&lesson, step_size, "To be");
@@ -1199,7 +1199,7 @@ static void check_add_product(int n_rows, int n_k, int n_cols, bool transposed) 
     int a_k = transposed ? n_rows : 1;
     int size = n_rows * n_cols;
     memcpy(out, old, sizeof out);
-    add_product(out, a, a_row, a_k, b, n_rows, n_k, n_cols);
+    add_product(out, a, a_row, a_k, (Weights){b, FP32}, n_rows, n_k, n_cols);
     for (int r = 0; r < n_rows; r++)
         for (int col = 0; col < n_cols; col++) {
             double want = old[r * n_cols + col];
@@ -1232,4 +1232,96 @@ Test(maths, add_product) {
                 check_add_product(rows[r], ks[k], cols[col], false);
                 check_add_product(rows[r], ks[k], cols[col], true);
             }
+}
+
+// ---- storages
+
+// The file of a small model with the same weights in each storage.
+static void open_stored(Bench *b, FileHeader header, int storage) {
+    header.storage = storage;
+    header.narrow = true;
+    bench_open(b, header, 8);
+}
+
+// Logits, drugged logits, the loss and all gradients are the same, to the last bit, however the
+// weights are stored.
+Test(storage, gives_the_same_bits) {
+    const FileHeader headers[] = {G, M}; // sizes that fill registers, and sizes that do not
+    const int tokens[] = {1, 40, 50, 60, 41, 51, 61, 42, 52};
+    for (int h = 0; h < 2; h++) {
+        Bench benches[N_STORAGES];
+        Step steps[N_STORAGES];
+        Sequence sequences[N_STORAGES];
+        for (int i = 0; i < N_STORAGES; i++) {
+            open_stored(&benches[i], headers[h], i);
+            sequences[i] = sequence_new(bench_noise(&benches[i], ALL_SITES, FAMILY_CENTRED));
+            step_init(&steps[i], &benches[i].model, 8);
+            step_add(&steps[i], &sequences[i], tokens, 9, DRUGGED);
+            step_take(&steps[i]);
+        }
+        const Config *c = &benches[0].model.config;
+        for (int i = 1; i < N_STORAGES; i++) {
+            cr_assert_eq(steps[i].loss, steps[0].loss, "storage %d", i);
+            cr_assert(!memcmp(steps[i].acts.logits, steps[0].acts.logits,
+                              8 * (size_t)c->vocab_size * sizeof(float)), "storage %d", i);
+            for (int layer = 0; layer < c->n_layers; layer++)
+                for (int which = 0; which < N_TENSORS; which++) {
+                    if (layer > 0 && which >= N_LAYER_TENSORS)
+                        continue;
+                    cr_assert_eq(gradient_norm2(&steps[i], layer, which),
+                                 gradient_norm2(&steps[0], layer, which), "storage %d", i);
+                }
+        }
+        for (int i = 0; i < N_STORAGES; i++) {
+            step_free(&steps[i]);
+            sequence_free(&benches[i].model, &sequences[i]);
+            bench_close(&benches[i]);
+        }
+    }
+}
+
+// A single row, by any number of threads, has the bits of the block, in each storage.
+Test(storage, single_rows) {
+    const int tokens[] = {1, 40, 50, 60, 41, 51, 61, 42};
+    for (int i = 0; i < N_STORAGES; i++) {
+        Bench b;
+        open_stored(&b, M, i);
+        const int n = b.model.config.vocab_size;
+        Sequence block = sequence_new((Noise){0});
+        Sequence single = sequence_new((Noise){0});
+        float *want = resize(NULL, n, sizeof *want);
+        memcpy(want, feed(&b.run, &block, tokens, 8, WANTS_LOGITS), (size_t)n * sizeof *want);
+        const float *got = NULL;
+        for (int t = 0; t < 8; t++)
+            got = feed(&b.run, &single, tokens + t, 1, WANTS_LOGITS);
+        cr_assert(!memcmp(got, want, (size_t)n * sizeof *want), "storage %d", i);
+        free(want);
+        sequence_free(&b.model, &block);
+        sequence_free(&b.model, &single);
+        bench_close(&b);
+    }
+}
+
+// Every number of two bytes that is finite becomes just the float that it means: subnormal ones,
+// zeros of either sign, the largest.
+Test(storage, widens_exactly) {
+    uint16_t every[65536 + 5];
+    float wide[65536 + 5];
+    for (int i = 0; i < 65536 + 5; i++)
+        every[i] = (uint16_t)i;
+    for (int storage = BF16; storage <= FP16; storage++) {
+        widen(wide, (Weights){every, storage}, 0, 65536 + 5); // and a rest that fills no register
+        for (int i = 0; i < 65536 + 5; i++) {
+            const int exponent = storage == BF16 ? every[i] >> 7 & 0xFF : every[i] >> 10 & 0x1F;
+            const int mantissa = storage == BF16 ? every[i] & 0x7F : every[i] & 0x3FF;
+            const int n_digits = storage == BF16 ? 7 : 10;
+            const int bias = storage == BF16 ? 127 : 15;
+            if (exponent == (storage == BF16 ? 0xFF : 0x1F))
+                continue; // infinite or no number
+            double want = exponent ? ldexp(1 + ldexp(mantissa, -n_digits), exponent - bias)
+                                   : ldexp(mantissa, 1 - bias - n_digits);
+            want = every[i] & 0x8000 ? -want : want;
+            cr_assert(wide[i] == (float)want && !signbit(wide[i]) == !signbit(want), "%d: %04x", storage, i);
+        }
+    }
 }

@@ -52,6 +52,7 @@ typedef struct {
     char zeros[148];
     double rope_theta; // RoPE's frequencies are rope_theta^(-2 i / head_dim)
     Vocabulary vocabulary; // but for the pieces
+    bool narrow; // whether the weights have few digits, so that any storage holds them
 } FileHeader;
 _Static_assert(offsetof(FileHeader, zeros) == 108, "no gaps between its members");
 _Static_assert(offsetof(FileHeader, rope_theta) == 256, "the length of a header");
@@ -89,21 +90,40 @@ static Bytes first_pieces(bool byte_pieces) {
 }
 
 // A tensor of weights from the formula: gains .5 + U, embedding and classifier (U - .5) / 2,
-// matrices (U - .5) * 4 / sqrt(n_in), with U from the stream 16 * layer + which.
-static void append_tensor(Bytes *file, const Config *c, int layer, int which) {
+// matrices (U - .5) * 4 / sqrt(n_in), with U from the stream 16 * layer + which. In files of two bytes
+// a weight, and where `narrow` is set, these are cut to 8 digits and a few exponents, which any storage
+// holds exactly.
+static void append_tensor(Bytes *file, const Config *c, bool narrow, int layer, int which) {
     int n_out, n_in;
     tensor_shape(c, which, &n_out, &n_in);
     const bool gain = n_out == 1;
     const float width = which >= TOK_EMB ? .5f : 4 / sqrtf((float)n_in);
     const size_t n = (size_t)n_out * (size_t)n_in;
-    float *weights = resize(NULL, (ptrdiff_t)n, sizeof *weights);
+    append_zeros(file, (64 - file->n % 64) % 64);
     for (size_t i = 0; i < n; i++) {
         float u = unit((uint64_t)(16 * layer + which), i);
-        weights[i] = gain ? u + .5f : (u - .5f) * width;
+        float weight = gain ? u + .5f : (u - .5f) * width;
+        if (narrow && !gain)
+            weight = roundf(weight * 0x1p8f) * 0x1p-8f; // below 1/2: 7 digits
+        uint32_t bits;
+        memcpy(&bits, &weight, sizeof bits);
+        const uint16_t upper = (uint16_t)(bits >> 16);
+        // exponent and mantissa moved to where an FP16 has them; 0 stays 0
+        const uint32_t magnitude = bits & 0x7FFFFFFF;
+        const uint32_t moved = magnitude ? (magnitude >> 13) - (112 << 10) : 0;
+        const uint16_t half = (uint16_t)((bits >> 16 & 0x8000) | moved);
+        switch (storage_of(c, which)) {
+        case FP32:
+            append(file, &weight, sizeof weight);
+            break;
+        case BF16:
+            append(file, &upper, sizeof upper);
+            break;
+        case FP16:
+            append(file, &half, sizeof half);
+            break;
+        }
     }
-    append_zeros(file, (64 - file->n % 64) % 64);
-    append(file, weights, n * sizeof *weights);
-    free(weights);
 }
 
 // The whole file: the header (the sizes of what follows are filled in), RoPE's frequencies, the
@@ -115,7 +135,9 @@ static Bytes model_file(FileHeader header, Bytes pieces) {
         .vocab_size = header.vocab_size,
         .q_dim = header.n_heads * header.head_dim,
         .kv_dim = header.n_kv_heads * header.head_dim,
+        .storage = header.storage,
     };
+    const bool narrow = header.narrow || header.storage != FP32;
     Bytes file = {0};
     header.text_flags &= ~BYTE_PIECES;
     append(&file, &header, offsetof(FileHeader, rope_theta));
@@ -129,13 +151,13 @@ static Bytes model_file(FileHeader header, Bytes pieces) {
     header.vocabulary.pieces = pieces;
     append_tokenizer(&file, &said, &header.vocabulary);
     memcpy(file.data + MAGIC_BYTES, &said, CONFIG_BYTES);
-    append_tensor(&file, &c, 0, TOK_EMB);
+    append_tensor(&file, &c, narrow, 0, TOK_EMB);
     for (int layer = 0; layer < header.n_layers; layer++)
         for (int which = 0; which < N_LAYER_TENSORS; which++)
-            append_tensor(&file, &c, layer, which);
-    append_tensor(&file, &c, 0, FINAL_NORM);
+            append_tensor(&file, &c, narrow, layer, which);
+    append_tensor(&file, &c, narrow, 0, FINAL_NORM);
     if (!header.shared_classifier)
-        append_tensor(&file, &c, 0, WCLS);
+        append_tensor(&file, &c, narrow, 0, WCLS);
     return file;
 }
 
