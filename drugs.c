@@ -59,7 +59,8 @@
 // A program that includes this file, as train_step.c does, defines DRUGS_LIBRARY first and brings a
 // main of its own.
 // It need not use all of it.
-#ifdef DRUGS_LIBRARY
+// And without OpenMP nothing asks what is worth threads.
+#if defined DRUGS_LIBRARY || !defined _OPENMP
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 
@@ -264,6 +265,11 @@ typedef struct {
 enum { WORTH_THREADS = 1 << 17 };
 // Whether reading so many bytes is worth all threads, see section 12.
 static bool worth_threads(double bytes);
+// What a product costs, in bytes that are read: its weights, and half a byte for the time of each
+// multiply-add.
+static double product_bytes(Weights w, double n_rows, double n_in, double n_out) {
+    return n_in * n_out * (bytes_of(w.storage) + .5 * n_rows);
+}
 
 // The sum of a[i] * b[i], for i < n.
 static float dot(const float *a, const float *b, int n);
@@ -779,16 +785,20 @@ static void attend(const Head *h, int head_dim,
     }
 }
 
+// The bytes of all keys and values that the rows of a call read, once for each query head.
+static double attention_bytes(const Run *run, int layer) {
+    double n_seen = 0;
+    for (ptrdiff_t r = 0; r < run->n_rows; r++)
+        n_seen += head_of(run, r, layer, 0, run->heads).n_keys;
+    return n_seen * run->model->config.q_dim * 2 * sizeof(float);
+}
+
 // att of all rows, head by head, turned at site A.
 static void attention(Run *run, int layer) {
     const Config *c = &run->model->config;
     const Slot *slot = &run->slots[layer % run->n_slots];
     const ptrdiff_t n_rows = run->n_rows;
-    double n_seen = 0; // keys, by all rows together
-    for (ptrdiff_t r = 0; r < n_rows; r++)
-        n_seen += head_of(run, r, layer, 0, run->heads).n_keys;
-    const double bytes = n_seen * c->q_dim * 2 * sizeof(float); // a key and a value for each head
-#pragma omp parallel for schedule(static) if (worth_threads(bytes))
+#pragma omp parallel for schedule(static) if (worth_threads(attention_bytes(run, layer)))
     for (int head = 0; head < c->n_heads; head++)
         for (ptrdiff_t r = 0; r < n_rows; r++) {
             float *scratch = run->heads + head * head_scratch(c);
@@ -2993,10 +3003,8 @@ chunk(float *out, const float *x, Weights w, ptrdiff_t first, ptrdiff_t n_w,
 // Each storage has its own copy of the loops, as the constants in these calls say.
 static void matmul(float *out, const float *x, Weights w, ptrdiff_t n_rows, ptrdiff_t n_in,
                    ptrdiff_t n_out) {
-    // Per weight: its own bytes, and a multiply-add for each row, as long as reading half a byte.
-    const double bytes = (double)n_in * (double)n_out * ((double)bytes_of(w.storage) + .5 * (double)n_rows);
     const ptrdiff_t step = n_rows > 1 ? CHUNK : TILE_W;
-#pragma omp parallel for schedule(static) if (worth_threads(bytes))
+#pragma omp parallel for schedule(static) if (worth_threads(product_bytes(w, n_rows, n_in, n_out)))
     for (ptrdiff_t o = 0; o < n_out; o += step) {
         const ptrdiff_t n_w = min(n_out - o, step);
         if (w.storage == FP32)

@@ -520,15 +520,11 @@ static void attention_backward(const Step *step, int layer) {
     ptrdiff_t n_rows = step->n_rows;
     int n_sharing = c->n_heads / c->n_kv_heads; // query heads that read one kv head
     // Keys and values get gradients from all queries that saw them: they are summed up.
-    double n_seen = 0; // keys, by all rows together
-    for (ptrdiff_t r = 0; r < n_rows; r++)
-        n_seen += head_of(&step->acts, r, layer, 0, step->scratch).n_keys;
     clear(grads->q, n_rows * c->q_dim);
     clear(grads->k, n_rows * c->kv_dim);
     clear(grads->v, n_rows * c->kv_dim);
     // There and back takes some four times as long as on the way forward.
-    const double bytes = 4.0 * n_seen * c->q_dim * 2 * sizeof(float);
-#pragma omp parallel for schedule(static) if (worth_threads(bytes))
+#pragma omp parallel for schedule(static) if (worth_threads(4 * attention_bytes(&step->acts, layer)))
     for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++) {
         // One thread does all that adds to this kv head, so nobody else writes there.
         float *scratch = step->scratch + 2 * kv_head * head_scratch(c);
@@ -1621,8 +1617,7 @@ static void add_product(float *out,
                         const float *a, ptrdiff_t a_row, ptrdiff_t a_k,
                         Weights b,
                         ptrdiff_t n_rows, ptrdiff_t n_k, ptrdiff_t n_cols) {
-    const double bytes = (double)n_k * (double)n_cols * ((double)bytes_of(b.storage) + .5 * (double)n_rows);
-#pragma omp parallel for schedule(static) if (worth_threads(bytes))
+#pragma omp parallel for schedule(static) if (worth_threads(product_bytes(b, n_rows, n_k, n_cols)))
     for (ptrdiff_t first = 0; first < n_cols; first += STRIP)
         for (ptrdiff_t k = 0; k < n_k; k += BLOCK)
             for (ptrdiff_t c = first; c < min(first + STRIP, n_cols); c += COLUMNS)
