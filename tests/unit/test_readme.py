@@ -36,7 +36,8 @@ class TestReadme(unittest.TestCase):
 
     def test_checksum(self):
         """The number by which a class compares."""
-        (command, number), = re.findall(r"^\$ (\./drugs [^\n]*cksum)\n([^\n]*)\n", self.text, re.M)
+        (command, number), = re.findall(r"^(\./drugs [^\n]*cksum)\n```\n```\n([^\n]*)\n", self.text,
+                                       re.M)
         self.assertEqual(printed(command), number.split())
 
     def test_lesson(self):
