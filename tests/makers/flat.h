@@ -8,11 +8,15 @@
 
 typedef struct {
     char *data;
-    size_t n;
+    size_t n, room; // bytes in use, bytes there are
 } Bytes;
 
+// The room doubles: bytes that are appended one by one are not copied each time.
 static void append(Bytes *bytes, const void *data, size_t n) {
-    bytes->data = resize(bytes->data, (ptrdiff_t)(bytes->n + n), 1);
+    if (bytes->n + n > bytes->room || !bytes->data) {
+        bytes->room = 2 * (bytes->n + n) + 16;
+        bytes->data = resize(bytes->data, (ptrdiff_t)bytes->room, 1);
+    }
     if (n)
         memcpy(bytes->data + bytes->n, data, n);
     bytes->n += n;
