@@ -129,8 +129,10 @@ digest: tests/digest
 portability:
 	sh tests/judges/portability.sh
 
+# With LLAMA2C=FOLDER, which has run.c and tokenizer.bin, that program is timed as well.
 bench: tests/bench
-	tests/bench
+	$(if $(LLAMA2C),$(CC) -Ofast -march=native -fopenmp '$(LLAMA2C)/run.c' -o tests/llama2c -lm)
+	tests/bench $(if $(LLAMA2C),tests/llama2c '$(LLAMA2C)/tokenizer.bin')
 
 c_tests: $(C_TESTS) tests/digest
 	tests/test_drugs
@@ -181,7 +183,7 @@ faults: drugs train_step tests/lab tests/tokens tests/logits
 	python3 tests/judges/faults.py
 
 clean:
-	rm -f $(PROGRAMS) $(C_TESTS) tests/exercises .flags tests/fresh.bin lab.html
+	rm -f $(PROGRAMS) $(C_TESTS) tests/exercises tests/llama2c .flags tests/fresh.bin lab.html
 	rm -rf lab
 
 .PHONY: all test c_tests exercise golden debug demo lesson trip explore probe page pretrain digest \

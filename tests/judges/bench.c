@@ -1,8 +1,11 @@
-/* bench.c - whether the promises about speed hold here: bench [dim hidden_dim n_layers n_heads]
+/* bench.c - how fast it is here: bench [LLAMA2C TOKENIZER]
  *
- * Seconds differ from machine to machine and from minute to minute, so every line is a ratio of two
- * things that were timed in turn in the same run: the median of five, the least and the largest.
- * (How fast other programs are, llama2.c or PyTorch, must be timed beside it by hand.)
+ * Seconds differ from machine to machine and from minute to minute.
+ * So the first table has ratios of two things that were timed in turn in the same run: the median
+ * of five, the least and the largest.
+ * The second table has speeds, for 1, 2, 4 ... all threads, each the median of five rounds.
+ * With LLAMA2C, a program built from llama2.c's run.c, and its tokenizer.bin, every round times that
+ * one, too.
  */
 #define TRAIN_STEP_LIBRARY
 #include "../../train_step.c"
@@ -18,6 +21,7 @@ enum {
     ROWS = 14,     // of the lesson
     MANY = 256,    // of a long one, and of a long prompt
     NEW = 8,       // tokens that each text writes
+    TOKENS = 120,  // that are written for the table of threads
     N_COLUMNS = 8, // of the table
     N_TEXTS = 64,  // without a step
     BENCH_VOCAB = 32000,
@@ -30,10 +34,14 @@ static size_t align(size_t offset) {
     return (offset + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
-static size_t tensor_floats(const Config *c, int which) {
+static size_t tensor_numbers(const Config *c, int which) {
     int n_out, n_in;
     tensor_shape(c, which, &n_out, &n_in);
     return (size_t)n_out * n_in;
+}
+
+static size_t tensor_bytes(const Config *c, int which) {
+    return tensor_numbers(c, which) * bytes_of(storage_of(c, which));
 }
 
 // The header's room, RoPE's frequencies, and a tokenizer of 32,000 pieces: one unknown piece, the
@@ -56,22 +64,31 @@ static Bytes start_of_file(Config *c) {
 static size_t size_of_file(const Config *c, size_t offset) {
     int layer, which;
     for (int i = 0; tensor_at(c, i, &layer, &which); i++)
-        offset = align(offset) + tensor_floats(c, which) * sizeof(float);
+        offset = align(offset) + tensor_bytes(c, which);
     return offset;
 }
 
 static void fill_weights(char *file, size_t offset, const Config *c) {
-    enum { BLOCK_FLOATS = 4099 }; // a prime, so that rows differ
-    static float block[BLOCK_FLOATS];
+    enum { BLOCK_NUMBERS = 4099 }; // a prime, so that rows differ
+    static float floats[BLOCK_NUMBERS];
+    static uint16_t halves_of[N_STORAGES][BLOCK_NUMBERS];
     int layer, which;
-    for (int i = 0; i < BLOCK_FLOATS; i++)
-        block[i] = (uniform(1, i) - .5f) * .05f;
+    for (int i = 0; i < BLOCK_NUMBERS; i++) {
+        uint32_t bits;
+        floats[i] = (uniform(1, i) - .5f) * .05f;
+        memcpy(&bits, &floats[i], sizeof bits);
+        halves_of[BF16][i] = (uint16_t)(bits >> 16);
+        halves_of[FP16][i] = (uint16_t)((bits >> 13 & 0x3FF) | (bits >> 16 & 0x8000) | 0x2000);
+    }
     for (int i = 0; tensor_at(c, i, &layer, &which); i++) {
+        const int storage = storage_of(c, which);
+        const char *block = storage == FP32 ? (char *)floats : (char *)halves_of[storage];
+        const size_t block_bytes = (size_t)BLOCK_NUMBERS * bytes_of(storage);
         offset = align(offset);
-        for (size_t left = tensor_floats(c, which); left;) {
-            size_t n = left < BLOCK_FLOATS ? left : BLOCK_FLOATS;
-            memcpy(file + offset, block, n * sizeof *block);
-            offset += n * sizeof *block;
+        for (size_t left = tensor_bytes(c, which); left;) {
+            size_t n = left < block_bytes ? left : block_bytes;
+            memcpy(file + offset, block, n);
+            offset += n;
             left -= n;
         }
     }
@@ -105,6 +122,26 @@ static double time_forward(Step *step, int n_rows) {
 static double time_step(Step *step) {
     double start = now();
     step_take(step);
+    return now() - start;
+}
+
+// The seconds in which a prompt of MANY tokens is read.
+static double time_prompt(Run *run, Sequence *s) {
+    static const int tokens[MANY];
+    s->length = 0;
+    double start = now();
+    feed(run, s, tokens, MANY, WANTS_LOGITS);
+    return now() - start;
+}
+
+// The seconds in which TOKENS tokens are written, one after the other from an empty cache on.
+static double time_decoding(Run *run, Sequence *s) {
+    s->length = 0;
+    double start = now();
+    for (int i = 0; i < TOKENS; i++) {
+        const int token = i;
+        feed(run, s, &token, 1, WANTS_LOGITS);
+    }
     return now() - start;
 }
 
@@ -181,7 +218,7 @@ static double work(const Config *c, int n_rows) {
     return 2 * (layer * c->n_layers * n_rows + (double)c->dim * c->vocab_size);
 }
 
-// The seconds of one token behind MANY - 1 others, dosed at a site or (-1) sober.
+// The seconds of one token after MANY - 1 others, dosed at a site or (-1) sober.
 static double time_token(Run *run, Sequence *s, int site) {
     const int n_layers = run->model->config.n_layers;
     float *theta = resize(NULL, N_SITES * n_layers, sizeof *theta);
@@ -197,9 +234,17 @@ static double time_token(Run *run, Sequence *s, int site) {
     return (now() - start) / NEW;
 }
 
+static int most_threads(void) {
+#ifdef _OPENMP
+    return omp_get_num_procs();
+#else
+    return 1;
+#endif
+}
+
 static void set_threads(int n) {
 #ifdef _OPENMP
-    omp_set_num_threads(n ? n : omp_get_num_procs());
+    omp_set_num_threads(n);
 #else
     (void)n;
 #endif
@@ -209,7 +254,7 @@ static void set_threads(int n) {
 static double gain(Run *run, Sequence *s) {
     set_threads(1);
     double one = time_token(run, s, -1);
-    set_threads(0);
+    set_threads(most_threads());
     time_token(run, s, -1); // the way to work is found again
     return one / time_token(run, s, -1);
 }
@@ -250,17 +295,13 @@ static void measure(double ratios[N_RATIOS][ROUNDS], Step *lesson, Step *many, c
     float sum = 0;
     Run run;
     Sequence s = sequence_new((Noise){0});
-    int tokens[MANY] = {0};
     run_init(&run, lesson->model, MANY, 1);
-    feed(&run, &s, tokens, MANY, 0);
-    step_take(lesson); // touches everything once
+    time_prompt(&run, &s); // touches everything once, as the steps do
+    step_take(lesson);
     step_take(many);
     for (int i = 0; i < ROUNDS; i++) {
         double speed = peak(&sum);
-        s.length = 0;
-        double start = now();
-        feed(&run, &s, tokens, MANY, WANTS_LOGITS);
-        ratios[PROMPT][i] = work(c, MANY) / (now() - start) / speed;
+        ratios[PROMPT][i] = work(c, MANY) / time_prompt(&run, &s) / speed;
         double passing = time_forward(lesson, ROWS);
         ratios[STEP][i] = time_step(lesson) / passing;
         passing = time_forward(many, MANY);
@@ -297,6 +338,86 @@ static void print_ratios(double ratios[N_RATIOS][ROUNDS]) {
     }
 }
 
+// ---- the table of threads
+
+// Writes the model as llama2.c reads it: seven numbers, each kind of tensor for all layers, and a
+// table of angles that it skips. False if that failed.
+static bool write_for_llama2c(const Model *m, const char *path) {
+    static const int order[] = {TOK_EMB, ATT_NORM, WQ, WK, WV, WO, FFN_NORM, W1, W2, W3, FINAL_NORM};
+    const Config *c = &m->config;
+    const int32_t header[] = {c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads,
+                              c->vocab_size, c->seq_len};
+    const float zero = 0;
+    FILE *file = fopen(path, "wb");
+    if (!file)
+        return false;
+    fwrite(header, sizeof header, 1, file);
+    for (size_t i = 0; i < sizeof order / sizeof *order; i++) {
+        const int n_layers = order[i] < N_LAYER_TENSORS ? c->n_layers : 1;
+        for (int l = 0; l < n_layers; l++)
+            fwrite(m->layers[l].w[order[i]].data, tensor_bytes(c, order[i]), 1, file);
+    }
+    for (int i = 0; i < c->seq_len * c->head_dim; i++)
+        fwrite(&zero, sizeof zero, 1, file);
+    bool whole = !ferror(file);
+    return !fclose(file) && whole;
+}
+
+// Tokens a second of llama2.c, as it says so itself; nan if it did not.
+static double llama2c(const char *const *peer, const char *model, int n_threads) {
+    char command[1024];
+    double speed = NAN;
+    snprintf(command, sizeof command,
+             "OMP_NUM_THREADS=%d '%s' '%s' -z '%s' -t 0 -n %d 2>&1 >/dev/null | sed 's/.*: //'",
+             n_threads, peer[0], model, peer[1], TOKENS);
+    FILE *pipe = popen(command, "r");
+    if (pipe && fscanf(pipe, "%lf", &speed) != 1)
+        speed = NAN;
+    if (pipe)
+        pclose(pipe);
+    return speed;
+}
+
+enum { DECODING, PEER = N_STORAGES, READING, STEP_OF_14, STEP_OF_256, N_SPEEDS };
+
+static void print_threads(const Model models[N_STORAGES], Step *lesson, Step *many,
+                          const char *const *peer, const char *peer_model) {
+    const int most = most_threads();
+    printf("\n%7s | %-31s | %6s | %s\n%7s | %7s %7s %7s %7s | %6s | %6s %6s\n", "",
+           "decoding, tokens/s", "prompt", "step, seconds", "threads", "fp32", "bf16", "fp16",
+           "llama2", "tok/s", "14", "256");
+    for (int n = 1, last = 0; !last; n *= 2) {
+        double speeds[N_SPEEDS][ROUNDS];
+        last = n >= most;
+        n = last ? most : n;
+        set_threads(n);
+        for (int i = 0; i < ROUNDS; i++) {
+            for (int storage = 0; storage < N_STORAGES; storage++) {
+                Run run;
+                Sequence s = sequence_new((Noise){0});
+                run_init(&run, &models[storage], MANY, 1);
+                time_token(&run, &s, -1); // so that the way to work is found
+                speeds[DECODING + storage][i] = TOKENS / time_decoding(&run, &s);
+                if (storage == FP32)
+                    speeds[READING][i] = MANY / time_prompt(&run, &s);
+                run_free(&run);
+                sequence_free(&models[storage], &s);
+            }
+            speeds[PEER][i] = peer ? llama2c(peer, peer_model, n) : NAN;
+            speeds[STEP_OF_14][i] = time_step(lesson);
+            speeds[STEP_OF_256][i] = time_step(many);
+        }
+        double median[N_SPEEDS];
+        for (int k = 0; k < N_SPEEDS; k++) {
+            qsort(speeds[k], ROUNDS, sizeof **speeds, by_value);
+            median[k] = speeds[k][ROUNDS / 2];
+        }
+        printf("%7d | %7.1f %7.1f %7.1f %7.1f | %6.0f | %6.3f %6.3f\n", n, median[FP32], median[BF16],
+               median[FP16], median[PEER], median[READING], median[STEP_OF_14], median[STEP_OF_256]);
+        fflush(stdout);
+    }
+}
+
 // A step over this many rows of a made-up text.
 static void prepare(Step *step, Sequence *s, const Model *m, int n_rows) {
     int tokens[MANY + 1];
@@ -319,33 +440,45 @@ int main(int argc, char **argv) {
         .bos = -1,
     };
     program = "bench";
-    if (argc == 5) {
-        c.dim = atoi(argv[1]);
-        c.hidden_dim = atoi(argv[2]);
-        c.n_layers = atoi(argv[3]);
-        c.n_heads = atoi(argv[4]);
-    }
+    if (argc != 1 && argc != 3)
+        die(2, "usage: bench [LLAMA2C TOKENIZER]");
     c.n_kv_heads = c.n_heads;
-    Model m;
-    size_t n_bytes;
-    char *file = make_file(c, &n_bytes);
-    if (!model_parse(&m, file, n_bytes))
-        die(1, "%s", m.error);
-    printf("a model of %.0f MB, %d layers of %d\n", (double)n_bytes / 1e6, c.n_layers, c.dim);
+    Model models[N_STORAGES];
+    char *files[N_STORAGES];
+    size_t n_bytes[N_STORAGES];
+    for (c.storage = 0; c.storage < N_STORAGES; c.storage++) {
+        files[c.storage] = make_file(c, &n_bytes[c.storage]);
+        if (!model_parse(&models[c.storage], files[c.storage], n_bytes[c.storage]))
+            die(1, "%s", models[c.storage].error);
+    }
+    const Model *m = &models[FP32];
+    printf("a model of %.0f MB, %d layers of %d\n", (double)n_bytes[FP32] / 1e6, c.n_layers, c.dim);
+    fflush(stdout);
 
     static double ratios[N_RATIOS][ROUNDS];
     Step lesson, many;
     Sequence sequences[2];
-    prepare(&lesson, &sequences[0], &m, ROWS);
-    prepare(&many, &sequences[1], &m, MANY);
-    const float *end = (const float *)(void *)(file + n_bytes);
-    measure(ratios, &lesson, &many, m.layers[0].w[TOK_EMB].data, end);
+    prepare(&lesson, &sequences[0], m, ROWS);
+    prepare(&many, &sequences[1], m, MANY);
+    const float *end = (const float *)(void *)(files[FP32] + n_bytes[FP32]);
+    measure(ratios, &lesson, &many, m->layers[0].w[TOK_EMB].data, end);
     print_ratios(ratios);
+
+    char peer_model[] = "/tmp/bench-XXXXXX";
+    const char *const *peer = argc == 3 ? (const char *const *)argv + 1 : NULL;
+    int fd = peer ? mkstemp(peer_model) : -1;
+    if (peer && (fd < 0 || close(fd) || !write_for_llama2c(m, peer_model)))
+        die(1, "cannot write a model for llama2.c to %s", peer_model);
+    print_threads(models, &lesson, &many, peer, peer_model);
+    if (peer)
+        unlink(peer_model);
     step_free(&lesson);
     step_free(&many);
     for (int i = 0; i < 2; i++)
-        sequence_free(&m, &sequences[i]);
-    model_close(&m);
-    free(file);
+        sequence_free(m, &sequences[i]);
+    for (int i = 0; i < N_STORAGES; i++) {
+        model_close(&models[i]);
+        free(files[i]);
+    }
     return 0;
 }
