@@ -1224,7 +1224,7 @@ typedef struct {
     uint32_t rank;        // smaller ones come first
 } Pair;
 typedef struct {
-    uint32_t end;         // byte of the text where it ends; the string before it ends where it begins
+    uint32_t end;         // byte of the text after it; it begins where the string before it ends
     uint32_t kind;        // NORMAL to END
 } String;
 
@@ -1365,8 +1365,7 @@ static int known_word(const Model *m, const char *bytes, int n) {
 
 // A place in the chain. A symbol that was found whole or as a word has no neighbours, so it stays.
 typedef struct {
-    int start;    // in the merger's text, bytes
-    int length;   // bytes
+    Span span;    // what it stands for
     int previous; // the neighbours in the chain, -1 at its ends
     int next;
     int id;       // NO_SYMBOL: an unknown byte. SWALLOWED: merged into its left neighbour
@@ -1381,8 +1380,6 @@ typedef struct {
 
 typedef struct {
     const Model *m;
-    char *text;      // (n) what is merged, one word after the other
-    int n;           // bytes
     Symbol *symbols; // (n_symbols) those of a word are a chain
     int n_symbols;
     Merge *heap;     // (n_merges) the best one on top; the children of i are 2 i + 1 and 2 i + 2
@@ -1449,7 +1446,7 @@ static void merge_symbols(Merger *merger) {
         if ((uint32_t)a->id != pair->left || (uint32_t)b->id != pair->right)
             continue;
         a->id = pair->merged;
-        a->length += b->length; // they stand side by side, so the union is just longer
+        a->span.length += b->span.length; // they stand side by side, so the union is just longer
         a->next = b->next;
         b->id = SWALLOWED;
         if (b->next >= 0)
@@ -1459,12 +1456,10 @@ static void merge_symbols(Merger *merger) {
     }
 }
 
-// Adds a symbol of some bytes (length), which are copied. It has no neighbours yet.
+// Adds a symbol for some bytes (length), which must stay in use. It has no neighbours yet.
 static Symbol *add_symbol(Merger *merger, const char *bytes, int length, int id) {
     Symbol *symbol = &merger->symbols[merger->n_symbols++];
-    *symbol = (Symbol){merger->n, length, -1, -1, id};
-    memcpy(merger->text + merger->n, bytes, length);
-    merger->n += length;
+    *symbol = (Symbol){{bytes, length}, -1, -1, id};
     return symbol;
 }
 
@@ -1591,11 +1586,11 @@ static bool begins_with_space(const Model *m, const char *text, int n) {
 }
 
 // Copies a section of the source as the vocabulary wants to see it: spaces added and taken away as
-// the flags say. to has room for 2 n + 1 bytes; returns the length.
+// the flags say. Returns the length.
 static int normalise(const Model *m,
                      const char *bytes, // (n)
                      int n, int start,
-                     char *to) {        // (2 n + 1) out
+                     char *to) {        // (2 n + 1) out: each byte may get a space
     int flags = m->config.text_flags;
     int n_to = 1;            // to[0] is kept for the space before it
     bool after_space = true; // at the start spaces are dropped as after another one
@@ -1622,16 +1617,17 @@ static int normalise(const Model *m,
     return n_to;
 }
 
-// Adds a section of the source (n) in which no piece is found whole.
-static void add_section(Merger *merger, const char *bytes, int n, int start) {
-    char *text = resize(NULL, 2 * (ptrdiff_t)n + 1, 1); // each byte may get a space
+// Adds a section of the source (n) in which no piece is found whole. Its copy goes to text; returns
+// the byte after it.
+static char *add_section(Merger *merger, const char *bytes, int n, int start, char *text) {
     int n_text = normalise(merger->m, bytes, n, start, text);
     add_words(merger, text, n_text, 0);
-    free(text);
+    return text + n_text;
 }
 
-// Cuts the source at pieces that are found whole, and adds these and what lies between them.
-static void add_source(Merger *merger, const Source *source) {
+// Cuts the source at pieces that are found whole, and adds these and what lies between them, which
+// is copied to text.
+static void add_source(Merger *merger, const Source *source, char *text) {
     const Model *m = merger->m;
     int flags = m->config.text_flags;
     // SentencePiece puts the space before the whole text, even where a user-defined
@@ -1648,13 +1644,13 @@ static void add_source(Merger *merger, const Source *source) {
         Span piece = string_at(m, id);
         if (!at && before_all && start == AT_START && kind_of(m, id) == USER_DEFINED)
             add_word(merger, " ", 1);
-        add_section(merger, source->bytes + first, at - first, start);
+        text = add_section(merger, source->bytes + first, at - first, start, text);
         add_symbol(merger, piece.bytes, piece.length, id);
         at += piece.length;
         first = at;
         start = AFTER_PIECE;
     }
-    add_section(merger, source->bytes + first, source->n - first, start);
+    add_section(merger, source->bytes + first, source->n - first, start, text);
 }
 
 // Adds a token to out (n_out). Several unknown ones in a row are one <unk>.
@@ -1675,15 +1671,14 @@ static int write_tokens(const Merger *merger, int *out) {
     int n_out = 0;
     for (int i = 0; i < merger->n_symbols; i++) {
         const Symbol *symbol = &merger->symbols[i];
-        const char *bytes = merger->text + symbol->start;
         if (symbol->id == SWALLOWED)
             continue;
         if (symbol->id < m->config.vocab_size) {
             n_out = add_token(m, out, n_out, symbol->id);
             continue;
         }
-        for (int b = 0; b < symbol->length; b++)
-            n_out = add_token(m, out, n_out, symbol_of_byte(m, bytes[b]));
+        for (int b = 0; b < symbol->span.length; b++)
+            n_out = add_token(m, out, n_out, symbol_of_byte(m, symbol->span.bytes[b]));
     }
     return n_out;
 }
@@ -1694,10 +1689,9 @@ static int *encode(const Model *m, Source source, int *n_tokens) {
         die(1, "a text of %zu bytes is too long", source.n);
     // A byte may get a space before or after it, and there is BOS.
     const ptrdiff_t most = 3 * (ptrdiff_t)source.n + 2;
-    Merger merger = {.m = m};
-    merger.text = resize(NULL, most, 1);
-    merger.symbols = resize(NULL, most, sizeof *merger.symbols);
-    add_source(&merger, &source);
+    char *text = resize(NULL, most, 1);
+    Merger merger = {.m = m, .symbols = resize(NULL, most, sizeof *merger.symbols)};
+    add_source(&merger, &source, text);
     merge_symbols(&merger);
     int *tokens = resize(NULL, most, sizeof *tokens);
     *n_tokens = write_tokens(&merger, tokens);
@@ -1708,7 +1702,7 @@ static int *encode(const Model *m, Source source, int *n_tokens) {
         tokens[0] = m->config.bos;
         ++*n_tokens;
     }
-    free(merger.text);
+    free(text);
     free(merger.symbols);
     free(merger.heap);
     return tokens;
@@ -1893,11 +1887,16 @@ static bool read_header(Model *m,
     return true;
 }
 
-// Says whether the strings lie one after the other, and where in `whole` each byte begins.
+// Says whether RoPE's frequencies are angles and the strings lie one after the other, and where in
+// `whole` each byte begins.
 // The other tables are bounded by read_tables, which is enough: were they out of order, a text
 // would become other tokens, and nothing worse.
-static bool check_tokenizer(Model *m, int n_strings) {
+static bool check_tables(Model *m, int n_strings) {
     Tokenizer *tokenizer = m->tokenizer;
+    const double steepest = (double)(1 << 28) / m->config.seq_len; // so that cos_sin_of is exact
+    for (int i = 0; i < m->config.head_dim / 2; i++)
+        if (!(m->rope_freq[i] > 0 && m->rope_freq[i] <= steepest)) // in this form nan is wrong, too
+            return broken(m, "RoPE's frequency %d is no angle", i);
     for (int i = 1; i < n_strings; i++)
         if (tokenizer->strings[i].end < tokenizer->strings[i - 1].end)
             return broken(m, "string %d ends before it begins", i);
@@ -1920,7 +1919,6 @@ static size_t read_tables(Model *m,
     enum { ROPE, CLASSES, STEPS, UNITS, PAIRS, STRINGS, WHOLE, WORDS, TEXT, N_TABLES };
     const Config *c = &m->config;
     const uint32_t any = UINT32_MAX; // no index: any number but this one
-    const uint32_t n_pieces = c->vocab_size;
     const int n_strings = c->vocab_size + N_CHAT_STRINGS + c->n_cutters;
     const struct {
         const char *name;
@@ -1932,15 +1930,15 @@ static size_t read_tables(Model *m,
         [CLASSES] = {"range of characters", c->n_ranges, sizeof(Range), {any, any, c->n_classes}},
         [STEPS] = {"step", (uint64_t)c->n_states * (c->n_classes + 1), 4, {2 * (c->n_states + 1)}},
         [UNITS] = {"unit", c->n_units, sizeof(Range), {any, any, MAX_SYMBOLS}},
-        [PAIRS] = {"pair", c->n_pairs, sizeof(Pair), {MAX_SYMBOLS, MAX_SYMBOLS, n_pieces, any}},
+        [PAIRS] = {"pair", c->n_pairs, sizeof(Pair), {MAX_SYMBOLS, MAX_SYMBOLS, c->vocab_size, any}},
         [STRINGS] = {"string", n_strings, sizeof(String), {(uint32_t)c->n_text + 1, N_KINDS}},
-        [WHOLE] = {"whole piece", c->n_whole, 4, {n_pieces}},
-        [WORDS] = {"word", c->n_words, 4, {n_pieces}},
+        [WHOLE] = {"whole piece", c->n_whole, 4, {c->vocab_size}},
+        [WORDS] = {"word", c->n_words, 4, {c->vocab_size}},
         [TEXT] = {"text", c->n_text, 1, {0}},
     };
     const void *found[N_TABLES];
     for (int i = 0; i < N_TABLES; i++) {
-        uint64_t size = tables[i].n_records * tables[i].width; // huge, if a header's number is negative
+        uint64_t size = tables[i].n_records * tables[i].width; // huge, where a number is negative
         if (size > n_bytes - first)
             return broken(m, "has %zu bytes, too few for its tables", n_bytes);
         found[i] = data + first;
@@ -1953,9 +1951,6 @@ static size_t read_tables(Model *m,
                               j / width, numbers[j], tables[i].below[j % width]);
     }
     m->rope_freq = found[ROPE];
-    for (int i = 0; i < c->head_dim / 2; i++) // in this form nan is no angle either
-        if (!(m->rope_freq[i] > 0 && m->rope_freq[i] * c->seq_len <= 1 << 28)) // see cos_sin_of
-            return broken(m, "RoPE's frequency %d is no angle", i);
     *m->tokenizer = (Tokenizer){
         .classes = found[CLASSES],
         .steps = found[STEPS],
@@ -1966,7 +1961,7 @@ static size_t read_tables(Model *m,
         .words = found[WORDS],
         .text = found[TEXT],
     };
-    return check_tokenizer(m, n_strings) ? first : 0;
+    return check_tables(m, n_strings) ? first : 0;
 }
 
 static void tensor_shape(const Config *c, int which, int *n_out, int *n_in) {
