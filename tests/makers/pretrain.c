@@ -2,7 +2,7 @@
  *
  * It samples a little language, cuts it into pieces, trains a Llama of 291,312 parameters on it
  * with the backward pass of train_step.c, and writes the flat file. In this language "To be" nearly
- * always begins business advice; the soliloquy is known by heart, but behind an introduction.
+ * always begins business advice. The soliloquy is known by heart, but only after an introduction.
  *
  *    1  the language      texts sampled from a grammar
  *    2  the vocabulary    byte pair encoding
@@ -539,8 +539,14 @@ static float *weights(const Model *m, int layer, int which) {
  *
  *     v = .9 v + dL/dw        w = w - rate * v
  *
- * In the long run each step in the same direction goes ten times as far as the first; what one batch
- * wants and the next one does not cancels out.
+ * If all gradients point in one direction, the steps become ten times as long as the first one,
+ * because 1 + .9 + .81 + ... = 10.
+ * What one batch wants and the next one does not want cancels out.
+ *
+ * Weights move only after the whole way back.
+ * The gradient of an early layer is computed by going back through the weights of the later ones, and
+ * these must be the weights that the loss was computed with.
+ * With a small rate a wrong order would hardly be noticed: the loss would still fall.
  */
 static float *velocity; // as large as the file, floats at the same offsets; NULL before the first step
 static const float MOMENTUM = .9f;
@@ -589,11 +595,11 @@ static double train(Step *s, Sequence *sequences, int n_documents, Document *doc
  *
  * Divide every matrix by k and multiply the gain of every norm by k. The function stays what it is.
  * Follow the residual stream: the embedding, wo and w2 write k times less into it, so x is x / k
- * everywhere. A norm forgets the length of what it reads, if eps shrinks along with x²:
+ * everywhere. A norm does not depend on the length of what it reads, if eps shrinks along with x²:
  *
  *     (k gain) (x / k) / sqrt(mean of (x / k)² + eps / k²)  =  k * gain x / sqrt(mean of x² + eps)
  *
- * So what the matrices behind it read is k times larger, they are k times smaller, and queries,
+ * So what the matrices after it read is k times larger, they are k times smaller, and queries,
  * keys, values, gate, up and the logits are what they were. That takes eps -> eps / k².
  *
  * But a step of descent acts k² times as strongly on the matrices. The loss depends on W as on
@@ -603,7 +609,7 @@ static double train(Step *s, Sequence *sequences, int n_documents, Document *doc
  *     W / k - step_size * k dL/dW  =  (W - k² step_size dL/dW) / k
  *
  * (and on a gain, k times larger, k² times less). That is where the scale of the step sizes comes
- * from, and it is ours to choose; in a large model the weights are as small by nature.
+ * from, and we may choose it. In a large model the weights are small anyway.
  */
 static void regauge(Model *m, float k) {
     int layer, which, n_out, n_in;
