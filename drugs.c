@@ -8,7 +8,7 @@
  * The layers after the glitch may notice it and correct it, which no dice at the end allow.
  * Only activations are touched, and only for the moment: the weights never change.
  *
- * The file reads from top to bottom, in the order in which one asks:
+ * Read the file from top to bottom:
  *
  *    1  what a layer does      a drawing, and a sentence for every word
  *    2  a model                its numbers, its tensors, its vocabulary
@@ -24,13 +24,14 @@
  *   12  inside the maths       how a product becomes fast, and how exp is computed
  *   13  memory and messages    what every program needs
  *
- * If you want to know how a Llama works, read 1 to 5.
- * They only declare what you need not know for that: how a sum is made fast, how memory is taken.
+ * Sections 1 to 5 tell how a Llama works.
+ * Some functions are only declared there; sections 9, 12 and 13 define them.
+ * They make sums fast, take memory, or know the shapes of tensors.
  *
- * A promise that the code keeps everywhere: a result is bitwise the same whether its token came
- * alone or in a block, alone or beside other texts, on one thread or on many, because every sum has
- * one fixed order (section 12 says how).
- * So what differs between two runs is what you changed, never how it was computed.
+ * One promise holds everywhere: the same text gives bitwise the same numbers.
+ * A token may be computed alone or in a block, alone or beside other texts, on one thread or many.
+ * The numbers are the same because every sum has one fixed order (section 12 says how).
+ * So if two runs differ, it is because of something that you changed.
  */
 #ifdef _WIN32
 #error "a model's file is mapped as POSIX has it: on Windows, build this in WSL"
@@ -56,10 +57,10 @@
 #include <immintrin.h> // see section 12
 #endif
 
-// A program that includes this file, as train_step.c does, defines DRUGS_LIBRARY first and brings a
-// main of its own.
-// It need not use all of it.
-// And without OpenMP nothing asks what is worth threads.
+// train_step.c includes this file.
+// It defines DRUGS_LIBRARY first and has a main of its own.
+// It does not use every function, and without OpenMP nobody calls worth_threads.
+// The compiler need not warn of that.
 #if defined DRUGS_LIBRARY || !defined _OPENMP
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
@@ -71,8 +72,8 @@
  * A layer reads x twice and adds something to it twice: first what attention found in the tokens
  * before, then what a small network makes of it.
  * Follow x down the left side.
- * The names are those of the code, and the five letters H Q K V A stand where DRµGS can
- * turn a vector.
+ * The names are those of the code.
+ * The five letters H Q K V A mark the places where DRµGS can turn a vector.
  *
  *      x, at first the embedding's row of a token
  *      |
@@ -107,9 +108,9 @@
  *      |
  *      x of the next layer; after the last one: RMSNorm, then the classifier gives the logits
  *
- * xn is x, normed; xm is x in the middle; fn is what the feed-forward half gets, normed.
- * RMSNorm, RoPE, softmax and silu are small functions, defined in section 3. wq to w2 are
- * the layer's matrices.
+ * xn is x, normed. xm is x in the middle of the layer. fn is xm, normed.
+ * RMSNorm, RoPE, softmax and silu are small functions, defined in section 3.
+ * wq, wk, wv, wo, w1, w2 and w3 are the layer's matrices.
  * From q to att everything is done for each head separately.
  *
  * token            a word or a part of one, as a number: its place in the vocabulary. What it spells
@@ -127,13 +128,16 @@
  * query            what a token looks for, as a vector.
  * key              what a token offers to be found by. q.k is large when the two fit.
  * value            what a token hands over to those who find it.
- * score            q.k / sqrt(head_dim), for a query and each key that it sees.
- * attention        softmax makes probabilities out of the scores of a query; they add up to 1. The
- *                  result is the sum of the values, each times its probability.
+ * score            q.k, for a query and each key that it sees.
+ * attention        The scores of a query are divided by sqrt(head_dim), and softmax makes
+ *                  probabilities of them, which add up to 1. The result is the sum of the values,
+ *                  each times its probability.
  * causal           a query sees the keys up to its own position and never looks ahead. So what was
  *                  computed for a token stays valid when the text grows.
  * cache            therefore keys and values are kept, layer by layer: the model's memory of a text.
- * FFN              feed-forward network: the second half of a layer.
+ * FFN              feed-forward network: the second half of a layer. Attention carries something from
+ *                  token to token; the FFN works on each token alone, on what was found.
+ * BOS              a token of its own, "begin of sequence", with which each text begins.
  * classifier       the last matrix, with a row for each token of the vocabulary.
  * logit            the last vector's product with a row of the classifier: one number for each
  *                  token of the vocabulary, the larger the more probable. softmax makes
@@ -159,6 +163,11 @@ static int min(int a, int b) {
  *
  * A model is a page of numbers, a few tensors for each layer, and a vocabulary.
  * All of it lies in one file that export.py wrote; section 9 reads it.
+ *
+ * The numbers were found by showing text to the model, and by taking very many steps like the one of
+ * train_step.c.
+ * They are many: a layer of Llama 2 7B has 4 * 4096² + 3 * 4096 * 11008 = 202 million.
+ * 32 layers, the embedding and the classifier have 6.7 billion together.
  */
 
 // The members down to n_text lie in the file just like this, one after the other.
@@ -168,8 +177,8 @@ typedef struct {
     int32_t hidden_dim;        // length of gate, up and h
     int32_t n_layers;
     int32_t n_heads;           // query heads
-    int32_t n_kv_heads;        // key and value heads; n_heads / n_kv_heads query heads share one
-                               // (grouped-query attention)
+    int32_t n_kv_heads;        // heads of keys and values: each serves n_heads / n_kv_heads query
+                               // heads (grouped-query attention)
     int32_t head_dim;
     int32_t vocab_size;
     int32_t seq_len;           // the longest context it was trained for, in tokens
@@ -178,7 +187,7 @@ typedef struct {
     float norm_eps;            // keeps RMSNorm from dividing by zero
     int32_t storage;           // of matrices: FP32, BF16 or FP16
     int32_t bos;               // the token that begins a text, -1: none
-    int32_t unknown;           // the token for what is no piece, -1: none
+    int32_t unknown;           // the token for text that no piece spells, -1: none
     int32_t text_flags;        // PREFIX_SPACE to NEWLINE_SPACE, see section 8
     int32_t n_cutters;         // from here on: sizes of the tokenizer's tables
     int32_t n_states;
@@ -215,11 +224,11 @@ enum {
 //     BF16    s eeeeeeee mmmmmmm                     the upper half of an FP32
 //     FP16    s eeeee mmmmmmmmmm                     fewer exponents, more digits
 //
-// Both become FP32 without any rounding, in a register, when they are used: every FP32 has room for
-// these digits and exponents.
-// So the results are, to the last bit, those of a file with four bytes.
-// But half of the bytes come from memory, and to write a token all weights must come from memory
-// once: that is what takes the time.
+// Both become FP32 in a register, when they are used.
+// Nothing is rounded, as an FP32 has room for all of their digits and exponents.
+// So the results are, to the last bit, those of a file with four bytes a weight.
+// But only half as many bytes must come from memory.
+// To write one token all weights come from memory once, and that is what takes the time.
 // Gains are few and always FP32.
 enum { FP32, BF16, FP16, N_STORAGES };
 typedef struct {
@@ -260,10 +269,11 @@ typedef struct {
  */
 
 // "#pragma omp parallel for" (OpenMP) shares a loop out among the cores.
-// Threads cost some microseconds to wake, as long as it takes to read some 100,000 bytes.
-// Where fewer bytes are read, or as much else is done, one core is faster.
+// To wake the threads takes some microseconds, and one core reads about 100,000 bytes in that time.
+// So a loop that reads fewer bytes stays on one core.
+// Other work is counted as the bytes that could be read in its time.
 enum { WORTH_THREADS = 1 << 17 };
-// Whether reading so many bytes is worth all threads, see section 12.
+// Whether a loop that reads this many bytes is worth all threads, see section 12.
 static bool worth_threads(double bytes);
 // What a product costs, in bytes that are read: its weights, and half a byte for the time of each
 // multiply-add.
@@ -292,8 +302,8 @@ static void add_scaled(float *y, float a, const float *x, int n);
 // The sum of x[i], for i < n.
 static float sum_of(const float *x, int n);
 
-// x[i] = exp(x[i]), for i < n: to within 2 units of the last digit. 0 below -87, and
-// exp(88) above 88.
+// x[i] = exp(x[i]), for i < n, to within 2 units of the last digit.
+// Below -87 the result is 0, above 88 it is exp(88).
 static void exp_all(float *x, int n);
 
 // The cosine and the sine of an angle of up to 2^28 radians, to within 1e-15.
@@ -307,9 +317,9 @@ static void cos_sin_of(double angle, double *cosine, double *sine);
 // The norm hands every matrix numbers of about size 1, however deep it sits.
 //
 // Apart from the gain it forgets the length of a vector and keeps its direction.
-// All readers of the residual stream see it through a norm: where it points, and not how
-// long it is.
-// What DRµGS turns comes after the norm or lies inside attention, where length does count.
+// Every reader of the residual stream reads it through a norm.
+// So it sees where the stream points, and not how long it is.
+// But DRµGS turns vectors that come after the norm, and there the length counts.
 // So the noise itself must leave lengths alone.
 static void rmsnorm(float *y, const float *x, const float *gain, int dim, float eps) {
     float mean_square = dot(x, x, dim) / (float)dim;
@@ -327,14 +337,13 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
 // theta is a number of the model: 10,000 in Llama 2, 500,000 in Llama 3.
 // So the first pairs are fast hands, which tell neighbours apart but look alike after a full turn.
 // The last ones hardly move, and tell far from near.
-// (export.py computes rope_freq; models that were stretched to longer texts turn
-// some pairs slower.)
+// (export.py computes rope_freq. Models stretched to longer texts turn some pairs slower.)
 //
-// Turn two hands by the same angle and their dot product stays.
-// So turn both back by n * rope_freq: a key of position n stands as if at 0, its query of position
-// m as if at m - n.
-// All that the product sees is how far back the key lies, and not where.
-// So a passage reads alike anywhere in a text.
+// If two hands are turned by the same angle, their dot product stays the same.
+// So take a key at position n and a query at position m, and turn both back by n * rope_freq[i].
+// The key then looks like one at position 0, and the query like one at m - n.
+// So q.k depends on how far back the key lies, m - n, and on nothing else of the positions.
+// That is why a passage reads alike anywhere in a text.
 // (Hugging Face pairs i with i + head_dim / 2 instead; export.py puts the rows of wq and wk
 // in our order.)
 static void rope(float *x,             // (head_dim)
@@ -345,7 +354,7 @@ static void rope(float *x,             // (head_dim)
         float b = x[i + 1];
         float cosine = cos_sin[i];
         float sine = cos_sin[i + 1];
-        float minus_sine = -sine; // why not a - b: see section 12
+        float minus_sine = -sine; // gcc 12 would fuse a * cosine - b * sine: see section 12
         x[i] = a * cosine + b * minus_sine;
         x[i + 1] = a * sine + b * cosine;
     }
@@ -358,11 +367,10 @@ static void rope_angles(const Model *m, int position, float *cos_sin);
 // What comes out adds up to 1.
 // The largest x is taken off first: that changes nothing in the quotient, and exp cannot overflow.
 //
-// Returns the logarithm of that sum, as if nothing had been taken off, for the
-// losses of train_step.c:
+// It returns the logarithm of that sum, which only train_step.c uses, for a loss:
 // -log(probability of i) = log(sum) - scale * x[i].
-// (From the probability itself that could not be had, as a small one is rounded to 0.
-// A loss is only shown and nothing is computed from it, so this log may be libm's.)
+// (The logarithm of the probability itself would not do, as a small one is rounded to 0.
+// A loss is only printed, so this log may be libm's.)
 static double softmax(float *x, int n, float scale) {
     float max = x[0];
     for (int i = 1; i < n; i++)
@@ -380,6 +388,9 @@ static double softmax(float *x, int n, float scale) {
 //
 // silu is nearly 0 for a very negative z and nearly z for a large one.
 // So each gate decides how much of its up gets through.
+//
+// A layer needs such bends: softmax and silu are what is not linear in it.
+// Without them a row of matrices could do no more than a single one, their product.
 static void swiglu(float *h, const float *gate, const float *up, // (n_rows, hidden_dim) each
                    int n_rows, int hidden_dim) {
     ptrdiff_t size = (ptrdiff_t)n_rows * hidden_dim;
@@ -419,16 +430,20 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *     o = u - (u.x / x.x) x                        the part of u that is perpendicular to x
  *     r = x cos(angle) + o |x| sin(angle) / |o|
  *
+ * (In a space of many dimensions a random direction is nearly perpendicular to x anyway, so o is
+ * nearly all of u.)
+ *
  * By Pythagoras |r|² = |x|² (cos² + sin²) = |x|². Put o in, and collect what stands before x
  * and before u:
  *
  *     r = a x + b u       with  b = sin(angle) |x| / |o|  and  a = cos(angle) - b u.x / x.x
  *
- * Two numbers say it all, a and b, so the turned vector need not be written down: struct Glitch.
- * |o| needs no o either, again by Pythagoras: |o|² = u.u - (u.x)² / x.x.
+ * So two numbers, a and b, describe the turned vector: they are struct Glitch.
+ * o itself is not needed for |o|, again by Pythagoras: |o|² = u.u - (u.x)² / x.x.
  *
- * The angle is theta * U, with U uniform in [0, 1); theta is the dose.
+ * The dose is theta, and the angle is theta times a random number, uniform in [0, 1).
  * So a glitch turns by half of theta on average.
+ * At pi, half a turn, a vector can come to point the other way; a larger theta only goes round again.
  * On V and A of the included model .5 is a light dose and 1 a lot; the other sites, and models with
  * more layers, take less (the original doses A of a 7B model with .1).
  * Five sites can be dosed, the letters of the drawing in section 1:
@@ -465,17 +480,17 @@ enum { SITE_H, SITE_Q, SITE_K, SITE_V, SITE_A, N_SITES };
 static const char SITES[] = "HQKVA"; // the letters, in the order of the enum
 _Static_assert(sizeof SITES == N_SITES + 1, "each site has a letter");
 
-// Dice at the end are drawn at a "site" of their own, whatever the others are.
-enum { SITE_SAMPLE = 1000 }; // far above N_SITES, so a new site changes no dice
+// The dice of a temperature (section 10) are drawn at a "site" of their own.
+enum { SITE_SAMPLE = 1000 }; // far above N_SITES, so that a new site does not change the dice
 
 // How random directions are drawn.
 enum { FAMILY_CENTRED, FAMILY_UPSTREAM };
 
-// When attention finds nothing to look at, it rests on the first tokens, as softmax must give its 1
-// to some key: a sink (Xiao et al. 2023).
+// The probabilities of attention add up to 1, even when no key fits the query.
+// Models learn to put them on the first tokens then: a sink (Xiao et al. 2023).
 // Large models break when the sink is moved.
-// So positions 0 to 5 are never turned: not as a key that is read, and not as a query, which
-// decides what the keys of its token are in the layers above.
+// So keys and values of positions 0 to 5 are read as they are.
+// And nothing is turned in the rows of these positions: their keys in the next layer come from it.
 // Six is the original's choice.
 enum { SINK = 6 };
 
@@ -485,9 +500,9 @@ typedef struct {
     const float *theta; // (N_SITES, n_layers) radians, NULL: sober
 } Noise;
 
-// Where a glitch happens, with all that it takes to draw it.
+// A place where a glitch can happen, as all that it takes to draw the glitch.
 typedef struct {
-    uint64_t hash;
+    uint64_t hash; // of the seed, the site, the layer, the head and the positions
     float theta; // radians, 0: no glitch here
     int family;
 } Place;
@@ -497,7 +512,8 @@ typedef struct {
     float a, b;
 } Glitch;
 
-// splitmix64's finaliser (Steele, Lea, Flood 2014): each bit of z moves every bit of the result.
+// splitmix64's finaliser (Steele, Lea, Flood 2014): if one bit of z changes, about half of the bits
+// of the result change.
 static uint64_t scramble(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -514,8 +530,8 @@ static uint64_t within(uint64_t hash, int v) {
 
 // Draw number j at a place, uniform in [0, 1) with 24 bits, which a float holds exactly.
 // It has no state and needs 32-bit arithmetic only, so the compiler can draw eight at once.
-// (To int32_t and then to float: registers convert signed numbers.) The multipliers are from
-// Wellons' hash-prospector.
+// (The cast to int32_t is for speed: most processors convert only signed numbers eight at once.)
+// The multipliers are from Wellons' hash-prospector.
 static inline float uniform(uint64_t hash, uint32_t j) {
     uint32_t x = (uint32_t)hash + j * (uint32_t)(GOLDEN_RATIO >> 32);
     x = (x ^ (x >> 16)) * 0x21F0AAADu;
@@ -575,7 +591,7 @@ static void turn(Place place, float *x, int n, float *u) {
  *              +----------------------+
  *
  * Sober means without noise, drugged means with it.
- * Dirty is what was computed with noise, or looked back on what was.
+ * A key or value is dirty if noise took part in it, or if it came from something dirty.
  *
  * A matrix is read once for all rows of a call, and reading matrices is what takes the time.
  * Rows meet nowhere but in attention, and there only through the cache of their own sequence.
@@ -619,13 +635,12 @@ typedef struct {
     float *h;    // (n_rows, hidden_dim) silu(gate) * up
 } Slot;
 
-// Working memory of forward, and what the functions below need to know.
+// The working memory of forward.
 //
-// With one slot all layers use it one after the other: each writes its result over its own x, which
-// is not needed any more.
-// With n_layers + 1 slots everything that was computed is kept, as going back needs it.
+// Layer l uses slot number l % n_slots, and there are one or n_layers + 1 slots.
+// With one slot all layers share it: each writes its result over its own x, which is used up.
+// With n_layers + 1 slots everything that was computed is kept, for the way back of train_step.c.
 // Then the x of the last slot is what left the layers.
-// Either way slot number layer % n_slots is the right one.
 typedef struct Run {
     const Model *model;
     int max_rows;     // that there is room for
@@ -668,10 +683,7 @@ static Place place_of(const Model *m, const Row *row, int site, int layer, int h
     Place place = {.family = noise->family};
     if (row->drugged && noise->theta && row->position >= SINK)
         place.theta = noise->theta[site * m->config.n_layers + layer];
-    place.hash = within(noise->seed, site);
-    place.hash = within(place.hash, layer);
-    place.hash = within(place.hash, head);
-    place.hash = within(place.hash, row->position);
+    place.hash = within(within(within(within(noise->seed, site), layer), head), row->position);
     return place;
 }
 
@@ -700,12 +712,10 @@ typedef struct {
     float *prob;           // (n_keys) scores, then what softmax makes of them
 } Head;
 
-// What a head of row r sees.
-// The number of keys is the causal mask: position - first + 1 of them, up to the query's own, and
-// none after it.
-// A sliding window lets only the last ones pass.
-// The cache keeps the others, they are only not read.
-// Then the sink is out of sight for late queries, as it was when such models were trained.
+// What a head of row r sees: the keys from position `first` to the row's own.
+// Later keys are never read. That is all there is to being causal.
+// With a sliding window only the last keys are read. The older ones stay in the cache unread.
+// Late queries then do not see the sink, as it was when such models were trained.
 static Head head_of(const Run *run, ptrdiff_t r, int layer, int head, float *scratch) {
     const Config *c = &run->model->config;
     const Row *row = &run->rows[r];
@@ -740,10 +750,8 @@ static Place place_of_key(const Head *h, int site, int t) {
 // How many of the keys are read as they are: those in the sink, or all of them if the site has
 // no dose here.
 static int n_untouched_keys(const Head *h, int site) {
-    if (!(h->places[site].theta > 0))
-        return h->n_keys;
-    int in_sink = h->first < SINK ? SINK - h->first : 0;
-    return min(in_sink, h->n_keys);
+    int n = h->places[site].theta > 0 ? SINK - h->first : h->n_keys;
+    return n < 0 ? 0 : min(n, h->n_keys);
 }
 
 // How well does the query fit each key, and what do the values of those that fit say?
@@ -856,8 +864,8 @@ static void linear(const Run *run, float *y, const float *x, int layer, int whic
 static void sequence_reserve(const Model *m, Sequence *s, int capacity);
 
 // Notes a row in its sequence: its token, and whether it makes the cache dirty.
-// A row in the sink is never turned and so leaves no dirt, but it counts as drugged: showers come
-// by that count.
+// A row in the sink is never turned, so it leaves no dirt.
+// It is counted in n_drugged all the same, as -c counts tokens and not glitches.
 static void enter_row(const Model *m, const Row *row) {
     Sequence *s = row->sequence;
     int needed = row->position + 1;
@@ -884,7 +892,7 @@ static void enter_rows(Run *run, const Row *rows, int n_rows) {
     }
 }
 
-// Keys get their position, and both go into the caches, before any K or V noise.
+// Turns the keys by RoPE, and copies keys and values into the caches. K and V noise come later.
 static void store_keys_and_values(const Run *run, const Slot *slot, int layer) {
     const Config *c = &run->model->config;
     ptrdiff_t kv_dim = c->kv_dim;
@@ -937,8 +945,8 @@ static void layer_forward(Run *run, int layer) {
     add(next->x, slot->xm, run->added, size);
 }
 
-// layer_forward for one layer after the other.
-// Section 12 has it, as it also sees which is faster: all threads or one.
+// Calls layer_forward for one layer after the other.
+// It stands in section 12, as it also finds out what is faster: all threads or one.
 static void all_layers(Run *run);
 
 // What left the layers for row r of the latest call of forward, (dim).
@@ -971,11 +979,11 @@ static void classify(Run *run, Row *rows) {
     }
 }
 
-// Computes rows (n_rows).
-// Keys, values and the wanted logits are the result.
-// The caller sees to it that rows of one sequence stand in the order of their positions, that all
-// they look back on was computed before or is computed with them, and that n_rows <= max_rows,
-// positions < seq_len and tokens < vocab_size.
+// Computes the keys, the values and the wanted logits of rows (n_rows).
+// The caller must see to this:
+// Rows of one sequence stand in the order of their positions.
+// All positions before a row were computed earlier, or are computed in the same call.
+// n_rows <= max_rows, positions < seq_len, and tokens < vocab_size.
 static void forward(Run *run, Row *rows, int n_rows) {
     enter_rows(run, rows, n_rows);
     embed(run, run->slots[0].x);
@@ -986,7 +994,7 @@ static void forward(Run *run, Row *rows, int n_rows) {
 // How a text is read: with its noise, and with the logits of its last token or of every token.
 enum { DRUGGED = 1, WANTS_LOGITS = 2, ALL_LOGITS = 4 };
 
-// Lets a sequence read the first of n tokens after what it has: as many as fit into one call.
+// A sequence is to read n more tokens: this reads as many of them as fit into one call of forward.
 // They are the rows run->block[0], [1], ... Returns how many there were.
 static int read_block(Run *run, Sequence *s, const int *tokens, int n, int how) {
     int n_blocks = (n + run->max_rows - 1) / run->max_rows;
@@ -1018,9 +1026,8 @@ static float *feed(Run *run, Sequence *s, const int *tokens, int n, int how) {
     return logits;
 }
 
-// realloc for count elements of `size` bytes, which ends the program rather than
-// return without memory.
-// With NULL it starts anew, and then all bytes are zero.
+// realloc for count elements of `size` bytes. If there is no memory, the program ends.
+// If old is NULL, all bytes are zero.
 static void *resize(void *old, ptrdiff_t count, size_t size);
 
 // An empty text. Memory is taken when it is needed.
@@ -1041,12 +1048,11 @@ static void run_free(Run *run);
  * Q, K, V and A show in the layers above: they change att, wo adds that to the residual stream, and
  * the next layer makes its keys and values of the stream (in the last layer they leave no trace).
  * And a sober token that looks back on noisy ones is noisy too.
- * So a shower takes all tokens from the first dirty one on and runs them again, sober,
- * as one block:
+ * So a shower runs all tokens from the first dirty one on again, soberly, block by block:
  *
  *     position   0   1   2   3   4   5   6   7   8   9
  *                |       sober prompt        | dirty    |
- *                                              ^ first_dirty = 7
+ *                                            ^ first_dirty = 7
  *
  * What stands before first_dirty was computed soberly and looks back on nothing later.
  * A block gives the same bits as its tokens one by one.
@@ -1069,7 +1075,7 @@ static int cold_shower(Run *run, Sequence *s) {
  * 7  Doses
  *
  * A dose need not act everywhere.
- * A curve over the depth says by what theta is multiplied there.
+ * For each depth a curve gives a ratio, and a layer gets theta times the ratio at its depth.
  * Depth runs from 0 at the first layer towards 1 after the last one: layer l is at l / n_layers.
  * The curve goes through points, and there are three ways to go from one to the next.
  * With the points 0=.2, .4=1, .8=.2 a layer at depth .2, half way between the first two, gets
@@ -1079,13 +1085,14 @@ static int cold_shower(Run *run, Sequence *s) {
  *     floor          .2     the smaller
  *
  * A layer that lies on a point belongs to the stretch that ends there.
- * So @ceil:.3=0,.4=1,.5=0 looks like a triangle and is a rectangle: all layers from .3 to .5 get
- * the full theta, all others none.
+ * On the first point it belongs to the first stretch.
+ * An option has the curve after the dose: -V .5@ceil:.3=0,.4=1,.5=0 has three points.
+ * It looks like a triangle and is a rectangle: all layers from .3 to .5 get the full theta, all
+ * others none.
  */
 
-// Depths are floats, so that .4 - .1, as -d and -w compute it, and a .3 that is typed are
-// the same number.
-// In double they are not.
+// Depths are floats. -d .4 -w .1 gives .4 - .1, computed in double and rounded to a float once.
+// That is the float of a .3 that is typed. In double the two would differ.
 typedef struct {
     float depth, ratio;
 } Point;
@@ -1165,15 +1172,14 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  * A merge adds at most two pairs to it, so fewer than 3 n pairs come in for n symbols, and each
  * rises or sinks along one path of a tree that is log n high: n log n steps.
  *
- * What differs from one vocabulary to another, export.py has settled, and the file has
- * it as tables:
+ * Vocabularies differ. export.py has put what differs into tables, which the file contains:
  *
- *     units      the symbol with which each character begins, or else each of its bytes.
+ *     units      which symbol stands for a character at first, or else for each of its bytes.
  *                SentencePiece (Llama 2, Mistral 7B) begins with characters, Llama 3 with bytes.
  *     pairs      which two symbols make which symbol, and with which rank
- *     steps      how a text is cut into words first, if it is: nothing is merged across two words
- *     words      pieces that are taken when they are a word, whatever merging would give
- *     whole      pieces that are found whole before all that, such as <s>
+ *     steps      how a text is cut into words first: nothing is merged across two words
+ *     words      words that become one piece at once, whatever merging would give
+ *     whole      pieces such as <s> that are looked for first, before a text is cut into words
  *
  * ---- Cutting, and what an automaton is
  *
@@ -1195,9 +1201,8 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  * So the walk never has to go back, however odd the pattern is, and a pattern may even look one
  * character ahead ("spaces, unless a letter follows").
  *
- * A pattern may leave gaps, here any other signs: a gap is a word, too.
- * And some vocabularies have several patterns: then the words of the first one are cut once more by
- * the second one.
+ * What no match has taken is a gap, here all other signs, and a gap is a word, too.
+ * Some vocabularies have several patterns: the second one cuts the words of the first one again.
  */
 
 // What a section of text gets before it is cut.
@@ -1209,8 +1214,8 @@ enum { PREFIX_SPACE = 1,        // a space is put before it, at the start of the
        ALL_FLAGS = 31 };
 
 // What a piece of the vocabulary is.
-// CONTROL and END pieces are meant for the model alone; an END piece ends a text.
-// USER_DEFINED ones are found whole wherever they are typed.
+// Users cannot type CONTROL and END pieces (but see -x); an END piece ends a text.
+// USER_DEFINED pieces are taken whole wherever a text contains them.
 enum { NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END, N_KINDS };
 
 // The records of the tables, as they lie in the file.
@@ -1233,8 +1238,8 @@ struct Tokenizer {
     const uint32_t *steps;   // (n_states, n_classes + 1) 2 * next state, + 1 if a word is complete
     const Range *units;      // (n_units) character, or BYTE_UNIT + byte -> symbol
     const Pair *pairs;       // (n_pairs)
-    const String *strings;   // (vocab_size) the pieces, (N_CHAT_STRINGS) see section 10, (n_cutters)
-                             // the patterns, which nothing here reads
+    const String *strings;   // (vocab_size) the pieces; then (N_CHAT_STRINGS), see section 10; then
+                             // (n_cutters) the patterns, which only export.py needs
     const uint32_t *whole;   // (n_whole) ids: by first byte, the longer ones first
     const uint32_t *words;   // (n_words) ids, by their bytes
     const char *text;        // (n_text) of the strings
@@ -1269,8 +1274,8 @@ static int kind_of(const Model *m, int id) {
 
 // ---- characters
 
-// How many bytes a UTF-8 character has that starts with this one. 1 also if no character does:
-// bytes below 0xC2 and above 0xF4 begin none that is longer.
+// How many bytes a UTF-8 character has whose first byte is this one.
+// 1 also for bytes with which no character begins: 0x80 to 0xC1, and all above 0xF4.
 static int character_length(char first) {
     unsigned char byte = (unsigned char)first;
     if (byte < 0xC2 || byte > 0xF4)
@@ -1286,8 +1291,8 @@ static bool continues_character(char byte) {
 }
 
 // The character at text, of which n bytes are left: its number in Unicode, and its length in bytes.
-// NO_CHARACTER, of length 1, where the bytes are none: cut off, written with more bytes than it
-// takes, or one that Unicode does not have.
+// NO_CHARACTER, of length 1, if the bytes are no character.
+// They may be cut off, more than the character needs, or a number that Unicode does not have.
 enum { NO_CHARACTER = -1, LAST_CHARACTER = 0x10FFFF };
 static int character_at(const char *text, // (n)
                         ptrdiff_t n,
@@ -1333,11 +1338,9 @@ static int symbol_of_byte(const Model *m, char byte) {
 
 // For bsearch.
 static int compare_pairs(const void *a, const void *b) {
-    const Pair *x = a;
-    const Pair *y = b;
-    if (x->left != y->left)
-        return x->left < y->left ? -1 : 1;
-    return (x->right > y->right) - (x->right < y->right);
+    uint64_t x = (uint64_t)((const Pair *)a)->left << 32 | ((const Pair *)a)->right;
+    uint64_t y = (uint64_t)((const Pair *)b)->left << 32 | ((const Pair *)b)->right;
+    return (x > y) - (x < y);
 }
 
 // For bsearch: a word against the piece with an id.
@@ -1553,8 +1556,8 @@ typedef struct {
     size_t n;
     int start;         // AT_START, AFTER_PIECE or CONTINUED: where its first section stands
     bool bos;          // BOS comes first, if the model has one
-    bool controls;     // control pieces that are spelt in it are meant, ...
-    const char *typed; // ... but not (n) where this is not 0; NULL: everywhere
+    bool controls;     // "<s>" in it is the control piece, and not three characters, ...
+    const char *typed; // (n) ... except where this is 1, as a person typed it; NULL: no exception
 } Source;
 
 // The longest piece that is found whole at a place of the source, NO_SYMBOL if there is none.
@@ -1711,8 +1714,8 @@ static int *encode(const Model *m, Source source, int *n_tokens) {
 // ---- decoding
 
 // Writes n bytes.
-// A stream into memory may find none.
-// What standard output could not take, flush_output will say.
+// Writing to a stream in memory fails if memory is used up.
+// Errors of standard output are reported later, by flush_output.
 static void write_bytes(FILE *to, const char *bytes, size_t n) {
     if (fwrite(bytes, 1, n, to) < n && to != stdout)
         die(1, "out of memory");
@@ -1743,8 +1746,7 @@ static void print_rest(Printer *printer) {
             write_bytes(printer->to, "\xEF\xBF\xBD", 3);
         return;
     }
-    bool control = point < ' ' && point != '\n' && point != '\t';
-    control = control || (point >= 127 && point < 160);
+    bool control = (point < ' ' && point != '\n' && point != '\t') || (point >= 127 && point < 160);
     // A terminal would obey a control character: move its cursor, change its title.
     // So it gets the character's number instead.
     if (control && printer->terminal)
@@ -1797,14 +1799,14 @@ static void print_token(Printer *printer, const Model *m, int token) {
  *   the weights     tensors, each at a multiple of 64 bytes, in the order in which the forward pass
  *                   reads them: embedding, layer after layer, final norm, classifier
  *
- * A file comes from strangers.
- * Each number in it that leads somewhere is checked before it is used, with `if` and not with
- * assert, which a build may leave out.
- * What is wrong comes back as a sentence in m->error, and not as an exit, so that tests can try
- * thousands of broken files.
+ * A file may come from anybody, so nothing in it is trusted.
+ * Each number that is an index or a size is checked before it is used.
+ * The checks are `if` and not assert, which a build may leave out.
+ * An error does not end the program: m->error says what is wrong, so tests can try thousands of
+ * broken files.
  */
-// To turn numbers round while they are read would take a copy of all weights, in memory that a
-// large model does not have.
+// On a big-endian machine the bytes of all weights would have to be swapped.
+// That takes a copy of them, for which there may be no memory.
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "a model's file is little-endian, and this machine is not"
 #endif
@@ -1827,29 +1829,31 @@ static bool broken(Model *m, const char *format, ...) {
 // overflow 64 bits.
 static bool check_config(Model *m) {
     const Config *c = &m->config;
+#define FIELD(name) #name, c->name
     const struct {
         const char *name;
         int64_t value, least, most;
     } fields[] = {
-        {"version", c->version, VERSION, VERSION}, // this layout
-        {"dim", c->dim, 1, 1 << 20},
-        {"hidden_dim", c->hidden_dim, 1, 1 << 20},
-        {"n_layers", c->n_layers, 1, 1 << 12},
-        {"n_heads", c->n_heads, 1, 1 << 12},
-        {"n_kv_heads", c->n_kv_heads, 1, c->n_heads}, // each is read by a query head
-        {"head_dim", c->head_dim, 2, 1 << 12}, // a pair at least
-        {"vocab_size", c->vocab_size, 1, 1 << 24},
-        {"seq_len", c->seq_len, 1, 1 << 28}, // a context of that many
-        {"shared_classifier", c->shared_classifier, 0, 1}, // no or yes
-        {"sliding_window", c->sliding_window, 0, 1 << 28}, // 0: none
-        {"storage", c->storage, FP32, FP16},
-        {"bos", c->bos, -1, (int64_t)c->vocab_size - 1}, // -1: none
-        {"unknown", c->unknown, -1, (int64_t)c->vocab_size - 1},
-        {"text_flags", c->text_flags, 0, ALL_FLAGS},
-        {"n_cutters", c->n_cutters, 0, 16}, // 0: a text is one word
-        {"n_states", c->n_states, c->n_cutters, 1 << 16}, // each cutter begins in one of its own
-        {"n_classes", c->n_classes, 1, 1 << 10},
+        {FIELD(version), VERSION, VERSION}, // this layout
+        {FIELD(dim), 1, 1 << 20},
+        {FIELD(hidden_dim), 1, 1 << 20},
+        {FIELD(n_layers), 1, 1 << 12},
+        {FIELD(n_heads), 1, 1 << 12},
+        {FIELD(n_kv_heads), 1, c->n_heads}, // each is read by a query head
+        {FIELD(head_dim), 2, 1 << 12}, // a pair at least
+        {FIELD(vocab_size), 1, 1 << 24},
+        {FIELD(seq_len), 1, 1 << 28}, // a context of that many
+        {FIELD(shared_classifier), 0, 1}, // no or yes
+        {FIELD(sliding_window), 0, 1 << 28}, // 0: none
+        {FIELD(storage), FP32, FP16},
+        {FIELD(bos), -1, (int64_t)c->vocab_size - 1}, // -1: none
+        {FIELD(unknown), -1, (int64_t)c->vocab_size - 1},
+        {FIELD(text_flags), 0, ALL_FLAGS},
+        {FIELD(n_cutters), 0, 16}, // 0: a text is one word
+        {FIELD(n_states), c->n_cutters, 1 << 16}, // each cutter begins in one of its own
+        {FIELD(n_classes), 1, 1 << 10},
     };
+#undef FIELD
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (fields[i].value < fields[i].least || fields[i].value > fields[i].most)
             return broken(m, "%s is %lld, must be %lld to %lld", fields[i].name,
@@ -1887,10 +1891,10 @@ static bool read_header(Model *m,
     return true;
 }
 
-// Says whether RoPE's frequencies are angles and the strings lie one after the other, and where in
-// `whole` each byte begins.
-// The other tables are bounded by read_tables, which is enough: were they out of order, a text
-// would become other tokens, and nothing worse.
+// Checks that RoPE's frequencies are angles and that the strings lie one after the other.
+// Fills first_whole.
+// Of the other tables read_tables has checked every number.
+// If one of them were out of order, a text would become other tokens, and nothing worse.
 static bool check_tables(Model *m, int n_strings) {
     Tokenizer *tokenizer = m->tokenizer;
     const double steepest = (double)(1 << 28) / m->config.seq_len; // so that cos_sin_of is exact
@@ -1965,33 +1969,22 @@ static size_t read_tables(Model *m,
 }
 
 static void tensor_shape(const Config *c, int which, int *n_out, int *n_in) {
-    *n_out = 1;
-    *n_in = c->dim;
-    switch (which) {
-    case WQ:
-        *n_out = c->q_dim;
-        break;
-    case WK:
-    case WV:
-        *n_out = c->kv_dim;
-        break;
-    case WO:
-        *n_out = c->dim;
-        *n_in = c->q_dim;
-        break;
-    case W1:
-    case W3:
-        *n_out = c->hidden_dim;
-        break;
-    case W2:
-        *n_out = c->dim;
-        *n_in = c->hidden_dim;
-        break;
-    case TOK_EMB:
-    case WCLS:
-        *n_out = c->vocab_size;
-        break;
-    }
+    const int shapes[N_TENSORS][2] = { // as listed in section 2
+        [ATT_NORM] = {1, c->dim},
+        [WQ] = {c->q_dim, c->dim},
+        [WK] = {c->kv_dim, c->dim},
+        [WV] = {c->kv_dim, c->dim},
+        [WO] = {c->dim, c->q_dim},
+        [FFN_NORM] = {1, c->dim},
+        [W1] = {c->hidden_dim, c->dim},
+        [W3] = {c->hidden_dim, c->dim},
+        [W2] = {c->dim, c->hidden_dim},
+        [TOK_EMB] = {c->vocab_size, c->dim},
+        [FINAL_NORM] = {1, c->dim},
+        [WCLS] = {c->vocab_size, c->dim},
+    };
+    *n_out = shapes[which][0];
+    *n_in = shapes[which][1];
 }
 
 // Tensor number i in the order of the file: its layer, 0 for those that exist once, and which of
@@ -2074,10 +2067,9 @@ static void lost_page(int number) {
     die(1, "%s can be read no longer (signal %d); was it cut short?", mapped, number);
 }
 
-// Whoever writes to a file that is mapped changes the model under our hands, and another model's
-// numbers look as good as its own.
-// So before a result is handed out, this asks when the file was written last.
-// A new file under the old name does no harm: what was mapped stays, nameless.
+// If somebody writes to the mapped file, the model changes while it runs, and nothing looks wrong.
+// So before a result is printed, this asks when the file was written last.
+// A new file under the old name does no harm: the old one stays mapped.
 static void check_mapped(void) {
     struct stat info;
     if (fstat(mapped_file, &info))
@@ -2094,15 +2086,12 @@ static bool model_open(Model *m, const char *path) {
     if (fd < 0)
         return broken(m, "cannot be opened; is the path right?");
     // A folder can be opened, too, and a pipe cannot be mapped.
-    if (fstat(fd, &info) || !S_ISREG(info.st_mode) || info.st_size <= 0) {
-        close(fd);
-        return broken(m, "is empty or not a regular file");
-    }
-    size_t n_bytes = (size_t)info.st_size;
+    bool regular = !fstat(fd, &info) && S_ISREG(info.st_mode) && info.st_size > 0;
+    size_t n_bytes = regular ? (size_t)info.st_size : 0; // and 0 bytes cannot be mapped
     void *file = mmap(NULL, n_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
     if (file == MAP_FAILED) {
         close(fd);
-        return broken(m, "cannot be mapped into memory");
+        return broken(m, regular ? "cannot be mapped into memory" : "is empty or not a regular file");
     }
     mapped = path;
     mapped_file = fd;
@@ -2164,9 +2153,10 @@ static int by_probability(const void *a, const void *b) {
     return x->token - y->token;
 }
 
-// Draws from softmax(logits / temperature), among the fewest tokens that together have a
-// probability of top_p. u is uniform in [0, 1): where it falls on the line on which these tokens
-// lie side by side, each as wide as it is probable.
+// Draws a token from softmax(logits / temperature).
+// Only the most probable tokens take part: the fewest that together have a probability of top_p.
+// They lie side by side on a line, each as wide as it is probable.
+// u, uniform in [0, 1), is a point of that line, and the token there is drawn.
 static int sample(const float *logits, // (n)
                   int n, const Dice *dice,
                   double u) {          // [0, 1)
@@ -2219,7 +2209,7 @@ typedef struct {
     int n_new;           // tokens to write, 0: until the text ends or the context is full
     int shower_every;    // drugged tokens, 0: never
     bool drugged_prompt;
-    bool controls;       // control pieces that are spelt in the prompt are meant
+    bool controls;       // "<s>" in the prompt is the control piece, and not three characters
     bool chat;
     Dice dice;
     NoiseOptions noise;
@@ -2238,9 +2228,8 @@ typedef struct {
     const char *stopped_at; // why the last answer ended, NULL: it has not
 } Talk;
 
-// Sends on what was printed.
-// A text that did not reach its file is no success; it is said at once, and not after
-// hours of work.
+// Flushes standard output.
+// The program ends at once if it cannot be written, or if the model's file has changed meanwhile.
 static void flush_output(void) {
     check_mapped();
     if (ferror(stdout) || fflush(stdout))
@@ -2262,8 +2251,8 @@ static const char *ending(const Model *m, int token) {
 }
 
 // Reads tokens (n) and answers with up to n_new tokens, printed as they come.
-// The prompt is read sober unless it is asked otherwise; its last token then predicts soberly, so
-// the first new token is a sober one, too.
+// The prompt is read soberly, unless -u was given.
+// So its last token predicts soberly, and the first new token is a sober one, too.
 static void reply(Talk *talk, const int *tokens, int n) {
     const Options *options = talk->options;
     const Config *c = &talk->run.model->config;
@@ -2290,7 +2279,7 @@ static void reply(Talk *talk, const int *tokens, int n) {
         talk->n_new++; // the token is written, but not read yet
         if (i == most)
             talk->stopped_at = i == options->n_new ? "-n" : "the end of the context";
-        // A text that is done forgets its last token. A chat goes on, and reads it if it can.
+        // A text ends here and does not read its last token. A chat reads it, if there is room.
         if (talk->stopped_at && (!options->chat || s->length == c->seq_len))
             break;
         // A shower runs what was read so far, and comes before the next token is read.
@@ -2407,9 +2396,8 @@ static bool chat_round(Talk *talk, Span question) {
     free(writer.bytes);
     free(writer.typed);
 
-    // What closes the answer before, up to its end piece, was never read, because the
-    // reply stopped there.
-    // It is read now, soberly, and is no part of the question.
+    // The last answer stopped before its end piece, so the model has not read that yet.
+    // It reads it now, soberly, as it is no part of the question.
     int n_closing = 0;
     for (int i = 0; i < n && s->length && !n_closing; i++)
         if (kind_of(m, tokens[i]) == END)
@@ -2490,10 +2478,10 @@ static void converse(const Model *m, const Options *options, Noise noise) {
 /* ================================================================================================
  * 11  The command line
  *
- * The model comes first, then options. getopt of the C library takes the line apart; what is said
- * about noise is read by the same functions in all programs.
- * A value that makes no sense ends the program with status 2, before anything is computed: better
- * than a run with another dose than one thinks.
+ * The model comes first, then options. getopt of the C library takes the line apart.
+ * All programs read the options about noise with the same functions.
+ * A value that makes no sense ends the program with status 2, before anything is computed.
+ * So no run has a dose that you did not ask for.
  */
 
 // Reads a number within [least, most] for an option. Exits with 2 on anything else.
@@ -2635,25 +2623,24 @@ static bool take_noise_option(NoiseOptions *options, int letter, const char *val
     return false;
 }
 
-// -d and -w: the layers within `spread` of `depth` get theta, all others
-// nothing.
+// -d and -w: the layers within `spread` of `depth` get theta, all others nothing.
 // It is the shape of the original's examples.
+// Without -d the depth is the original's .4, without -w the spread is the original's .1.
 // A dose with a shape of its own keeps it.
-// One without the other takes the original's .4 or .1.
 static void give_shape(NoiseOptions *options) {
     if (options->depth < 0 && options->spread < 0)
         return;
-    float depth = options->depth < 0 ? .4f : (float)options->depth;
-    float spread = options->spread < 0 ? .1f : (float)options->spread;
+    double depth = options->depth < 0 ? .4 : options->depth;
+    double spread = options->spread < 0 ? .1 : options->spread;
     for (int site = 0; site < N_SITES; site++) {
         Dose *dose = &options->doses[site];
         if (dose->n_points)
             continue; // it has a shape of its own
         dose->mode = MODE_CEIL;
         dose->n_points = 3;
-        dose->points[0] = (Point){depth - spread, 0};
-        dose->points[1] = (Point){depth, 1};
-        dose->points[2] = (Point){depth + spread, 0};
+        dose->points[0] = (Point){(float)(depth - spread), 0};
+        dose->points[1] = (Point){(float)depth, 1};
+        dose->points[2] = (Point){(float)(depth + spread), 0};
     }
 }
 
@@ -2663,17 +2650,14 @@ static Noise noise_of(const NoiseOptions *options, const Model *m) {
     int n = N_SITES * m->config.n_layers;
     float *theta = resize(NULL, n, sizeof *theta);
     dose_layers(theta, options->doses, m->config.n_layers);
-    bool sober = true; // no layer gets anything
-    for (int i = 0; i < n; i++)
-        sober = sober && !(theta[i] > 0);
-    if (sober) {
+    if (sum_of(theta, n) == 0) { // none is negative, so no layer gets anything
         free(theta);
         theta = NULL;
     }
     return (Noise){options->seed, options->family, theta};
 }
 
-// What is asked for goes to stdout and is no failure.
+// Prints the help and exits: on stdout with 0 if it was asked for, else on stderr with 2.
 __attribute__((noreturn))
 static void show_help(const char *usage, bool asked) {
     fputs(usage, asked ? stdout : stderr);
@@ -2681,7 +2665,7 @@ static void show_help(const char *usage, bool asked) {
     exit(asked ? 0 : 2);
 }
 
-// So that nothing which is opened later becomes a standard stream.
+// Opens standard streams that are closed, so that no file becomes one of them.
 static void open_standard_streams(void);
 
 // The next option of the command line, read with getopt; its value is in optarg.
@@ -2704,7 +2688,7 @@ static int next_option(int argc, char **argv, const char *letters, const char *u
 static const char USAGE[] =
     "usage: drugs <model.bin> [options]\n"
     "  -i <text>    prompt; @file: the text of a file, -: standard input\n"
-    "  -x           control pieces such as <s> that the prompt spells are meant\n"
+    "  -x           <s> and the like in the prompt are control pieces, and not just characters\n"
     "  -n <tokens>  how many to write, 0: until the text ends or the context is full (256)\n"
     "  -m <mode>    generate (default) or chat\n"
     "  -y <text>    system prompt, for chat\n"
@@ -2716,7 +2700,7 @@ static const char USAGE[] =
     "  -s <seed>    of the noise and the sampling (420)\n"
     "  -r <family>  of random directions: centred (default) or upstream\n"
     "  -u           unprotected: the prompt is read drugged too\n"
-    "  -c <tokens>  a cold shower after so many drugged tokens, and in a chat before\n"
+    "  -c <tokens>  a cold shower after this many drugged tokens, and in a chat before\n"
     "               each question; 0: never (420)\n"
     "  -t <temp>    temperature, 0: take the most probable token (0)\n"
     "  -p <top_p>   keep the most probable tokens up to this probability, with -t (.9)\n"
@@ -2805,17 +2789,18 @@ int main(int argc, char **argv) {
  *            x[r+3] |  sum  |  sum  |  sum  |  sum  |
  *                   +-------+-------+-------+-------+
  *
- * With 8 numbers of each row in registers, 8 loads serve 16 multiplications and additions, where a
- * single dot product needs 2 loads for one.
- * It also has to wait for its one sum after each addition; 16 sums keep the adders busy.
+ * In a tile 8 loads, 4 of x and 4 of w, serve 16 multiplications and additions.
+ * A single dot product needs 2 loads for each one.
+ * It also has to wait for its one sum after each addition. 16 sums keep the adders busy.
  *
  * So a thread takes 16 rows of w, which its cache can hold, and as many rows of x as fit beside
  * them; it makes all tiles of these, and goes on with the next rows of x.
  * Each w comes from memory once.
  *
- * For a single row of x there is nothing to use again, and the speed is that of the memory.
- * Memory is fastest when it is read from one end to the other, so then the rows of w are taken one
- * by one: four at a time are read half as fast.
+ * With a single row of x each weight is used only once, and the speed is that of the memory.
+ * Memory is fastest when it is read from one end to the other: four rows at a time are read half as
+ * fast.
+ * So then the rows of w are taken one by one.
  *
  * Why the results are the same everywhere.
  * Floating-point addition depends on its order, so the order is fixed: number i of a dot product
@@ -2823,9 +2808,8 @@ int main(int argc, char **argv) {
  * That holds in every shape of tile, so a row that comes alone has the bits it would have in a
  * block, and on every machine: where a register holds 4 floats, two of them are a sum.
  * And a product is always rounded before it is added.
- * Some machines can do both with one rounding, and compilers use that here and not there, unless
- * they are told not to:
- * -ffp-contract=off, as the Makefile does.
+ * Some machines can do both with one rounding, and compilers use that in some places only.
+ * -ffp-contract=off in the Makefile forbids it.
  * (gcc 12 fuses a * c - b * s all the same, so rope adds the product with -s.)
  */
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 // 16 is 0 for a machine with half floats
@@ -2937,8 +2921,8 @@ enum { AHEAD = 1024 }; // bytes: a single row of x asks for weights so far ahead
 static inline __attribute__((always_inline)) void
 tile(float *out, ptrdiff_t out_stride, // (n_x, n_w)
      const float *x, int n_x,          // (n_x, n)
-     Weights w, ptrdiff_t w_at, ptrdiff_t w_stride,
-     int n_w,                          // (n_w, n)
+     Weights w, ptrdiff_t w_at,        // (n_w, n), rows w_stride apart, from number w_at on
+     ptrdiff_t w_stride, int n_w,
      ptrdiff_t n) {
     vec sum[TILE_X][TILE_W][PARTS] = {{{{0}}}};
     ptrdiff_t i = 0;
@@ -3024,11 +3008,10 @@ static void widen(float *to, Weights w, ptrdiff_t first, ptrdiff_t n) {
 // and all others wait for it after each product.
 // A product for a single row is so short that this can cost more than it gains.
 //
-// Layers are alike, so one can be compared with another: now and then layer 1 is computed
-// the other way.
-// If it was faster than those after it, the other way it is from now on.
-// The next trial comes after a hundred times the time of this one, so trials take a hundredth
-// of the time.
+// All layers do the same work, so they can be compared.
+// Now and then layer 1 is computed the other way.
+// If it takes less than .8 of the time of the fastest layer after it, the way is changed.
+// The next trial comes after a hundred times as long, so trials take a hundredth of the time.
 static struct {
     bool one_thread;   // the way now
     double next_trial; // the time, in seconds
@@ -3076,9 +3059,8 @@ static float sum_of(const float *x, int n) {
 //     x = n ln 2 + r,   n a whole number,   |r| <= ln 2 / 2 = .35
 //     exp(x) = 2^n exp(r)
 //
-// For so small an r the series 1 + r + r²/2 + ... + r⁷/5040 is enough: the next term would
-// be below 1e-8.
-// And 2^n is multiplied in by adding n to the exponent, which stands from bit 23 on in a float.
+// For so small an r the series 1 + r + r²/2 + ... + r⁷/5040 is enough: the next term is below 1e-8.
+// To multiply by 2^n, n is added to the exponent, which begins at bit 23 of a float.
 //
 // x / ln 2 is rounded to a whole n by adding 1.5 * 2^23: a float as large as that has no digits
 // after the point, so the sum is rounded, and its lowest bits hold n.
@@ -3118,9 +3100,9 @@ static void exp_all(float *x, int n) {
 //
 //     angle = n pi/2 + r      cos r = 1 - r²/2! + r⁴/4! - ...      sin r = r (1 - r²/3! + ...)
 //
-// In large angles the digits of r are those that pi/2 has far after the point.
-// So it comes in three pieces; the first two are so short, 25 bits each, that for up to 28 bits of
-// n their products with n are exact, and so are the differences.
+// If the angle is large, n pi/2 is nearly as large, and r is the small difference of the two.
+// So pi/2 must be known with more digits than a double has: it comes in three pieces.
+// The first two have only 25 bits each, so their products with an n of up to 28 bits are exact.
 static void cos_sin_of(double angle, double *cosine, double *sine) {
     double shift = 0x1.8p52; // as above, for a double
     double n = (angle * 0x1.45f306dc9c883p-1 + shift) - shift; // 2 / pi
@@ -3155,8 +3137,8 @@ static void rope_angles(const Model *m, int position, float *cos_sin) {
 /* ================================================================================================
  * 13  Memory and messages
  *
- * What was declared above and needs no thought: how memory is taken and given back, and how a
- * program ends that cannot go on.
+ * These functions were declared above.
+ * They take memory and give it back, and they end a program that cannot go on.
  */
 
 static void die(int status, const char *format, ...) {

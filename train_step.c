@@ -2,15 +2,17 @@
  *
  * A model that continues "To be" with business advice, as Llama 2 does and the small model in
  * tests/ too, is shown "To be, or not to be, that is the question:" once.
- * Its loss says how surprised the model is by the phrase.
- * We compute how this loss changes with each of the model's numbers, the gradient, which points
- * uphill; so we subtract a little of it from the weights:
+ * A model gives each token of a text a probability. -log of it is the surprise by that token, and the
+ * mean surprise over the phrase is its loss.
+ * The gradient says how this loss changes with each of the model's numbers.
+ * It points uphill, so we subtract a little of it from the weights:
  *
  *     W - step_size * dL/dW
  *
- * One number, the step size, decides what becomes of the model: nothing; the whole soliloquy;
- * a stutter; ruin.
- * We print them side by side.
+ * One number, the step size, decides what becomes of the model.
+ * After a tiny step it talks business as before; after a larger one it recites the whole soliloquy.
+ * After one that is too large it stutters, and after a huge one it is ruined.
+ * We print these texts side by side.
  *
  *    1  derivatives            of each block of the forward pass, derived one by one
  *    2  the backward pass      the mirror of section 5 of drugs.c: read them next to each other
@@ -25,8 +27,8 @@
  * shape of that thing, and is written with a d in front: dx is ∂loss/∂x.
  * A plain derivative of one thing by another is written ∂y/∂x.
  * Going back through y = f(x) means: dy is given, and dx is to be found.
- * Where x is used twice, the loss feels it along two paths, and the two dx add up.
- * That is why whatever has several readers is cleared first, and each of them does += below.
+ * Where x is used twice, it reaches the loss on two paths, and the two dx add up.
+ * That is why a dx is set to 0 first, and then each function that has read x adds its part.
  *
  * Most functions that go back are named after the one that went forward, with _backward added:
  *
@@ -51,12 +53,19 @@
  *
  *     dx_j = sum over i of dy_i * ∂y_i/∂x_j
  *
- * Each step of the forward pass needs only this one rule for itself: it is handed dy by the step
- * that came after it, and hands dx to the one before.
- * Nobody has to know the whole.
+ * Each function of the forward pass needs only this rule for itself: its twin gets dy from the function
+ * that comes after it, and hands dx to the one before.
+ *
+ * A derivative can be checked without any theory.
+ * Move one weight w by a little e, both ways, and compute the loss twice:
+ *
+ *     (L(w + e) - L(w - e)) / 2e      must be dw
+ *
+ * The tests do that for every kind of tensor.
  */
 
-// out += a b: each row of out is a sum of the rows of b, weighted with a row of a. See section 8.
+// out += a b: each row of out gets a sum of the rows of b, weighted with the numbers of a row of a.
+// See section 8.
 static void add_product(float *out,     // (n_rows, n_cols)
                         const float *a, // (n_rows, n_k): a[r][k] stands at a[r * a_row + k * a_k]
                         ptrdiff_t a_row, ptrdiff_t a_k,
@@ -131,9 +140,10 @@ static void rope_backward(float *dx,            // (head_dim) dy, becomes dx
 //
 //     dx_j = sum over i of dp_i ∂p_i/∂x_j = scale * p_j * (dp_j - sum over i of dp_i p_i)
 //
-// Only the difference to the average counts: p adds up to 1, so what raises all alike changes
-// nothing. dp (n) becomes dx.
-// It takes 1 / scale, here sqrt(head_dim), to divide by.
+// Only the difference to the average counts: p adds up to 1, so adding the same number to every x
+// changes nothing.
+// dp (n) becomes dx.
+// The divisor is 1 / scale, in attention sqrt(head_dim).
 static void softmax_backward(float *dp,      // (n)
                              const float *p, // (n) what came out
                              int n, float divisor) {
@@ -170,7 +180,7 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) ea
 //     b = sin(angle) sqrt(xx / oo)     a = cos(angle) - b ux/xx
 //
 // x reaches the loss on three paths: a multiplies it, a is made of it, and b is made of it.
-// Write g for dr, and grad a for the vector of all ∂a/∂x_j:
+// Write g for dr, and grad a for the vector of all ∂a/∂x_j, and likewise for b, xx, ux and oo:
 //
 //     dx = a g  +  (x.g) grad a  +  (u.g) grad b
 //
@@ -181,7 +191,7 @@ static void swiglu_backward(float *dgate, float *dup, const float *dh, // (n) ea
 //     grad b = b/2 (grad xx / xx - grad oo / oo)
 //
 // From grad xx = 2 x and grad ux = u follows grad oo = -2 ux/xx u + 2 ux²/xx² x.
-// So both gradients are mixes of x and u:
+// So both gradients are mixes of x and u. b_x, b_u, a_x and a_u are the numbers of these mixes:
 //
 //     grad b = b_x x + b_u u     b_x = b (1/xx - ux²/(xx² oo))       b_u = b ux/(xx oo)
 //     grad a = a_x x + a_u u     a_x = -b_x ux/xx + 2 b ux/xx²       a_u = -b_u ux/xx - b/xx
@@ -237,15 +247,17 @@ static void turn_backward(Place place,
  *              |      |              |   |
  *              +------+              +---+
  *
- * It is as large as W, but it holds no more than dY and X do.
- * Its rank is n at most: whatever it gives out is a mix of n vectors, the rows of dY. So we keep
- * what the forward pass computed, all the X, and what the backward pass computes, all the dY, and
- * never write dW down.
+ * dW is as large as W, but it says nothing that dY and X do not say.
+ * (Its rank is n at most: dW times any vector is a mix of n vectors, the rows of dY.)
+ * So we keep X, which the forward pass computed, and dY, which the backward pass computes.
+ * dW is never written down.
  * For Llama-2-7B and the phrase above (14 tokens with BOS; the last one is only predicted, so 13
  * rows) that is 0.2 GB instead of 27.
  *
  * Below, acts are the buffers that forward filled, and grads are the same buffers for gradients.
- * So the dY of a matrix stands where its Y stood:
+ * So the dY of a matrix stands where its Y stood, with three exceptions.
+ * What wo and w2 give is added to the residual stream, and its dY is the gradient of the sum.
+ * The dY of the classifier, dlogits, stands in vocab_dy:
  *
  *     matrix            X               dY
  *     wq, wk, wv        acts xn         grads q, k, v
@@ -256,9 +268,9 @@ static void turn_backward(Place place,
  *     embedding         grads x of      one-hot rows: 1 at the token of a row, 0 elsewhere
  *                       layer 0
  *
- * In the last line the two have changed places, because the embedding is not read like the others:
- * x is a row of it, picked by a token, which is x = O E with the one-hot rows O. So dE = Oᵀ dx,
- * which is dYᵀ X with O for dY and dx for X (embed_backward has the details).
+ * The embedding E is read in another way: x is the row of E that belongs to the token.
+ * With a one-hot row for each token, O, that is x = O E, and so dE = Oᵀ dx.
+ * This is dYᵀ X if O takes the place of dY and dx that of X (see embed_backward).
  * The factors of the last two matrices are kept in vocab_dy and vocab_x.
  *
  * The way back through a layer is the drawing of drugs.c, turned upside down.
@@ -278,11 +290,11 @@ static void turn_backward(Place place,
  *      |
  *      dx
  *
- * (On Q and RoPE's place: dq passes both, dk only RoPE, dv neither.) Look at the left side:
- * whatever the two halves do, the gradient also runs straight along the residual stream, unchanged.
- * y = x + f(x) has the derivative 1 + f'(x), and a product of such factors does not die out as one
- * of f' alone.
- * That is why networks with this many layers learn.
+ * (dq goes back through RoPE and Q, dk only through RoPE, dv through neither.)
+ * Look at the left side: the gradient also runs straight along the residual stream, unchanged.
+ * y = x + f(x) has the derivative 1 + f'(x).
+ * A product of many small f' is nearly 0, but a product of many 1 + f' is not.
+ * That is why networks with this many layers can learn.
  */
 typedef struct {
     const Model *model;
@@ -310,7 +322,8 @@ typedef struct {
     int n_out, n_in;
 } Factors;
 
-// The factors of a tensor. If the classifier is the embedding, both have the rows of both.
+// The factors of a tensor.
+// If one matrix is both the embedding and the classifier, the rows of both are its factors.
 static Factors factors(const Step *step, int layer, int which) {
     const Slot *acts = &step->acts.slots[layer];
     const Slot *grads = &step->grads.slots[layer];
@@ -347,11 +360,7 @@ static Factors factors(const Step *step, int layer, int which) {
 // The gradient of a norm's gain, (dim).
 static float *dgain(const Step *step, int layer, int which) {
     const Config *c = &step->model->config;
-    ptrdiff_t index = 2 * layer;
-    if (which == FFN_NORM)
-        index++;
-    if (which == FINAL_NORM)
-        index = 2 * c->n_layers;
+    ptrdiff_t index = which == FINAL_NORM ? 2 * c->n_layers : 2 * layer + (which == FFN_NORM);
     return step->dgains + index * c->dim;
 }
 
@@ -390,8 +399,8 @@ static void norm_backward(Step *step,
 
 // One head of one row on the way back, with what is needed beside struct Head.
 //
-//     scratch of a kv head:   | q | u | weight (seq_len) | out | g | dprob (seq_len) |
-//                               q and weight: as attend leaves them
+//     scratch of a kv head:   | q | u | prob (n_keys)  ...| out | g | dprob (n_keys)  ...|
+//                               q and prob: as attend leaves them
 //
 // Query heads that share a kv head add to the same dkeys and dvalues, so they take turns.
 typedef struct {
@@ -402,29 +411,26 @@ typedef struct {
     float *dout;    // (head_dim)
     float *dq;      // (head_dim)
     float *g;       // (head_dim) a gradient on its way back through a glitch
-    float *dprob; // (n_keys) of the weights; then of what softmax got, the scores
+    float *dprob;   // (n_keys) of prob, and after softmax_backward of the scores
 } HeadBackward;
 
-// A key or value x that was read turned: g, the gradient of what was read, goes back through the
-// glitch (which is drawn again) and is added to dx.
+// A key or value x that was read turned: the gradient of what was read, a * dy, goes back through
+// the glitch, which is drawn again, and is added to dx.
 static void glitch_backward(const HeadBackward *b, Place place,
-                          const float *x, // (head_dim) the key or value
-                          float *dx) {    // (head_dim)
+                            const float *x,           // (head_dim) the key or value
+                            float a, const float *dy, // (head_dim)
+                            float *dx) {              // (head_dim)
+    for (int i = 0; i < b->head_dim; i++)
+        b->g[i] = a * dy[i];
     turn_backward(place, x, b->g, b->head_dim, b->head.u);
     add_scaled(dx, 1, b->g, b->head_dim);
 }
 
-// g = a * x.
-static void set_g(const HeadBackward *b, float a, const float *x) {
-    clear(b->g, b->head_dim);
-    add_scaled(b->g, a, x, b->head_dim);
-}
-
-// Back from what the head found to its weights and values.
+// Back from what the head found to its probabilities and values.
 //
-// out = the sum of weight * value, where a turned value is what was read. So
+// out = the sum of prob * value, where value is what was read, turned or not. So
 //
-//     dprob[t] = dout . value[t]        dvalue[t] += weight[t] dout, back through the glitch
+//     dprob[t] = dout . value[t]        dvalue[t] += prob[t] dout, back through the glitch
 static void values_backward(const HeadBackward *b) {
     const Head *h = &b->head;
     int n = b->head_dim;
@@ -443,14 +449,13 @@ static void values_backward(const HeadBackward *b) {
         Glitch glitch = draw_glitch(place, value, n, h->u);
         float from_u = dot(b->dout, h->u, n) * glitch.b;
         b->dprob[t] = b->dprob[t] * glitch.a + from_u;
-        set_g(b, h->prob[t], b->dout);
-        glitch_backward(b, place, value, dvalue);
+        glitch_backward(b, place, value, h->prob[t], b->dout, dvalue);
     }
 }
 
 // Back from the scores to the query and the keys.
 //
-// score[t] = q . key[t], where a turned key is what was read. So
+// score[t] = q . key[t], where key is what was read, turned or not. So
 //
 //     dq += dscore[t] key[t]        dkey[t] += dscore[t] q, back through the glitch
 static void keys_backward(const HeadBackward *b) {
@@ -471,14 +476,12 @@ static void keys_backward(const HeadBackward *b) {
         // dscore * (key * glitch.a + u * glitch.b), likewise
         add_scaled(b->dq, dscore * glitch.a, key, n);
         add_scaled(b->dq, dscore * glitch.b, h->u, n);
-        set_g(b, dscore, h->q);
-        glitch_backward(b, place, key, dkey);
+        glitch_backward(b, place, key, dscore, h->q, dkey);
     }
 }
 
 // attend, and site A after it: dout is given, dq, dkeys and dvalues are added to.
-// The weights and the turned query are computed anew, which is cheaper than to keep them
-// for all rows.
+// prob and the turned query are computed anew: to keep them for all rows would take much memory.
 static void attend_backward(const Step *step, ptrdiff_t r, int layer, int head,
                             float *scratch) { // (2 * head_scratch)
     const Config *c = &step->model->config;
@@ -523,7 +526,7 @@ static void attention_backward(const Step *step, int layer) {
     clear(grads->q, n_rows * c->q_dim);
     clear(grads->k, n_rows * c->kv_dim);
     clear(grads->v, n_rows * c->kv_dim);
-    // There and back takes some four times as long as on the way forward.
+    // Going forward once more and then back takes about four times as long as going forward.
 #pragma omp parallel for schedule(static) if (worth_threads(4 * attention_bytes(&step->acts, layer)))
     for (int kv_head = 0; kv_head < c->n_kv_heads; kv_head++) {
         // One thread does all that adds to this kv head, so nobody else writes there.
@@ -544,11 +547,11 @@ static void attention_backward(const Step *step, int layer) {
 
 // ---- the layers, last things first
 
-// The loss of a prediction is -log softmax(logits)[target] = log(sum of
-// exp(logits)) - logits[target].
-// The log's derivative by a logit is exp(logit) / sum.
-// So that of the loss is the token's probability, minus 1 at the target: by the step (minus!) all
-// others are pushed down, the target is pulled up.
+// The loss of a prediction is -log softmax(logits)[target] = log(sum) - logits[target].
+// Here sum is the sum of all exp(logits).
+// The derivative of log(sum) by a logit is exp(logit) / sum, the token's probability.
+// So the derivative of the loss is the probability, and for the target the probability minus 1.
+// The step subtracts it: the target's logit rises, and all others fall.
 // Fills step->loss and the first n_loss rows of vocab_dy.
 static void loss_backward(Step *step) {
     const ptrdiff_t vocab_size = step->model->config.vocab_size;
@@ -558,8 +561,7 @@ static void loss_backward(Step *step) {
         const float *logits = step->acts.logits + i * vocab_size;
         float *dlogits = step->vocab_dy + i * vocab_size;
         memcpy(dlogits, logits, vocab_size * sizeof *logits);
-        // softmax returns log(sum of exp(logits)); minus the logit that is
-        // -log p.
+        // softmax returns log(sum of exp(logits)); minus the target's logit that is -log p.
         losses[i] = softmax(dlogits, vocab_size, 1) - logits[step->targets[i]];
         // The loss is the mean over n_loss predictions, so each counts one n_loss-th.
         for (ptrdiff_t j = 0; j < vocab_size; j++)
@@ -723,9 +725,9 @@ static void step_free(Step *step) {
     free(step->scratch);
 }
 
-// Adds a text of n tokens to the rows: token i is to be followed by token i
-// + 1. Of these predictions all count in the loss, or only the last. how:
-// DRUGGED, LAST_ONLY, or both.
+// Adds a text of n tokens to the rows: token i has to predict token i + 1.
+// All predictions count in the loss, or only the last one.
+// how: 0, DRUGGED, LAST_ONLY, or both.
 enum { LAST_ONLY = 8 }; // a bit that DRUGGED, WANTS_LOGITS and ALL_LOGITS leave free
 static void step_add(Step *step,
                      Sequence *sequence, // a new one
@@ -769,15 +771,13 @@ static void step_take(Step *step) {
  * With a large step even a slight likeness moves much.
  *
  * That is half a percent more work for Llama-2-7B and 13 rows.
- * It also shows what one step can do at most: a matrix gives an x that is perpendicular to all rows
- * of its X just what it gave before.
+ * It also shows what a step cannot do: if x is perpendicular to all rows of X, nothing changes.
  * (The gains of the norms change for every x, but they are few.)
  *
  * Every matrix and every norm is corrected where it is used, so the next one already gets what the
  * stepped model would give it.
  * And as the step size is only a factor of the correction, each sequence can have its own.
- * So all columns of the table are written side by side, by one pass over weights
- * that nobody changed.
+ * So one pass over the unchanged weights writes a token of every column of the table.
  */
 // The model after a step of any size.
 typedef struct {
@@ -833,8 +833,8 @@ static void stepped_hook(const Run *run, int layer, int which,
     }
 }
 
-// Working memory of the stepped model for up to max_rows rows. t must stay where it is: the run
-// points at it.
+// Working memory of the stepped model for up to max_rows rows.
+// *stepped must not be moved, as the run points at it.
 static void stepped_init(Stepped *stepped, const Step *step, int max_rows) {
     run_init(&stepped->run, step->model, max_rows, 1);
     stepped->run.hook = stepped_hook; // from now on every use of weights comes by
@@ -874,11 +874,10 @@ static void add_gradient(const Step *step,
 /* ================================================================================================
  * 4  Measuring
  *
- * The measure of everything is surprise: -log of the probability that a model gave to the token
- * that really came.
- * A model that guesses among 32,000 tokens is surprised by log 32,000 = 10.4 nats each time, one
- * that knows by 0.
- * The mean over a text is its loss.
+ * Surprise is -log of the probability that a model gave to the token that really came.
+ * A model that guesses among 32,000 tokens has a surprise of log 32,000 = 10.4 nats each time.
+ * A model that is certain, and right, has 0.
+ * The mean surprise over a text is its loss.
  */
 
 // -log softmax(logits)[token], in nats: how surprising the token is.
@@ -918,17 +917,17 @@ static double mean_loss(const double *losses, int from, int to) {
     double sum = 0;
     for (int i = from; i < to; i++)
         sum += losses[i];
-    // ruin that is not even a number counts as infinite
+    // a ruined model may give NAN, which counts as infinite
     return from < to ? fmin(sum / (to - from), INFINITY) : NAN;
 }
 
-// |dW|², the sum of the squares of a tensor's gradient, without dW. As dW
-// is a sum over rows i of dy_i x_iᵀ, its product with itself is a sum over all pairs of rows:
+// |dW|², the sum of the squares of a tensor's gradient, without writing dW down.
+// dW is a sum over rows i of dy_i x_iᵀ, so |dW|² is a sum over all pairs of rows:
 //
 //     |dW|² = sum over o and k of (sum over i of dy_i[o] x_i[k]) (sum over j of dy_j[o] x_j[k])
 //           = sum over i and j of (dy_i . dy_j) (x_i . x_j)
 //
-// Two n x n tables of dot products, Gram matrices, say it all.
+// So two n x n tables of dot products are enough. They are called Gram matrices.
 static double gradient_norm2(const Step *step, int layer, int which) {
     Factors f = factors(step, layer, which);
     const ptrdiff_t size = (ptrdiff_t)f.n * f.n;
@@ -1055,19 +1054,20 @@ static char *text_of(const Model *m, const int *tokens, int n) {
  *     before     how the untouched model sees the lesson, and where the gradient lies
  *     table      what "To be" becomes with each step size
  *     after      what was learned, and what it cost
- *     cure       what a prompt does that simply says where we are
+ *     cure       what a prompt does that names Shakespeare, without a step
  *
  * The theme is plasticity against stability.
  * A model that learns from one sentence is plastic, one that keeps what it knew is stable, and the
  * step size trades the one for the other.
- * What one would not expect is that there is a range where both are had: the whole soliloquy comes
- * back after a lesson of its first line, and business goes on as usual elsewhere.
- * The model knew the soliloquy all along; the step opened the door to it.
+ * The surprise is that some step sizes give both.
+ * After a lesson on its first line the model recites the whole soliloquy, and other texts go on as
+ * before.
+ * The model knew the soliloquy all along; the step only makes it more probable after "To be".
  */
 enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 }; // 128 rows of 32,000 logits: 16 MB
 typedef struct {
     const char *prompt; // is completed with each step
-    const char *cure;   // help without a step: a prompt that says where we are
+    const char *cure;   // a prompt for the untouched model that says what is wanted
     const char *lesson; // what is taught
     const char *sequel; // how it goes on: measured, not taught
     const char *other;  // something else, measured too
@@ -1182,17 +1182,14 @@ static void print_table(Table *table, const Experiment *e, char *const *texts) {
         at[i] = texts[i] + strspn(texts[i], SPACE);
     }
     end_heading(table);
-    for (;;) { // row by row, until the longest text is used up
-        bool more = false;
-        for (int i = 0; i < e->n_sizes; i++)
-            more = more || *at[i];
-        if (!more)
-            break;
+    for (bool more = true; more;) { // row by row, until the longest text is used up
+        more = false;
         for (int i = 0; i < e->n_sizes; i++) { // a text that is used up gives empty cells
             int n = (int)strcspn(at[i], SPACE);
             print_cell(table, at[i], n);
             at[i] += n;
             at[i] += strspn(at[i], SPACE);
+            more = more || *at[i];
         }
         end_row(table);
     }
@@ -1233,11 +1230,12 @@ static void print_loss(double loss, FILE *to) {
         fprintf(to, ",%.9g", loss);
 }
 
-// Plasticity against stability: what the lesson gained, and what everything else paid for it. norm2
-// is |g|²: a small move of the weights changes the loss by gradient . move, and the move is
-// -step_size * gradient; so if the loss were a straight line, a step would lower it by step_size
-// * |g|². Losses are sober ones, but "first order" starts from the loss of the lesson, which may be
-// drugged; then the two columns differ at step 0.
+// Plasticity against stability: what the lesson gained, and what everything else lost.
+// norm2 is |g|², the square of the gradient's length.
+// A small move of the weights changes the loss by gradient . move.
+// The step moves them by -step_size * gradient, so a straight line would fall by step_size * |g|².
+// That is the column "first order". It starts from the loss of the lesson, which may be drugged.
+// All other losses are sober ones. So with doses the first two columns differ at step size 0.
 // A file, if there is one, gets all that is shown, as CSV.
 static void print_after(Stepped *stepped, const Experiment *e, double norm2, FILE *to) {
     const Model *m = stepped->run.model;
@@ -1285,11 +1283,11 @@ static void print_after(Stepped *stepped, const Experiment *e, double norm2, FIL
     free(of_other);
 }
 
-// What a prompt (n) that says where we are does to the untouched model.
+// How the untouched model goes on after a prompt (n) that says what is wanted.
 static void print_cure(Stepped *stepped, const Experiment *e, const int *prompt, int n) {
     Experiment untouched = {.n_sizes = 1, .n_new = e->n_new}; // of step size 0
     char **text = write_columns(stepped, &untouched, prompt, n); // a table of one column
-    printf("\nThe other cure, without any step:\n\n%s\n", *text);
+    printf("\nThe untouched model, with a prompt that says what is wanted:\n\n%s\n", *text);
     free(*text);
     free(text);
 }
@@ -1536,13 +1534,13 @@ int main(int argc, char **argv) {
  * matmul in drugs.c goes along the rows of a matrix.
  * Going back through a matrix (dX += dY W) and forming a gradient (dW = dYᵀ X) go across: rows of b
  * are weighted and added up.
- * The same matrix a is read as it stands or the other way round, which is why it has two strides.
+ * a has two strides, because dY is read as it stands for dX and transposed for dW.
  *
  *                        columns of b and out
- *                   | strip | strip | strip | strip |     a thread takes a strip
- *       block of    |-------|                             and a block of its rows of b, which stays
- *       rows of b   |  32   |                             in the cache while all rows of out use it
- *                   |-------|
+ *                   | strip | strip | strip | strip |     a thread takes a strip of b,
+ *       block of    |-|-|-|-|                             32 rows of it, and 32 columns of these:
+ *       rows of b   | | | | |                             4 KB, which stay in the cache while
+ *                   |-|-|-|-|                             all rows of out use them
  *
  * Within a block the tile is 3 rows of out by 4 vecs: 12 sums in registers, and each vec of b that
  * is loaded serves three of them.

@@ -171,6 +171,7 @@ class TestGenerate(Case):
 
     def test_depth_and_spread_are_short_for_a_shape(self):
         for short, shape in ((["-d", ".5", "-w", ".25"], "ceil:.25=0,.5=1,.75=0"),
+                             (["-d", ".3", "-w", ".1"], "ceil:.2=0,.3=1,.4=0"),
                              (["-d", ".5"], "ceil:.4=0,.5=1,.6=0"),
                              (["-w", ".2"], "ceil:.2=0,.4=1,.6=0")):
             self.assertEqual(self.text("-V", "1", *short), self.text("-V", "1@" + shape), shape)

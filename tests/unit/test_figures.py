@@ -173,14 +173,14 @@ class TestStep(test_step_cli.Case):
         self.assertEqual(len(shown), 5)
 
     def test_the_table_and_the_cure_are_what_drugs_writes(self):
-        """A column of no step, and the text of the other cure, in full length and with -n."""
+        """A column of no step, and the text of the other prompt, in full length and with -n."""
         for n in "64", "9":
             out = self.good("-e", "0", "-n", n, "-i", "The weather", "-y", "You need")
             self.assertIn('"The weather" goes on like this', out)
             words = [row[0] for row in table(out)[1:]]
             self.assertEqual(words, output(test_cli.DRUGS, MODEL, "-i", "The weather", "-n",
                                            n).split())
-            cure = out.split("The other cure, without any step:\n\n")[1]
+            cure = out.split("with a prompt that says what is wanted:\n\n")[1]
             self.assertEqual(cure, output(test_cli.DRUGS, MODEL, "-i", "You need", "-n", n))
 
     def test_who_may_read_the_files(self):
@@ -212,7 +212,7 @@ class TestStep(test_step_cli.Case):
         """-x only says what counts, -f only what is measured at last."""
         def cure_and_sequel(*more):
             out = self.good("-e", "0", "-n", "5", *more)
-            return out.split("The other cure")[1], losses(out)["0"][2]
+            return out.split("The untouched model, with a prompt")[1], losses(out)["0"][2]
         plain = cure_and_sequel()
         self.assertEqual(plain, cure_and_sequel("-x", "all"))
         self.assertEqual(plain, cure_and_sequel("-x", "last"))

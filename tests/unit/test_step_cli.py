@@ -121,7 +121,7 @@ class TestExperiment(Case):
         self.assertEqual(after["0"][0], after["0"][1])      # no step, and first order agrees
         self.assertIn("loss of " + after["0"][0], out)
         for text in "be, or not to be, that is the question:", "slings and arrows":
-            self.assertIn(text, out.split("The other cure")[1])
+            self.assertIn(text, out.split("The untouched model, with a prompt")[1])
 
     def test_tables_in_files(self):
         path, markdown = self.path("table.csv"), self.path("table.md")
