@@ -40,6 +40,13 @@ answer 'memcpy(s.tokens, lab->prompt'
 
 # cppcheck takes a register of floats for one float
 answer 'memcpy(half, sum'
+# the heap holds merges that have a pair, and nothing else
+answer 'pair->rank'
+answer 'pair->left'
+# gcc 12 counts the bits of a vector of numbers as if it were one number
+answer '(wide & 0x8000) << 16'
+answer '(wide & 0x7FFF) << 13'
+answer 'return (vec)(wide << 16)'
 # a vocabulary has a piece at least, and the largest exp is 1
 answer 'return log(sum) + max'
 
