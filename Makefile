@@ -94,11 +94,14 @@ demo: drugs
 lesson: train_step
 	./train_step tests/hamlet.bin
 
+# Text as one word for the shell, whatever spaces and quotes are in it.
+quoted = '$(subst ','\'',$(1))'
+
 MODEL = tests/hamlet.bin
 ADVICE = Here is some advice: To be a good leader, you must
-TRIP = tests/lab $(MODEL) trip -i "$(ADVICE)" -V 1
-EXPLORE = tests/lab $(MODEL) explore -i "To be" -n 64
-PROBE = tests/lab $(MODEL) probe -i "To be" -n 40 -V .5 -k 20
+TRIP = tests/lab $(call quoted,$(MODEL)) trip -i "$(ADVICE)" -V 1
+EXPLORE = tests/lab $(call quoted,$(MODEL)) explore -i "To be" -n 64
+PROBE = tests/lab $(call quoted,$(MODEL)) probe -i "To be" -n 40 -V .5 -k 20
 trip: tests/lab
 	$(TRIP)
 
@@ -109,15 +112,15 @@ probe: tests/lab
 	$(PROBE)
 
 # The numbers stay in the folder lab.
+NOTE = The model is $(MODEL). The trip follows "$(ADVICE)", all else "To be".
 TABLES = $(patsubst %,lab/%.csv,trip explore probe words losses)
 page: tests/lab train_step
 	mkdir -p lab
 	$(TRIP) -o lab/trip.csv > lab/trip.txt
 	$(EXPLORE) -o lab/explore.csv > lab/explore.txt
 	$(PROBE) -o lab/probe.csv > lab/probe.txt
-	./train_step $(MODEL) -t lab/words.csv -a lab/losses.csv > lab/step.txt
-	python3 tests/laboratory/page.py $(TABLES) -o lab.html \
-		-n 'The model is $(MODEL). The trip follows "$(ADVICE)", all else "To be".'
+	./train_step $(call quoted,$(MODEL)) -t lab/words.csv -a lab/losses.csv > lab/step.txt
+	python3 tests/laboratory/page.py $(TABLES) -o lab.html -n $(call quoted,$(NOTE))
 
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)
@@ -156,12 +159,13 @@ golden:
 	mv tests/unit/golden.tmp tests/unit/golden.h
 
 # In the C tests leaks cannot be looked for: Criterion has threads of its own beside each of them. And
-# where a sandbox forbids what looking for leaks takes, even -h fails.
+# where a sandbox forbids what looking for leaks takes, even -h fails. The sanitizer ends a path at a
+# space, so the one to leaks.txt begins in this folder.
 debug:
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 $(MAKE) $(PROGRAMS) c_tests CFLAGS='$(SANITIZE)'
 	leaks=$$(ASAN_OPTIONS=detect_leaks=1 ./drugs -h > /dev/null 2>&1 && echo 1 || echo 0); \
 	echo "leaks are looked for: $$leaks"; \
-	LSAN_OPTIONS=print_suppressions=0:suppressions=$(CURDIR)/tests/judges/leaks.txt \
+	LSAN_OPTIONS=print_suppressions=0:suppressions=tests/judges/leaks.txt \
 		ASAN_OPTIONS=detect_leaks=$$leaks python3 -m unittest discover tests/unit
 
 # The tree that is changed is a copy. SEED says which changes, 1 unless it is given.

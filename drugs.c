@@ -2084,7 +2084,7 @@ static bool model_open(Model *m, const char *path) {
     *m = (Model){0};
     int fd = open(path, O_RDONLY);
     if (fd < 0)
-        return broken(m, "cannot be opened; is the path right?");
+        return broken(m, "cannot be opened: %s", strerror(errno));
     // A folder can be opened, too, and a pipe cannot be mapped.
     bool regular = !fstat(fd, &info) && S_ISREG(info.st_mode) && info.st_size > 0;
     size_t n_bytes = regular ? (size_t)info.st_size : 0; // and 0 bytes cannot be mapped
@@ -2146,8 +2146,7 @@ typedef struct {
 
 // For qsort: the most probable one first.
 static int by_probability(const void *a, const void *b) {
-    const Candidate *x = a;
-    const Candidate *y = b;
+    const Candidate *x = a, *y = b;
     if (x->p != y->p)
         return x->p < y->p ? 1 : -1;
     return x->token - y->token;
@@ -2200,7 +2199,9 @@ typedef struct {
     uint64_t seed;
     int family;
     Dose doses[N_SITES];
-    double depth, spread; // of the doses that have no shape of their own; -1: not given
+    bool plain;           // whether there are doses without a shape of their own: ...
+    bool somewhere;       // ... whether they act within `spread` of `depth`, or everywhere
+    float depth, spread;
 } NoiseOptions;
 
 typedef struct {
@@ -2255,12 +2256,13 @@ static const char *ending(const Model *m, int token) {
 // So its last token predicts soberly, and the first new token is a sober one, too.
 static void reply(Talk *talk, const int *tokens, int n) {
     const Options *options = talk->options;
-    const Config *c = &talk->run.model->config;
+    const Model *m = talk->run.model;
+    const Config *c = &m->config;
     Sequence *s = &talk->sequence;
     int room = c->seq_len - s->length - n; // in the context, after the prompt
     // The last token that is written need not be read, so there is room for one more.
     int most = options->n_new && options->n_new <= room ? options->n_new : room + 1;
-    sequence_reserve(talk->run.model, s, s->length + n + most - 1);
+    sequence_reserve(m, s, s->length + n + most - 1);
 
     double start = now();
     int how = options->drugged_prompt ? DRUGGED | WANTS_LOGITS : WANTS_LOGITS;
@@ -2271,10 +2273,10 @@ static void reply(Talk *talk, const int *tokens, int n) {
     for (int i = 1; !talk->stopped_at; i++) {
         // The loop of every language model: choose a token, let the model read it, choose again.
         int token = choose(logits, c->vocab_size, &options->dice, s->noise.seed, s->length);
-        talk->stopped_at = ending(talk->run.model, token);
+        talk->stopped_at = ending(m, token);
         if (talk->stopped_at)
             break;
-        print_token(&talk->printer, talk->run.model, token);
+        print_token(&talk->printer, m, token);
         flush_output(); // so that the text appears as it is written
         talk->n_new++; // the token is written, but not read yet
         if (i == most)
@@ -2375,104 +2377,69 @@ static void write_round(Writer *writer, const Talk *talk, Span question) {
     write_span(writer, chat_string(m, AFTER_QUESTION), false);
 }
 
-// One round of a conversation.
+// One round of a conversation: a question, which may end a line, and the answer.
 // What was said before is in the cache.
-// Returns false when the context is full.
-static bool chat_round(Talk *talk, Span question) {
+static void chat_round(Talk *talk, Span question) {
     const Model *m = talk->run.model;
-    Sequence *s = &talk->sequence;
+    int length = talk->sequence.length;
+    while (question.length && strchr("\r\n", question.bytes[question.length - 1]))
+        question.length--; // the end of the line is not part of what was said
+    if (!question.length)
+        return;
     Writer writer = {0};
     write_round(&writer, talk, question);
     Source round = {
         .bytes = writer.bytes,
         .n = writer.n,
-        .start = s->length ? CONTINUED : AT_START,
-        .bos = !s->length,
+        .start = length ? CONTINUED : AT_START,
+        .bos = !length,
         .controls = true,
         .typed = writer.typed,
     };
     int n;
     int *tokens = encode(m, round, &n);
-    free(writer.bytes);
-    free(writer.typed);
-
-    // The last answer stopped before its end piece, so the model has not read that yet.
-    // It reads it now, soberly, as it is no part of the question.
-    int n_closing = 0;
-    for (int i = 0; i < n && s->length && !n_closing; i++)
-        if (kind_of(m, tokens[i]) == END)
-            n_closing = i + 1;
-    n -= n_closing;
-    int room = m->config.seq_len - s->length - n_closing;
-    if (room < 1) {
-        fprintf(stderr, "%s: the context is full, the conversation ends here\n", program);
-    } else if (n > room) {
+    int room = m->config.seq_len - length;
+    if (n > room) {
         fprintf(stderr, "%s: that is %d tokens, the context has room for %d\n", program, n, room);
     } else {
-        feed(&talk->run, s, tokens, n_closing, 0);
         talk->printer.at_start = true;
-        reply(talk, tokens + n_closing, n);
+        reply(talk, tokens, n);
         puts("");
         flush_output();
     }
     free(tokens);
-    return room >= 1;
+    free(writer.bytes);
+    free(writer.typed);
 }
 
-// A conversation with a person who types on standard input.
+// A conversation with a person who types on standard input; the first question may be the prompt.
 // The cold shower is taken before each question, unless -c is 0.
 static void chat(Talk *talk) {
     if (!has_chat(talk->run.model))
         die(1, "this model has no form of a chat that is known; give it a prompt with -i");
     char *line = NULL;
     size_t line_size = 0;
-    for (bool goes_on = true; goes_on;) {
-        fputs("> ", stderr); // not stdout: there is nothing but the model's text
-        fflush(stderr);
+    chat_round(talk, (Span){talk->options->prompt, strlen(talk->options->prompt)});
+    for (;;) {
+        if (talk->sequence.length == talk->run.model->config.seq_len) {
+            fprintf(stderr, "%s: the context is full, the conversation ends here\n", program);
+            break;
+        }
         if (talk->options->shower_every)
             talk->n_showers += cold_shower(&talk->run, &talk->sequence) > 0;
+        fputs("> ", stderr); // not stdout: there is nothing but the model's text
         ssize_t n = getline(&line, &line_size, stdin);
         // A disk failed, perhaps half way, or a line is longer than memory.
         if (ferror(stdin) || (n < 0 && !feof(stdin)))
             die(1, "standard input cannot be read");
-        if (n < 0) { // Ctrl-D
-            talk->stopped_at = NULL;
+        if (n < 0) {
+            talk->stopped_at = "Ctrl-D";
             break;
         }
-        while (n > 0 && (line[n - 1] == '\n' || line[n - 1] == '\r'))
-            n--; // the end of the line is not part of what was said
-        if (n)
-            goes_on = chat_round(talk, (Span){line, n});
+        chat_round(talk, (Span){line, n});
     }
     fputs("\n", stderr);
     free(line);
-}
-
-// Generates or chats, and says on stderr how fast.
-static void converse(const Model *m, const Options *options, Noise noise) {
-    enum { BLOCK = 256 }; // rows of a prompt that are computed at once: enough to use
-                          // each weight often, and little memory
-    Talk talk = {
-        .options = options,
-        .sequence = sequence_new(noise),
-        .printer = {.to = stdout, .at_start = true, .terminal = isatty(STDOUT_FILENO)},
-    };
-    run_init(&talk.run, m, BLOCK, 1);
-    if (options->chat)
-        chat(&talk);
-    else
-        generate(&talk);
-    flush_output(); // first the text, then the figures
-    const char *stopped_at = talk.stopped_at ? talk.stopped_at : "Ctrl-D";
-    fprintf(stderr,
-            "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
-            talk.n_prompt, talk.n_prompt / fmax(talk.prompt_seconds, 1e-9),
-            talk.n_new, talk.n_new / fmax(talk.new_seconds, 1e-9),
-            stopped_at,
-            (unsigned long long)noise.seed,
-            talk.n_showers, talk.n_showers == 1 ? "" : "s");
-    run_free(&talk.run);
-    sequence_free(m, &talk.sequence);
 }
 
 /* ================================================================================================
@@ -2480,7 +2447,8 @@ static void converse(const Model *m, const Options *options, Noise noise) {
  *
  * The model comes first, then options. getopt of the C library takes the line apart.
  * All programs read the options about noise with the same functions.
- * A value that makes no sense ends the program with status 2, before anything is computed.
+ * A value that makes no sense ends the program with status 2, before anything is computed, and so
+ * does an option that would change nothing.
  * So no run has a dose that you did not ask for.
  */
 
@@ -2491,59 +2459,51 @@ static double number(int option,
                      double least, double most) {
     char *end;
     double x = strtod(text, &end);
-    if (end == text || *end || !isfinite(x)) // nothing read, something left, or nan and inf
-        die(2, "-%c takes %s, got '%s'", option, what, text);
-    if (x < least || x > most)
-        die(2, "-%c takes %s from %.16g to %.16g, got '%s'", option, what, least, most, text);
+    // Nothing was read, something is left, or it is out of range, as inf and nan are.
+    if (end == text || *end || !(x >= least && x <= most))
+        die(2, "-%c takes %s from %g to %.10g, got '%s'%s", option, what, least, most, text,
+            strchr(text, ',') ? "; a point is the decimal sign" : "");
     return x;
 }
 
-// The same for whole numbers up to 2^53, which a double holds exactly.
 static int64_t whole_number(int option, const char *what, const char *text, double least,
                             double most) {
-    double x = number(option, what, text, -INFINITY, INFINITY);
-    if (x != floor(x)) // 1.5 is no number of tokens, and says so before its size is looked at
-        die(2, "-%c takes %s, got '%s'", option, what, text);
-    return (int64_t)number(option, what, text, least, most);
+    double x = number(option, what, text, least, most);
+    if (x != floor(x)) // 1.5 is no number of tokens
+        die(2, "-%c takes %s, a whole number, got '%s'", option, what, text);
+    return (int64_t)x;
 }
 
-// The whole of a stream that an option named, as a string.
-// The caller frees it, or keeps it until the program ends.
-static char *read_stream(int option, const char *name, FILE *stream) {
-    enum { BLOCK = 1 << 16 };
-    char *text = NULL;
-    size_t n = 0;
-    for (size_t n_read = stream != NULL; n_read > 0; n += n_read) {
-        text = resize(text, n + BLOCK + 1, 1);
-        n_read = fread(text + n, 1, BLOCK, stream);
-    }
-    if (!stream || ferror(stream)) // it could not be opened, or a disk failed
+// The whole of a stream that an option named, as a string, which stays until the program ends.
+// Files are closed.
+static const char *read_stream(int option, const char *name, FILE *stream) {
+    size_t size = 1;
+    char *text = resize(NULL, 1, size); // "", as an empty stream leaves it
+    ssize_t n = stream ? getdelim(&text, &size, '\0', stream) : -1; // up to the first zero byte
+    // It could not be opened, a disk failed, or there is more than memory.
+    if (!stream || ferror(stream) || (n < 0 && !feof(stream)))
         die(1, "-%c: %s cannot be read: %s", option, name, strerror(errno));
-    text[n] = '\0';
-    if (strlen(text) != n) // UTF-16, most likely
+    if (n > 0 && !text[n - 1]) // UTF-16, most likely
         die(1, "-%c: %s has a zero byte in it; save it as UTF-8 text", option, name);
-    if (!strncmp(text, "\xEF\xBB\xBF", 3)) // the mark that some editors put in front
-        memmove(text, text + 3, n - 2);
-    return text;
+    if (stream != stdin)
+        fclose(stream);
+    bool marked = !strncmp(text, "\xEF\xBB\xBF", 3); // as some editors do
+    return marked ? text + 3 : text;
 }
 
 // What an option says: the text itself, @FILE for the text of a file, - for standard input.
 static const char *text_of_option(int option, const char *value) {
     if (!strcmp(value, "-")) // the usual sign for it
         return read_stream(option, "standard input", stdin);
-    if (*value != '@')
-        return value;
-    FILE *file = fopen(value + 1, "rb");
-    const char *text = read_stream(option, value + 1, file);
-    fclose(file);
-    return text;
+    return *value == '@' ? read_stream(option, value + 1, fopen(value + 1, "rb")) : value;
 }
 
-// For qsort: from the first layer towards the last.
-static int by_depth(const void *a, const void *b) {
-    float x = ((const Point *)a)->depth;
-    float y = ((const Point *)b)->depth;
-    return (x > y) - (x < y);
+// Puts a point among those of a dose: they are sorted by depth.
+static void add_point(Dose *dose, Point point) {
+    int at = dose->n_points++;
+    for (; at > 0 && dose->points[at - 1].depth > point.depth; at--)
+        dose->points[at] = dose->points[at - 1];
+    dose->points[at] = point;
 }
 
 // Reads "mode:depth=ratio,depth=ratio,..." into the dose. False if that is not what it is.
@@ -2553,41 +2513,36 @@ static bool parse_shape(Dose *dose, const char *text) {
         [MODE_FLOOR] = "floor:",
         [MODE_INTERPOLATE] = "interpolate:",
     };
-    dose->mode = 0; // find the mode whose name begins the text
-    while (strncmp(text, modes[dose->mode], strlen(modes[dose->mode])))
+    size_t n = strcspn(text, ":"); // the length of the mode's name
+    dose->mode = 0;
+    while (strncmp(text, modes[dose->mode], n + 1))
         if (++dose->mode == N_MODES)
             return false;
-    text += strlen(modes[dose->mode]);
-    dose->n_points = 0;
-    for (;;) { // a point and, after a comma, the next one
-        if (dose->n_points == MAX_POINTS)
-            return false;
-        Point *point = &dose->points[dose->n_points++];
+    text += n;
+    do { // at the colon, and then at each comma: a point follows
+        Point point;
         int n_read = 0;
-        if (sscanf(text, "%f=%f%n", &point->depth, &point->ratio, &n_read) != 2)
+        // Its numbers are so small that no theta becomes infinite, and not nan.
+        if (dose->n_points == MAX_POINTS ||
+            sscanf(text + 1, "%f=%f%n", &point.depth, &point.ratio, &n_read) != 2 ||
+            !(fabsf(point.depth) <= 1000 && point.ratio >= 0 && point.ratio <= 1000))
             return false;
-        // So small that no theta becomes infinite, and not nan.
-        if (!(fabsf(point->depth) <= 1000 && point->ratio >= 0 && point->ratio <= 1000))
-            return false;
-        text += n_read;
-        if (*text != ',')
-            break;
-        text++;
-    }
-    qsort(dose->points, dose->n_points, sizeof *dose->points, by_depth);
+        add_point(dose, point);
+        text += 1 + n_read;
+    } while (*text == ',');
     return !*text; // or something stands after the last point
 }
 
 // Reads theta, or theta@shape.
 static void parse_dose(Dose *dose, int option, const char *text) {
-    const char *at = strchr(text, '@'); // where the shape begins
-    char *theta = strndup(text, at ? (size_t)(at - text) : strlen(text));
+    size_t n = strcspn(text, "@"); // the length of theta
+    char *theta = strndup(text, n);
     if (!theta)
         die(1, "out of memory");
-    dose->theta = number(option, "an angle in radians", theta, 0, 1000);
+    // More than half a turn was meant in degrees. A shape that was given before is forgotten.
+    *dose = (Dose){.theta = number(option, "radians (degrees / 57.3)", theta, 0, 3.1416)};
     free(theta);
-    dose->n_points = 0; // of a shape that was given before
-    if (at && !parse_shape(dose, at + 1))
+    if (text[n] && !parse_shape(dose, text + n + 1))
         die(2, "-%c takes a shape like .3@ceil:.2=0,.4=1,.6=0 (at most %d points), got '%s'",
             option, MAX_POINTS, text);
 }
@@ -2595,21 +2550,25 @@ static void parse_dose(Dose *dose, int option, const char *text) {
 // The options about noise, for getopt: a colon stands after each that takes a value.
 #define NOISE_OPTIONS "H:Q:K:V:A:d:w:r:s:"
 _Static_assert(sizeof NOISE_OPTIONS == 2 * (N_SITES + 4) + 1, "each site has an option");
-static const NoiseOptions NO_NOISE_OPTIONS = {.seed = 420, .depth = -1, .spread = -1};
+static const NoiseOptions NO_NOISE_OPTIONS = {.seed = 420, .depth = .4f, .spread = .1f};
 
 // Takes an option if it is one about noise; false if it is not.
 static bool take_noise_option(NoiseOptions *options, int letter, const char *value) {
     const char *site = strchr(SITES, letter);
     if (site) {
-        parse_dose(&options->doses[site - SITES], letter, value); // the letter's place: the site
+        Dose *dose = &options->doses[site - SITES]; // the letter's place is the site
+        parse_dose(dose, letter, value);
+        options->plain = options->plain || !dose->n_points;
         return true;
     }
     switch (letter) {
     case 'd': // depth
-        options->depth = number('d', "a depth", value, 0, 1);
+        options->depth = (float)number('d', "a depth", value, 0, 1);
+        options->somewhere = true;
         return true;
     case 'w': // width
-        options->spread = number('w', "a spread", value, 0, 1);
+        options->spread = (float)number('w', "a spread", value, 0, 1);
+        options->somewhere = true;
         return true;
     case 'r': // random family
         if (strcmp(value, "centred") && strcmp(value, "upstream"))
@@ -2617,31 +2576,22 @@ static bool take_noise_option(NoiseOptions *options, int letter, const char *val
         options->family = strcmp(value, "upstream") ? FAMILY_CENTRED : FAMILY_UPSTREAM;
         return true;
     case 's': // seed
-        options->seed = whole_number('s', "a whole number", value, 0, 0x1p53);
+        // A double holds such a number exactly, and the laboratory's seeds after it.
+        options->seed = whole_number('s', "a seed", value, 0, 1e15);
         return true;
     }
     return false;
 }
 
 // -d and -w: the layers within `spread` of `depth` get theta, all others nothing.
-// It is the shape of the original's examples.
-// Without -d the depth is the original's .4, without -w the spread is the original's .1.
-// A dose with a shape of its own keeps it.
+// It is the shape of the original's examples. A dose with a shape of its own keeps it.
 static void give_shape(NoiseOptions *options) {
-    if (options->depth < 0 && options->spread < 0)
-        return;
-    double depth = options->depth < 0 ? .4 : options->depth;
-    double spread = options->spread < 0 ? .1 : options->spread;
-    for (int site = 0; site < N_SITES; site++) {
-        Dose *dose = &options->doses[site];
-        if (dose->n_points)
-            continue; // it has a shape of its own
-        dose->mode = MODE_CEIL;
-        dose->n_points = 3;
-        dose->points[0] = (Point){(float)(depth - spread), 0};
-        dose->points[1] = (Point){(float)depth, 1};
-        dose->points[2] = (Point){(float)(depth + spread), 0};
-    }
+    char shape[64]; // 9 digits tell all floats apart
+    snprintf(shape, sizeof shape, "ceil:%.9g=0,%.9g=1,%.9g=0", options->depth - options->spread,
+             options->depth, options->depth + options->spread);
+    for (int site = 0; site < N_SITES; site++)
+        if (options->somewhere && !options->doses[site].n_points)
+            parse_shape(&options->doses[site], shape);
 }
 
 // The noise of a model that is dosed like this.
@@ -2665,29 +2615,71 @@ static void show_help(const char *usage, bool asked) {
     exit(asked ? 0 : 2);
 }
 
-// Opens standard streams that are closed, so that no file becomes one of them.
-static void open_standard_streams(void);
+// A program may be started with standard streams closed.
+// Then the next file that it opens would become one of them, and messages would end up in it.
+static void open_standard_streams(void) {
+    int file;
+    do
+        file = open("/dev/null", O_RDWR);
+    while (file >= 0 && file <= STDERR_FILENO);
+    close(file); // one more than was needed
+    signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like any other
+}
+
+// What every main begins with.
+// n_words come before the options: the model, and in the laboratory the experiment.
+static void begin_program(int argc, char **argv, int n_words, const char *usage) {
+    open_standard_streams();
+    for (int i = 1; i <= n_words; i++)
+        if (i == argc || !strcmp(argv[i], "-h") || !strcmp(argv[i], "--help"))
+            show_help(usage, i < argc);
+    if (*argv[1] == '-')
+        die(2, "the model file comes first; %s -h lists what follows", program);
+    optind = n_words + 1; // where getopt begins
+}
+
+static char given[CHAR_MAX + 1]; // the letters of all options that next_option has found
 
 // The next option of the command line, read with getopt; its value is in optarg.
 // -1 after the last one.
 // -h shows the help; what is no option, or lacks its value, ends the program.
 static int next_option(int argc, char **argv, const char *letters, const char *usage) {
     int letter = getopt(argc, argv, letters); // ':': no value. '?': no such option, see optopt
-    if (letter == 'h')
+    // getopt knows no --help: it stops within this word, at its second character.
+    bool long_help = letter == '?' && optind < argc && !strcmp(argv[optind], "--help");
+    if (letter == 'h' || long_help)
         show_help(usage, true);
     if (letter == ':')
         die(2, "-%c needs a value; %s -h lists the options", optopt, program);
     if (letter == '?')
         die(2, "'-%c' is not an option; %s -h lists them", optopt, program);
     if (letter < 0 && optind < argc) // a word that belongs to no option
-        die(2, "'%s' is not an option; %s -h lists them", argv[optind], program);
+        die(2, "'%s' is not an option; a text of several words goes in quotes", argv[optind]);
+    if (letter > 0 && !strchr(given, letter))
+        given[strlen(given)] = (char)letter;
     return letter;
+}
+
+// What options need in order to have any effect.
+typedef struct {
+    const char *letters; // of the options; NULL after the last line of a table
+    bool met;            // whether this run has what they need, ...
+    const char *needs;   // ... in words
+} Need;
+
+// Ends the program if an option was given that lacks what it needs.
+static void check_needs(const Need *need) {
+    for (; need->letters; need++) {
+        const char *letter = strpbrk(need->letters, given);
+        if (letter && !need->met)
+            die(2, "-%c needs %s", *letter, need->needs);
+    }
 }
 
 #ifndef DRUGS_LIBRARY
 static const char USAGE[] =
     "usage: drugs <model.bin> [options]\n"
-    "  -i <text>    prompt; @file: the text of a file, -: standard input\n"
+    "  -i <text>    prompt, or first question; @file: the text of a file, -: standard input\n"
     "  -x           <s> and the like in the prompt are control pieces, and not just characters\n"
     "  -n <tokens>  how many to write, 0: until the text ends or the context is full (256)\n"
     "  -m <mode>    generate (default) or chat\n"
@@ -2704,7 +2696,22 @@ static const char USAGE[] =
     "               each question; 0: never (420)\n"
     "  -t <temp>    temperature, 0: take the most probable token (0)\n"
     "  -p <top_p>   keep the most probable tokens up to this probability, with -t (.9)\n"
-    "  -h           this help\n";
+    "  -h, --help   this help\n"
+    "An option that would change nothing in a run is an error.\n";
+
+// Which option goes with which.
+static void check_drugs(const Options *options) {
+    bool dosed = strpbrk(given, SITES);
+    check_needs((const Need[]){
+        {"dw", options->noise.plain, "a dose without a shape, like -V .3"},
+        {"cru", dosed, "a dose, like -V .3"},
+        {"s", dosed || strchr(given, 't'), "a dose, like -V .3, or a temperature: -t"},
+        {"p", strchr(given, 't'), "a temperature: -t"},
+        {"x", strchr(given, 'i') && !options->chat, "a prompt, -i, and no -m chat"},
+        {"y", options->chat, "-m chat"},
+        {0},
+    });
+}
 
 static Options parse_options(int argc, char **argv) {
     // What is not said is as the help text has it.
@@ -2716,7 +2723,6 @@ static Options parse_options(int argc, char **argv) {
         .noise = NO_NOISE_OPTIONS,
     };
     int letter;
-    optind = 2; // after the model
     while ((letter = next_option(argc, argv, ":huxi:n:m:y:c:t:p:" NOISE_OPTIONS, USAGE)) >= 0) {
         if (take_noise_option(&options.noise, letter, optarg))
             continue;
@@ -2752,22 +2758,40 @@ static Options parse_options(int argc, char **argv) {
             break;
         }
     }
+    check_drugs(&options);
     give_shape(&options.noise); // once -d and -w are both known
     return options;
 }
 
 int main(int argc, char **argv) {
-    open_standard_streams();
-    if (argc < 2 || !strcmp(argv[1], "-h"))
-        show_help(USAGE, argc > 1);
-    if (argv[1][0] == '-') // an option where the model should be
-        die(2, "the model file comes first, then the options; %s -h lists them", program);
+    enum { BLOCK = 256 }; // rows of a prompt that are computed at once: enough to use
+                          // each weight often, and little memory
+    begin_program(argc, argv, 1, USAGE);
     const Options options = parse_options(argc, argv);
     Model model;
     if (!model_open(&model, argv[1]))
         die(1, "%s: %s", argv[1], model.error);
     const Noise noise = noise_of(&options.noise, &model);
-    converse(&model, &options, noise);
+    Talk talk = {
+        .options = &options,
+        .sequence = sequence_new(noise),
+        .printer = {.to = stdout, .at_start = true, .terminal = isatty(STDOUT_FILENO)},
+    };
+    run_init(&talk.run, &model, BLOCK, 1);
+    if (options.chat)
+        chat(&talk);
+    else
+        generate(&talk);
+    flush_output(); // first the text, then the figures
+    fprintf(stderr,
+            "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
+            talk.n_prompt, talk.n_prompt / fmax(talk.prompt_seconds, 1e-9),
+            talk.n_new, talk.n_new / fmax(talk.new_seconds, 1e-9),
+            talk.stopped_at,
+            (unsigned long long)noise.seed,
+            talk.n_showers, talk.n_showers == 1 ? "" : "s");
+    run_free(&talk.run);
+    sequence_free(&model, &talk.sequence);
     free((float *)noise.theta); // which noise_of made
     model_close(&model);
     return 0;
@@ -2960,8 +2984,9 @@ static inline __attribute__((always_inline)) void
 chunk(float *out, const float *x, Weights w, ptrdiff_t first, ptrdiff_t n_w,
       ptrdiff_t n_rows, ptrdiff_t n_in, ptrdiff_t n_out) {
     const ptrdiff_t last = first + n_w;
-    ptrdiff_t n_block = X_BYTES / (n_in * (ptrdiff_t)sizeof *x) / TILE_X * TILE_X;
-    n_block = n_block < TILE_X ? TILE_X : n_block;
+    // whole tiles, one at least
+    // as many rows of x as fill these bytes, in whole tiles
+    const ptrdiff_t n_block = ((X_BYTES - 1) / (TILE_X * n_in * (ptrdiff_t)sizeof *x) + 1) * TILE_X;
     for (ptrdiff_t begin = 0; begin < n_rows; begin += n_block) {
         const ptrdiff_t end = min(begin + n_block, n_rows);
         ptrdiff_t o = first;
@@ -3029,9 +3054,9 @@ static void all_layers(Run *run) {
     for (int layer = 0; layer < n_layers; layer++) {
         const bool other = trial && layer == 1;
         solo = run->n_rows == 1 && team.one_thread != other;
-        double start = trial ? now() : 0;
+        double start = now();
         layer_forward(run, layer);
-        if (trial && layer > 0)
+        if (layer > 0)
             seconds[other] = fmin(seconds[other], now() - start);
     }
     if (!trial)
@@ -3114,13 +3139,13 @@ static void cos_sin_of(double angle, double *cosine, double *sine) {
         s = 1 - r * r * (1.0 / (k * (k + 1))) * s;
     }
     s *= r;
-    int quarter = (int)n & 3; // each makes (-s, c) of (c, s)
-    *cosine = quarter & 1 ? s : c;
-    *sine = quarter & 1 ? c : s;
-    if (quarter == 1 || quarter == 2)
-        *cosine = -*cosine;
-    if (quarter >= 2)
-        *sine = -*sine;
+    for (int quarter = (int)n & 3; quarter > 0; quarter--) { // each makes (-s, c) of (c, s)
+        double old = c;
+        c = -s;
+        s = old;
+    }
+    *cosine = c;
+    *sine = s;
 }
 
 // In double precision: an angle of thousands of radians leaves a float only three digits
@@ -3158,17 +3183,6 @@ static void die(int status, const char *format, ...) {
     exit(status);
 }
 
-// A program may be started with standard streams closed.
-// Then the next file that it opens would become one of them, and messages would end up in it.
-static void open_standard_streams(void) {
-    int file = open("/dev/null", O_RDWR);
-    while (file >= 0 && file <= STDERR_FILENO)
-        file = open("/dev/null", O_RDWR);
-    if (file >= 0)
-        close(file);
-    signal(SIGXFSZ, SIG_IGN); // a file that may not grow is an error like any other
-}
-
 static void *resize(void *old, ptrdiff_t count, size_t size) {
     size_t n = count > 0 ? (size_t)count : 1; // so that something comes back for 0, too
     void *memory = NULL;
@@ -3179,31 +3193,25 @@ static void *resize(void *old, ptrdiff_t count, size_t size) {
     return memory;
 }
 
+// k and v are the two halves of one list.
 static void sequence_reserve(const Model *m, Sequence *s, int capacity) {
     int n_layers = m->config.n_layers;
-    ptrdiff_t size = (ptrdiff_t)capacity * m->config.kv_dim;
     if (capacity <= s->capacity)
         return;
-    if (!s->k) { // a new sequence: NULL for each layer, which resize takes for a new beginning
-        s->k = resize(NULL, n_layers, sizeof *s->k);
-        s->v = resize(NULL, n_layers, sizeof *s->v);
-    }
-    for (int l = 0; l < n_layers; l++) {
-        s->k[l] = resize(s->k[l], size, sizeof(float));
-        s->v[l] = resize(s->v[l], size, sizeof(float));
-    }
+    // Of a new sequence: NULL for each layer, which resize takes for a new beginning.
+    s->k = resize(s->k, 2 * n_layers, sizeof *s->k);
+    s->v = s->k + n_layers;
+    for (int l = 0; l < 2 * n_layers; l++)
+        s->k[l] = resize(s->k[l], (ptrdiff_t)capacity * m->config.kv_dim, sizeof(float));
     s->tokens = resize(s->tokens, capacity, sizeof *s->tokens);
     s->capacity = capacity;
 }
 
 static void sequence_free(const Model *m, Sequence *s) {
     // If nothing was reserved there is nothing to free.
-    for (int l = 0; s->k && l < m->config.n_layers; l++) {
+    for (int l = 0; s->k && l < 2 * m->config.n_layers; l++)
         free(s->k[l]);
-        free(s->v[l]);
-    }
     free(s->k);
-    free(s->v);
     free(s->tokens);
     *s = (Sequence){0};
 }
@@ -3222,29 +3230,29 @@ static void run_init(Run *run, const Model *m, int max_rows, int n_slots) {
     // All other members begin as 0 and NULL.
     *run = (Run){.model = m, .max_rows = max_rows, .n_slots = n_slots};
     run->slots = resize(NULL, n_slots, sizeof *run->slots);
-    for (int i = 0; i < n_slots; i++) { // in the order of the drawing
-        Slot *slot = &run->slots[i];
-        slot->x = new_buffer(run, c->dim);
-        slot->xn = new_buffer(run, c->dim);
-        slot->q = new_buffer(run, c->q_dim);
-        slot->k = new_buffer(run, c->kv_dim);
-        slot->v = new_buffer(run, c->kv_dim);
-        slot->att = new_buffer(run, c->q_dim);
-        slot->xm = new_buffer(run, c->dim);
-        slot->fn = new_buffer(run, c->dim);
-        slot->gate = new_buffer(run, c->hidden_dim);
-        slot->up = new_buffer(run, c->hidden_dim);
-        slot->h = new_buffer(run, c->hidden_dim);
-    }
+    for (int i = 0; i < n_slots; i++)
+        run->slots[i] = (Slot){
+            .x = new_buffer(run, c->dim),
+            .xn = new_buffer(run, c->dim),
+            .q = new_buffer(run, c->q_dim),
+            .k = new_buffer(run, c->kv_dim),
+            .v = new_buffer(run, c->kv_dim),
+            .att = new_buffer(run, c->q_dim),
+            .xm = new_buffer(run, c->dim),
+            .fn = new_buffer(run, c->dim),
+            .gate = new_buffer(run, c->hidden_dim),
+            .up = new_buffer(run, c->hidden_dim),
+            .h = new_buffer(run, c->hidden_dim),
+        };
     // what all layers share
     run->added = new_buffer(run, c->dim);
     run->cos_sin = new_buffer(run, c->head_dim);
+    run->direction = new_buffer(run, c->dim); // of which it takes a row
     run->last_x = new_buffer(run, c->dim);
     run->last_xn = new_buffer(run, c->dim);
     run->logits = new_buffer(run, c->vocab_size);
     run->block = resize(NULL, max_rows, sizeof *run->block);
     run->wanted = resize(NULL, max_rows, sizeof *run->wanted);
-    run->direction = resize(NULL, c->dim, sizeof(float));
     run->heads = resize(NULL, c->n_heads * head_scratch(c), sizeof(float));
 }
 
@@ -3255,7 +3263,6 @@ static void run_free(Run *run) {
     free(run->slots);
     free(run->block);
     free(run->wanted);
-    free(run->direction);
     free(run->heads);
     *run = (Run){0};
 }

@@ -1348,7 +1348,8 @@ static const char STEP_USAGE[] =
     "  -a <file>    the losses after the step as .csv; tests/laboratory/page.py draws both\n"
     "  -o <file>    the stepped model, a .bin, for one step size\n"
     "  -H -Q -K -V -A <theta>, -d, -w, -r, -s  doses for the lesson, as in drugs\n"
-    "  -h           this help\n";
+    "  -h, --help   this help\n"
+    "An option that would change nothing in a run is an error.\n";
 
 // What is taught if nothing else is asked for, and how it goes on (Hamlet, act 3).
 static const char PHRASE[] = "To be, or not to be, that is the question:";
@@ -1372,12 +1373,11 @@ static void parse_step_sizes(Experiment *e, const char *list) {
     if (!copy)
         die(1, "out of memory");
     e->n_sizes = 0; // what was the default, or said before, is forgotten
-    for (char *one = copy, *next; one; one = next) {
-        next = strchr(one, ',');
-        if (next)
-            *next++ = '\0';
+    for (char *rest = copy, *one; (one = strsep(&rest, ","));) {
         if (e->n_sizes == MAX_STEP_SIZES)
             die(2, "-e takes at most %d step sizes", MAX_STEP_SIZES);
+        if (*one == '0' && isdigit((unsigned char)one[1])) // 0,001 is not meant as 0 and 1
+            die(2, "-e takes step sizes like 0,1e-3, got '%s'; a point is the decimal sign", list);
         e->step_sizes[e->n_sizes++] = number('e', "step sizes like 0,1e-3", one, 0, 1000);
     }
     free(copy);
@@ -1424,6 +1424,18 @@ static void take_option(Experiment *e, int letter, const char *value) {
     }
 }
 
+// Which option goes with which.
+static void check_step(const Experiment *e) {
+    bool same = e->table_path && e->loss_path && !strcmp(e->table_path, e->loss_path);
+    check_needs((const Need[]){
+        {"dw", e->noise.plain, "a dose without a shape, like -V .3"},
+        {"rs", strpbrk(given, SITES), "a dose, like -V .3"},
+        {"o", e->n_sizes == 1, "one step size, -e, as it writes one model"},
+        {"a", !same, "another file than -t"},
+        {0},
+    });
+}
+
 static Experiment parse_experiment(int argc, char **argv) {
     Experiment e = {
         .prompt = "To be",
@@ -1434,20 +1446,16 @@ static Experiment parse_experiment(int argc, char **argv) {
     };
     int letter;
     parse_step_sizes(&e, "0,1e-4,1e-3,2e-3,3e-3,5e-3,1e-2,1e-1");
-    optind = 2; // after the model
     while ((letter = next_option(argc, argv, ":hl:i:e:n:x:g:f:y:t:a:o:" NOISE_OPTIONS,
                                  STEP_USAGE)) >= 0)
         if (!take_noise_option(&e.noise, letter, optarg))
             take_option(&e, letter, optarg);
+    check_step(&e);
     give_shape(&e.noise);
     if (!e.sequel) // a lesson of one's own has no sequel unless one is given
         e.sequel = e.lesson ? "" : SEQUEL;
     if (!e.lesson) // unless it was given
         e.lesson = PHRASE;
-    if (e.table_path && e.loss_path && !strcmp(e.table_path, e.loss_path))
-        die(2, "-t and -a write two tables, not one: %s", e.table_path);
-    if (e.model_path && e.n_sizes != 1)
-        die(2, "-o writes one model, so -e must be one step size");
     return e;
 }
 
@@ -1481,9 +1489,7 @@ static void teach(Step *step, const Model *m, const Experiment *e) {
 #ifndef TRAIN_STEP_LIBRARY
 int main(int argc, char **argv) {
     program = "train_step";
-    open_standard_streams();
-    if (argc < 2 || !strcmp(argv[1], "-h"))
-        show_help(STEP_USAGE, argc > 1);
+    begin_program(argc, argv, 1, STEP_USAGE);
     Experiment e = parse_experiment(argc, argv);
     // First whatever can fail without any work: the files to be written, the model to be read.
     Output table_file = output_open('t', e.table_path, ".csv .md", argv[1]);

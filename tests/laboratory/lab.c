@@ -745,20 +745,17 @@ static void trip_csv(FILE *to, const Trip *trip) {
 
 // The site that the options dose, with its angle, radians, in *theta.
 // Without any it is A, with half of the largest angle.
-// Two doses, or one beyond the largest angle, end the program.
+// One beyond the largest angle ends the program.
 //
 // All N_THETAS doses are measured anyway; *theta says which of them the maps show.
 static int trip_site(const LabOptions *options, double *theta) {
     int site = SITE_A;
-    int n_dosed = 0;
+    *theta = options->max_theta / 2;
     for (int i = 0; i < N_SITES; i++)
         if (options->noise.doses[i].theta > 0) {
             site = i;
-            n_dosed++;
+            *theta = options->noise.doses[i].theta;
         }
-    *theta = n_dosed ? options->noise.doses[site].theta : options->max_theta / 2;
-    if (n_dosed > 1)
-        die(2, "trip looks at one site, so give one dose");
     if (*theta > options->max_theta)
         die(2, "-%c %g is beyond the trip's largest angle, -x %g", SITES[site], *theta,
             options->max_theta);
@@ -1536,7 +1533,34 @@ static const char USAGE[] =
     "               with mode ceil, floor or interpolate: -A .3@interpolate:0=0,.4=1,.8=0\n"
     "  -s <seed>    the first one, of the noise and the sampling (420)\n"
     "  -r <family>  of random directions: centred (default) or upstream\n"
-    "  -h           this help\n";
+    "  -h, --help   this help\n"
+    "An option that would change nothing in a run is an error.\n";
+
+// Which option goes with which, and with which experiment.
+static void check_lab(const LabOptions *options, const char *experiment) {
+    const NoiseOptions *noise = &options->noise;
+    bool trips = !strcmp(experiment, "trip");
+    bool probes = !strcmp(experiment, "probe");
+    bool explores = !strcmp(experiment, "explore");
+    int n_dosed = 0; // a dose of 0 is none
+    bool shaped = false;
+    for (int site = 0; site < N_SITES; site++) {
+        n_dosed += noise->doses[site].theta > 0;
+        shaped = shaped || noise->doses[site].n_points;
+    }
+    check_needs((const Need[]){
+        {"n", !trips, "another experiment: a trip writes nothing"},
+        {"x", trips, "trip"},
+        {"dw", !trips, "another experiment: a trip sets the depth itself"},
+        {"dw", explores || noise->plain, "a dose without a shape, like -V .3"},
+        {"krs", !probes || strpbrk(given, SITES), "a dose, like -V .3"},
+        {SITES, !trips || n_dosed < 2, "to be the only dose: a trip looks at one site"},
+        {SITES, !trips || !shaped, "no shape in a trip, which sets the depth itself"},
+        {SITES, !explores || !noise->plain, "a shape, as each dose in explore, which sets the "
+                                            "angles itself: -V 1@ceil:.2=0,.4=1,.6=0"},
+        {0},
+    });
+}
 
 // Reads the options, which are behind the model and the experiment. What is wrong ends the program.
 static LabOptions parse_lab_options(int argc, char **argv) {
@@ -1549,7 +1573,6 @@ static LabOptions parse_lab_options(int argc, char **argv) {
         .noise = NO_NOISE_OPTIONS,
     };
     int letter;
-    optind = 3; // behind the model and the experiment
     while ((letter = next_option(argc, argv, ":hi:n:k:x:o:" NOISE_OPTIONS, USAGE)) >= 0) {
         if (take_noise_option(&options.noise, letter, optarg))
             continue;
@@ -1564,13 +1587,14 @@ static LabOptions parse_lab_options(int argc, char **argv) {
             options.n_seeds = whole_number('k', "a number of seeds", optarg, 1, 1000);
             break;
         case 'x':
-            options.max_theta = number('x', "an angle in radians", optarg, 1e-6, 1000);
+            options.max_theta = number('x', "radians (degrees / 57.3)", optarg, 1e-6, 3.1416);
             break;
         case 'o':
             options.out = optarg;
             break;
         }
     }
+    check_lab(&options, argv[2]);
     give_shape(&options.noise);
     return options;
 }
@@ -1587,14 +1611,8 @@ static const struct {
 enum { N_EXPERIMENTS = sizeof EXPERIMENTS / sizeof *EXPERIMENTS };
 
 int main(int argc, char **argv) {
-    open_standard_streams();
     program = "lab";
-    bool asked = argc > 1 && !strcmp(argv[1], "-h");
-    asked = asked || (argc > 2 && !strcmp(argv[2], "-h"));
-    if (argc < 3 || asked)
-        show_help(USAGE, asked);
-    if (argv[1][0] == '-')
-        die(2, "the model file comes first, then trip, probe or explore; %s -h lists all", program);
+    begin_program(argc, argv, 2, USAGE);
 
     // which experiment?
     int i = 0;

@@ -53,7 +53,7 @@ def read_table(path):
     and becomes the same sign.
     """
     try:
-        with open(path, encoding="utf-8", errors="replace", newline="") as stream:
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as stream:
             lines = [line.replace("\0", "\ufffd") for line in stream]
     except OSError as error:
         raise Wrong("%s cannot be read: %s" % (path, error.strerror))
@@ -65,6 +65,9 @@ def read_table(path):
     if len(rows) < 2:
         raise Wrong("%s has no rows" % path)
     header = rows.pop(0)
+    if len(header) == 1 and ";" in header[0]:
+        raise Wrong("%s has semicolons between its cells, as spreadsheets may: save it with "
+                    "commas, and with a point as the decimal sign" % path)
     for i, row in enumerate(rows):
         if len(row) != len(header):
             raise Wrong("%s: row %d has %d cells, the first line has %d; is it whole?"

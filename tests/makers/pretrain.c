@@ -729,7 +729,7 @@ int main(int argc, char **argv) {
         die(2, "usage: pretrain FILE.bin [seed]");
     uint64_t seed = 2;
     if (argc > 2)
-        seed = whole_number('s', "a seed", argv[2], 0, 0x1p53);
+        seed = whole_number('s', "a seed", argv[2], 0, 1e15);
     Output output = output_open('o', argv[1], ".bin", ""); // it reads no model
 
     Document document = {0};

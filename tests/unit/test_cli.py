@@ -150,7 +150,7 @@ class TestGenerate(Case):
             first = self.text(*drug, "-s", "1")
             self.assertEqual(self.text(*drug, "-s", "1"), first, drug)
             self.assertNotEqual(self.text(*drug, "-s", "2"), first, drug)
-        self.assertEqual(self.text("-s", "1"), self.text("-s", "2"))
+        self.assertEqual(self.text("-t", "0", "-s", "1"), self.text("-V", "0", "-s", "2"))
         self.assertEqual(self.text("-t", "1", "-p", "0"), self.text())
 
     def test_unprotected(self):
@@ -176,7 +176,7 @@ class TestGenerate(Case):
                              (["-w", ".2"], "ceil:.2=0,.4=1,.6=0")):
             self.assertEqual(self.text("-V", "1", *short), self.text("-V", "1@" + shape), shape)
         full = "1@floor:0=1,.5=0"                           # a shape of its own goes before both
-        self.assertEqual(self.text("-V", full, "-d", ".9"), self.text("-V", full))
+        self.assertEqual(self.text("-V", full, "-A", "0", "-d", ".9"), self.text("-V", full))
         self.assertEqual(self.text("-V", "1@interpolate:.8=0,0=1"),
                          self.text("-V", "1@interpolate:0=1,.8=0"))
 
@@ -187,7 +187,7 @@ class TestGenerate(Case):
         self.assertEqual(showers("-V", ".7", "-c", "10"), 5)
         self.assertEqual(showers("-V", ".7", "-c", "7"), 8)     # the 59 tokens that are read
         self.assertEqual(showers("-V", ".7", "-c", "0"), 0)
-        self.assertEqual(showers("-c", "10"), 0)            # nothing to wash off
+        self.assertEqual(showers("-V", "0", "-c", "10"), 0)     # nothing to wash off
         self.assertNotEqual(self.text("-H", ".7", "-c", "1"), self.text("-H", ".7", "-c", "0"))
 
 
@@ -318,6 +318,17 @@ class TestChat(Case):
         # The second turn remembers the first.
         self.assertNotEqual(self.chat(said=b"and you?\n").out, two.out[len(one.out):])
 
+    def test_a_prompt_is_the_first_question(self):
+        """Whatever its lines end with; the next ones are typed."""
+        want = self.chat(said=b"hello\nand you?\n")
+        for first in "hello", "hello\r\n", "@" + self.path("x.txt", b"\xef\xbb\xbfhello\n"):
+            done = self.chat("-i", first, said=b"and you?\n")
+            self.assertEqual((done.out, done.err.count("> ")), (want.out, 2), first)
+        self.assertEqual(self.chat("-i", "", said=b"hello\nand you?\n").out, want.out)
+        lines = self.path("x.txt", b"hello\nand you?\n")      # one question of two lines
+        self.assertEqual(self.chat("-i", "-", said=b"hello\nand you?\n").out,
+                         self.chat("-i", "@" + lines, said=b"").out)
+
     def test_system_prompt(self):
         def read(done):
             return int(re.search(r"read (\d+) ", done.err).group(1))
@@ -361,7 +372,8 @@ class TestChat(Case):
 
 class TestErrors(Case):
     def test_usage(self):
-        for arguments in ["-h"], [MODEL, "-h"], [MODEL, "-n", "5", "-h"]:
+        for arguments in (["-h"], [MODEL, "-h"], [MODEL, "-n", "5", "-h"], ["--help"],
+                          [MODEL, "--help"], [MODEL, "-un", "5", "--help"]):
             done = run(*arguments)
             self.assertEqual((done.status, done.err), (0, ""))
             self.assertTrue(done.out.startswith(b"usage: drugs "))
@@ -375,7 +387,7 @@ class TestErrors(Case):
             self.assertRegex(help_text, r"(?m)^  .*-%s\b" % option)
 
     def test_the_model_comes_first(self):
-        for first in "-n", "--help", "-", "--":
+        for first in "-n", "-", "--":
             self.bad(2, first, MODEL, words=["the model file comes first"])
 
     def test_bad_options(self):
@@ -385,11 +397,12 @@ class TestErrors(Case):
         numbers = ("abc", "", "1x", "nan", "inf", "-inf", "-1", "1e99", "1,5")
         table = {
             "-n": numbers + ("1.5", "268435457"), "-c": numbers + ("1.5", "268435457"),
-            "-s": numbers + ("1.5", "9007199254740994"), "-t": numbers + ("1001",),
+            "-s": numbers + ("1.5", "1000000000000001", "9007199254740993"),
+            "-t": numbers + ("1001",),
             "-p": numbers + ("1.1",), "-d": numbers + ("1.1",), "-w": numbers + ("1.1",),
             "-m": ("talk", "", "Chat", "trip", "explore", "probe"), "-r": ("gauss", "", "centered")}
         for site in "HQKVA":
-            table["-" + site] = numbers + ("1001",) + shapes
+            table["-" + site] = numbers + ("3.15", "30", "1001") + shapes
         for option, values in table.items():
             for value in values:
                 # Of a dose whose angle is wrong already, no more than that is quoted.
@@ -399,6 +412,30 @@ class TestErrors(Case):
         for option in "-i", "-y":
             self.bad(2, MODEL, option, words=[option, "needs a value"])
 
+    def test_advice(self):
+        """The usual slips: degrees, a decimal comma, a text without quotes."""
+        self.bad(2, MODEL, "-V", "30", words=["radians (degrees / 57.3)", "3.1416", "'30'"])
+        for option in "-V", "-t", "-p", "-d":
+            self.bad(2, MODEL, option, "0,5", words=["'0,5'; a point is the decimal sign"])
+        self.bad(2, MODEL, "-i", "To", "be", "-n", "5", words=["'be'", "goes in quotes"])
+
+    def test_options_without_effect(self):
+        """What would change nothing is refused, and what it needs is named."""
+        dose, plain = "needs a dose", "needs a dose without a shape"
+        for needs, *options in (
+                (dose, "-u"), (dose, "-c", "5"), (dose, "-r", "upstream"), (dose, "-s", "1"),
+                (dose, "-t", "1", "-r", "upstream"), (plain, "-d", ".5"), (plain, "-w", ".5"),
+                (plain, "-d", ".5", "-V", ".3@ceil:0=1"), ("needs a temperature", "-p", ".5"),
+                ("needs a temperature", "-p", ".5", "-V", "1"),
+                ("needs -m chat", "-y", "Be brief."),
+                ("needs -m chat", "-y", "Be brief.", "-m", "generate")):
+            option = options[-2 if len(options) > 1 and options[0] == "-t" else 0]
+            self.bad(2, MODEL, "-i", "To be", *options, words=[option + " " + needs])
+            if "-y" not in options:
+                self.bad(2, MODEL, "-m", "chat", *options, words=[option + " " + needs])
+        self.bad(2, MODEL, "-x", words=["-x needs a prompt"])
+        self.bad(2, MODEL, "-m", "chat", "-i", "To be", "-x", words=["-x needs a prompt"])
+
     def test_what_is_no_option(self):
         for word in "-z", "-o", "-k", "-", "word", "":
             self.bad(2, MODEL, word, words=["'%s' is not an option" % word])
@@ -406,7 +443,7 @@ class TestErrors(Case):
             self.bad(2, MODEL, "-n", "5", word, words=["'%s' is not an option" % word])
         self.bad(2, MODEL, "--", "5", words=["'5' is not an option"])
         self.bad(2, MODEL, "--", "-n", "5", words=["'-n' is not an option"])
-        self.bad(2, MODEL, "--help", words=["is not an option"])
+        self.bad(2, MODEL, "--helps", words=["is not an option"])
         self.bad(2, MODEL, "-uz", words=["'-z' is not an option"])
         self.bad(2, MODEL, "two\nlines", words=["'two?lines' is not an option"])
 
@@ -428,13 +465,13 @@ class TestErrors(Case):
         self.assertNotEqual(self.text("-n", "20"), everywhere)
 
     def test_good_values(self):
-        for option, values in {"-s": ("0", "9007199254740992"), "-t": ("0", "1000"),
+        for option, values in {"-s": ("0", "1e15"), "-t": ("0", "1000"),
                                "-p": ("0", "1"), "-d": ("0", "1"), "-w": ("0", "1"),
                                "-c": ("0", "268435456"), "-m": ("generate",), "-r": ("centred",),
-                               "-A": ("0", "1000", ".3@ceil:" + ",".join(["0=1"] * 16),
+                               "-A": ("0", "3.14159265", ".3@ceil:" + ",".join(["0=1"] * 16),
                                       ".3@floor:-1=0,.5=2", "1e-3@interpolate:0=0,2=1")}.items():
             for value in values:
-                self.good("-i", "To be", "-n", "2", option, value)
+                self.good("-i", "To be", "-n", "2", "-V", "0", "-t", "0", option, value)
 
     def test_no_output_is_written(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -451,7 +488,8 @@ class TestErrors(Case):
         with tempfile.TemporaryDirectory() as folder:
             self.bad(1, folder, words=[folder])
             path = os.path.join(folder, "model.bin")
-            self.bad(1, path, words=[path])
+            self.bad(1, path, words=[path, "No such file"])
+            self.bad(1, os.path.join(MODEL, "x"), words=["Not a directory"])    # errno's words
             with open(MODEL, "rb") as stream:
                 good = stream.read()
             for content in b"", b"garbage" * 999, good[:99], good[:9999], good[:-1], good + b"x":

@@ -866,7 +866,7 @@ Test(doses, modes) {
 }
 
 static void expect_points(double depth, double spread, float left, float middle, float right) {
-    NoiseOptions options = {.depth = depth, .spread = spread};
+    NoiseOptions options = {.somewhere = true, .depth = (float)depth, .spread = (float)spread};
     give_shape(&options);
     for (int site = 0; site < N_SITES; site++) {
         const Dose *dose = &options.doses[site];
@@ -882,13 +882,13 @@ static void expect_points(double depth, double spread, float left, float middle,
 // is none, and a dose that has a shape keeps it.
 Test(doses, depth_and_spread_make_a_shape) {
     expect_points(.5, .25, .25f, .5f, .75f);
-    expect_points(.5, -1, .4f, .5f, .6f);
-    expect_points(-1, .2, .2f, .4f, .6f);
+    expect_points(.5, NO_NOISE_OPTIONS.spread, .4f, .5f, .6f);
+    expect_points(NO_NOISE_OPTIONS.depth, .2, .2f, .4f, .6f);
     expect_points(.4, .1, .3f, .4f, .5f); // the .3 that -V .5@ceil:.3=0,... has
     NoiseOptions options = NO_NOISE_OPTIONS;
     give_shape(&options);
     cr_assert_eq(options.doses[SITE_V].n_points, 0);
-    options.depth = .5;
+    options.somewhere = true;
     parse_dose(&options.doses[SITE_V], 'V', "1@floor:0=1,.9=0");
     give_shape(&options);
     cr_assert_eq(options.doses[SITE_V].n_points, 2);
@@ -923,8 +923,8 @@ Test(doses, options_make_noise) {
             cr_assert_eq(got, k_dosed ? .5f : 0, "%c, layer %d: %g", SITES[site], layer, got);
         }
     free((float *)noise.theta);
-    cr_assert(take_noise_option(&options, 's', "9007199254740992")); // a seed keeps all its bits
-    cr_assert_eq(options.seed, 1ull << 53);
+    cr_assert(take_noise_option(&options, 's', "999999999999999")); // a seed keeps all its bits
+    cr_assert_eq(options.seed, 999999999999999);
     bench_close(&b);
 }
 
@@ -2162,14 +2162,14 @@ Test(talking, a_chat_has_the_form_of_its_file) {
             };
             FILE *nowhere = fopen("/dev/null", "w");
             Talk talk = talk_silently(&b, &options, nowhere);
-            cr_assert(chat_round(&talk, span_of("HI</s>")));
+            chat_round(&talk, span_of("HI</s>"));
             const int first = expect_read(&talk, 0, i ? "\1 [INST] " : "\1[INST] ");
             const char *system = has_system ? "<<SYS>>\nBE <s> BRIEF.\n<</SYS>>\n\n" : "";
             const int question = expect_read(&talk, first, system);
             const int answer = expect_read(&talk, question, "HI</s> [/INST]");
             const int end = talk.sequence.length;
             cr_assert_leq(end, answer + 4);
-            cr_assert(chat_round(&talk, span_of("AND <s>?")));
+            chat_round(&talk, span_of("AND <s>?"));
             const char *later = i == 2 ? " \2\1 [INST] " : " \2\1[INST] ";
             expect_read(&talk, expect_read(&talk, end, later), "AND <s>? [/INST]");
             stop_talking(&talk, nowhere);
@@ -2193,11 +2193,11 @@ Test(talking, a_chat_goes_on_within_a_section) {
     const Options options = {.n_new = 4, .chat = true};
     FILE *nowhere = fopen("/dev/null", "w");
     Talk talk = talk_silently(&b, &options, nowhere);
-    cr_assert(chat_round(&talk, span_of("HI")));
+    chat_round(&talk, span_of("HI"));
     expect_read(&talk, 0, "\1 <U>\nHI\2 \n<A>\n");
     for (int i = 0; i < 2; i++) {
         const int end = talk.sequence.length;
-        cr_assert(chat_round(&talk, span_of("AND?")));
+        chat_round(&talk, span_of("AND?"));
         expect_read(&talk, end, "\2 \n<U>\nAND?\2 \n<A>\n");
     }
     stop_talking(&talk, nowhere);
@@ -2205,7 +2205,7 @@ Test(talking, a_chat_goes_on_within_a_section) {
 }
 
 // A question must fit into the context, with the end of the last answer before it. If it does not,
-// nothing is read; if there is no room for any, the conversation is over.
+// nothing is read.
 Test(talking, a_chat_within_its_context) {
     cr_redirect_stdout();
     cr_redirect_stderr();
@@ -2217,19 +2217,17 @@ Test(talking, a_chat_within_its_context) {
     Talk talk = talk_silently(&b, &options, nowhere);
     const int n_closing = 2;           // " " and </s>
     const int n_question = 1 + 7 + 4 + 8; // <s>, then "[INST] ", "and?" and " [/INST]"
-    cr_assert(chat_round(&talk, span_of("hi")));
+    chat_round(&talk, span_of("hi"));
     const int end = talk.sequence.length;
 
-    c->seq_len = end;
-    cr_assert(!chat_round(&talk, span_of("and?")), "there is no room at all");
-    cr_assert_eq(talk.sequence.length, end);
-
     c->seq_len = end + n_closing + n_question - 1;
-    cr_assert(chat_round(&talk, span_of("and?")), "a shorter question would fit");
+    chat_round(&talk, span_of("and?\n")); // a shorter question would fit
     cr_assert_eq(talk.sequence.length, end);
 
     c->seq_len = end + n_closing + n_question;
-    cr_assert(chat_round(&talk, span_of("and?")));
+    chat_round(&talk, span_of("\r\n")); // nothing was said
+    cr_assert_eq(talk.sequence.length, end);
+    chat_round(&talk, span_of("and?\r\n"));
     cr_assert_eq(talk.sequence.length, c->seq_len);
     cr_assert_str_eq(talk.stopped_at, "the end of the context");
     stop_talking(&talk, nowhere);

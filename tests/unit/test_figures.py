@@ -256,7 +256,8 @@ class TestDrugs(test_cli.Case):
     def test_the_default_length(self):
         """256 tokens, or what the context holds; -c after 420 is never reached here."""
         plain = self.good("-i", "To be")
-        self.assertEqual(plain.out, self.good("-i", "To be", "-n", "256", "-c", "420").out)
+        self.assertEqual(plain.out, self.good("-i", "To be", "-n", "256", "-V", "0", "-c",
+                                              "420").out)
         self.assertRegex(plain.err, r"until (the end of the context|the end of the text \(EOS\)|"
                          r"the start of another text \(BOS\));")
 
@@ -266,7 +267,7 @@ class TestDrugs(test_cli.Case):
             hot = ["-t", "1.5", "-s", seed]
             self.assertEqual(self.text(*hot), self.text(*hot, "-p", ".9"))
         self.assertNotEqual(self.text(*hot), self.text(*hot, "-p", "1"))
-        self.assertEqual(self.text("-p", ".1"), self.text())
+        self.assertEqual(self.text("-p", ".1", "-t", "0"), self.text())
 
     def test_depths_reach_drugged_texts(self):
         """Where a dose acts changes what is written, as does the spread, each with its default."""
@@ -349,7 +350,8 @@ class TestLab(unittest.TestCase):
     def test_progress_on_a_terminal(self):
         """It comes on one line, is wiped when all is done, and the rest is as without a terminal."""
         for mode, what in ("trip", "theta"), ("probe", "twin"), ("explore", "cell"):
-            command = [LAB, MODEL, mode, "-i", LESSON, "-k", "1", "-n", "4", "-V", "1"]
+            more = {"trip": ["-V", "1"], "probe": ["-n", "4", "-V", "1"], "explore": ["-n", "4"]}
+            command = [LAB, MODEL, mode, "-i", LESSON, "-k", "1", *more[mode]]
             shown = on_a_terminal(80, *command, stderr=True)[1]
             progress, rest = shown.split("\r\033[K")
             self.assertRegex(progress, r"\A([^\r]*\n)?(\r%s \d+ of \d+)+\Z" % what)
@@ -377,7 +379,8 @@ class TestLab(unittest.TestCase):
         """Five seeds from 420 on, angles up to 1.5."""
         for mode, more in ("probe", ["-n", "8", "-V", "1"]), ("trip", []):
             command = [LAB, MODEL, mode, "-i", "To be, or not to be", *more]
-            self.assertEqual(output(*command), output(*command, "-k", "5", "-s", "420", "-x", "1.5"))
+            widest = ["-x", "1.5"] if mode == "trip" else []
+            self.assertEqual(output(*command), output(*command, "-k", "5", "-s", "420", *widest))
             self.assertEqual(output(*command), output(*command, "-r", "centred"))
 
 
@@ -425,7 +428,7 @@ class TestOddModels(test_step_cli.Case):
         self.assertEqual(read("-x"), len(tokens_of("be")) + 1)
         self.assertEqual(read(), len(tokens_of("be</s>")))
         self.assertGreater(read(), read("-x"))
-        self.assertEqual(read(), read("-u"))        # another matter
+        self.assertEqual(read(), read("-u", "-V", "0"))     # another matter
 
     def test_the_default_length_in_a_long_context(self):
         """256 tokens, where the context holds more and nothing ends the text."""
@@ -437,7 +440,7 @@ class TestOddModels(test_step_cli.Case):
             stream.write(data[:kind] + b"\1" + data[kind + 1:])         # a control piece like others
         done = test_step_cli.run(model, "-i", "To be", program=test_cli.DRUGS)
         self.assertRegex(done.err, "wrote 256 at .* until -n")
-        probe = output(LAB, model, "probe", "-i", "To be", "-k", "1")
+        probe = output(LAB, model, "probe", "-i", "To be", "-V", "0", "-k", "1")
         self.assertEqual(len(probe.splitlines()), 256 + 1)      # and a heading
 
     def test_a_model_that_overflows(self):
@@ -451,7 +454,8 @@ class TestOddModels(test_step_cli.Case):
         self.refused(test_cli.DRUGS, *text, words=["not finite"], out=LESSON)
         self.refused(test_step_cli.STEP, *text, words=["not finite"])
         for mode in "trip", "probe", "explore":
-            self.refused(LAB, text[0], mode, *text[1:], words=["not finite"])
+            self.refused(LAB, *text[:1], mode, *text[1:3 if mode == "trip" else 5],
+                         words=["not finite"])
 
     def test_a_place_that_is_no_file(self):
         """A folder and a pipe are no places for a model or a table."""
@@ -493,47 +497,53 @@ class TestSentences(test_step_cli.Case):
 
     def test_values_of_options(self):
         """Of all programs alike; bounds are named where there are some."""
-        wide, angle = "from 0 to 268435456", "an angle in radians"
+        wide, angle = "from 0 to 268435456", "radians (degrees / 57.3)"
         shape = "-V takes a shape like .3@ceil:.2=0,.4=1,.6=0 (at most 16 points), got "
         for sentence, *arguments in (
                 ("-n takes a number of tokens %s, got '-1'" % wide, "-n", "-1"),
-                ("-n takes a number of tokens, got '1.5'", "-n", "1.5"),
-                ("-n takes a number of tokens, got 'many'", "-n", "many"),
+                ("-n takes a number of tokens, a whole number, got '1.5'", "-n", "1.5"),
+                ("-n takes a number of tokens %s, got 'many'" % wide, "-n", "many"),
                 ("-c takes a number of tokens %s, got '268435457'" % wide, "-c", "268435457"),
                 ("-t takes a temperature from 0 to 1000, got '-.1'", "-t", "-.1"),
                 ("-p takes a probability from 0 to 1, got '1.1'", "-p", "1.1"),
                 ("-d takes a depth from 0 to 1, got '2'", "-d", "2"),
                 ("-w takes a spread from 0 to 1, got '-1'", "-w", "-1"),
-                ("-s takes a whole number, got 'inf'", "-s", "inf"),
-                ("-H takes %s from 0 to 1000, got '1001'" % angle, "-H", "1001"),
-                ("-A takes %s, got 'x'" % angle, "-A", "x@ceil:0=1"),
+                ("-s takes a seed from 0 to 1e+15, got 'inf'", "-s", "inf"),
+                ("-H takes %s from 0 to 3.1416, got '30'" % angle, "-H", "30"),
+                ("-H takes %s from 0 to 3.1416, got '0,3'; a point is the decimal sign" % angle,
+                 "-H", "0,3"),
+                ("-A takes %s from 0 to 3.1416, got 'x'" % angle, "-A", "x@ceil:0=1"),
                 (shape + "'.3@flat:0=1'", "-V", ".3@flat:0=1"),
                 ("-r takes centred or upstream, got 'left'", "-r", "left"),
                 ("-m takes generate or chat, got 'talk'", "-m", "talk"),
                 ("-n needs a value; drugs -h lists the options", "-n"),
                 ("'-z' is not an option; drugs -h lists them", "-z"),
-                ("'word' is not an option; drugs -h lists them", "word")):
+                ("'be' is not an option; a text of several words goes in quotes", "-i", "To", "be"),
+                ("-y needs -m chat", "-y", "Be brief.")):
             self.said(2, sentence, test_cli.DRUGS, MODEL, *arguments)
-        self.said(2, "the model file comes first, then the options; drugs -h lists them",
+        self.said(2, "the model file comes first; drugs -h lists what follows",
                   test_cli.DRUGS, "-n", "5")
         for sentence, *arguments in (
                 ("-e takes step sizes like 0,1e-3 from 0 to 1000, got '1001'", "-e", "0,1001"),
-                ("-e takes step sizes like 0,1e-3, got 'x'", "-e", "0,x,1"),
+                ("-e takes step sizes like 0,1e-3 from 0 to 1000, got 'x'", "-e", "0,x,1"),
+                ("-e takes step sizes like 0,1e-3, got '0,001'; a point is the decimal sign", "-e",
+                 "0,001"),
                 ("-e takes at most 64 step sizes", "-e", ",".join(["0"] * 65)),
                 ("-n takes a number of tokens from 1 to 1048576, got '0'", "-n", "0"),
                 ("-x takes all or last, got 'first'", "-x", "first"),
-                ("-o writes one model, so -e must be one step size", "-o", self.path("x.bin"))):
+                ("-o needs one step size, -e, as it writes one model", "-o", self.path("x.bin"))):
             self.said(2, sentence, test_step_cli.STEP, MODEL, *arguments)
         for sentence, *arguments in (
                 ("-k takes a number of seeds from 1 to 1000, got '0'", "-k", "0"),
-                ("-x takes %s from 1e-06 to 1000, got '0'" % angle, "-x", "0"),
+                ("-x takes %s from 1e-06 to 3.1416, got '0'" % angle, "-x", "0"),
                 ("-n takes a number of tokens %s, got '-1'" % wide, "-n", "-1"),
-                ("trip looks at one site, so give one dose", "-V", "1", "-A", "1"),
+                ("-n needs another experiment: a trip writes nothing", "-n", "1"),
+                ("-V needs to be the only dose: a trip looks at one site", "-V", "1", "-A", "1"),
                 ("-K 2 is beyond the trip's largest angle, -x 1.5", "-K", "2"),
                 ("-o takes a file that ends in one of: .csv; got 'x.svg'", "-o", "x.svg")):
             self.said(2, sentence, LAB, MODEL, "trip", "-i", LESSON, *arguments)
         self.said(2, "behind the model comes trip, probe or explore, got 'trap'", LAB, MODEL, "trap")
-        self.said(2, "the model file comes first, then trip, probe or explore; lab -h lists all",
+        self.said(2, "the model file comes first; lab -h lists what follows",
                   LAB, "-k", "trip")
 
     def test_texts_that_do_not_fit(self):
@@ -557,7 +567,7 @@ class TestSentences(test_step_cli.Case):
             self.said(1, sentence, *command)
         # As many as fit are taken, and no more.
         self.assertIn("loss of", output(*step, "-n", "1", "-l", long[:-3]))
-        probe = [MODEL, "probe", "-n", "1", "-k", "1", "-i"]
+        probe = [MODEL, "probe", "-n", "1", "-V", "0", "-k", "1", "-i"]
         self.assertTrue(output(LAB, *probe, long[:-9]))
         self.assertEqual(test_step_cli.run(*probe, long[:-6], program=LAB).status, 1)
 
@@ -571,9 +581,9 @@ class TestSentences(test_step_cli.Case):
         zero = self.path("zero", "a\0b")
         step, missing = [test_step_cli.STEP, MODEL, "-e", "0"], "No such file or directory"
         for status, sentence, *command in (
-                (1, none + ": cannot be opened; is the path right?", test_cli.DRUGS, none),
-                (1, none + ": cannot be opened; is the path right?", test_step_cli.STEP, none),
-                (1, none + ": cannot be opened; is the path right?", LAB, none, "trip"),
+                (1, none + ": cannot be opened: No such file or directory", test_cli.DRUGS, none),
+                (1, none + ": cannot be opened: No such file or directory", test_step_cli.STEP, none),
+                (1, none + ": cannot be opened: No such file or directory", LAB, none, "trip"),
                 (1, folder + ": is empty or not a regular file", test_cli.DRUGS, folder),
                 (1, "-i: %s cannot be read: %s" % (none, missing), test_cli.DRUGS, MODEL, "-i",
                  "@" + none),

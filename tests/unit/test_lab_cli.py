@@ -237,7 +237,7 @@ class TestExplore(LabCase):
 
     def test_shape(self):
         """A site's shape is kept, its dose is not; what a shape keeps out has no angle."""
-        _, rows = self.table("explore", "-V", ".1@ceil:0=0", "-A", ".7")
+        _, rows = self.table("explore", "-V", ".1@ceil:0=0")
         _, plain = self.table("explore")
         for row, other in zip(rows, plain):
             sober = row["method"] in ("V", "temperature", "logit noise", "sober")
@@ -252,8 +252,9 @@ class TestErrors(LabCase):
         self.assertEqual((done.status, done.err), (0, ""))
         for word in *MODES, *("-" + letter for letter in "HQKVAdwsrinkxoh"):
             self.assertRegex(done.out.decode(), r"(?m)^  (.* )?%s\b" % word)
-        for asked in [MODEL, "-h"], [MODEL, "trip", "-h"], [MODEL, "probe", "-k", "2", "-h"]:
-            self.assertEqual(run(*asked), done, asked)
+        for help in "-h", "--help":
+            for words in [], [MODEL], [MODEL, "trip"], [MODEL, "probe", "-k", "2"]:
+                self.assertEqual(run(*words, help), done, words)
         for none in [], [MODEL]:
             self.assertEqual(run(*none), Done(2, b"", done.out.decode()), none)
 
@@ -272,15 +273,34 @@ class TestErrors(LabCase):
         for option in "inkxoHQKVAdwrs":
             self.bad(2, MODEL, "trip", "-" + option, words=["-" + option, "needs a value"])
 
+    def test_options_without_effect(self):
+        """Nor is an option taken in an experiment that makes nothing of it."""
+        shape = ".1@ceil:0=0"
+        for mode, needs, *options in (
+                ("trip", "-n needs another experiment", "-n", "4"),
+                ("trip", "-d needs another experiment", "-V", "1", "-d", ".5"),
+                ("trip", "-w needs another experiment", "-V", "1", "-w", ".5"),
+                ("trip", "-V needs no shape", "-V", shape),
+                ("probe", "-x needs trip", "-x", "1"),
+                ("explore", "-x needs trip", "-x", "1"),
+                ("probe", "-d needs a dose without a shape", "-V", shape, "-d", ".5"),
+                ("probe", "-w needs a dose without a shape", "-w", ".5"),
+                ("probe", "-k needs a dose", "-k", "2"), ("probe", "-s needs a dose", "-s", "2"),
+                ("probe", "-r needs a dose", "-r", "upstream"),
+                ("explore", "-A needs a shape", "-A", ".7")):
+            self.bad(2, MODEL, mode, "-i", PROMPT, *options, words=[needs])
+        self.good("explore", "-i", PROMPT, "-n", "2", "-k", "1", "-d", ".5")    # of all its doses
+        self.good("probe", "-i", PROMPT, "-n", "2")
+
     def test_values(self):
         """What is wrong is named on one line, and nothing is left behind."""
         trip = [MODEL, "trip", "-i", PROMPT, "-o", self.path("x.csv")]
         wrong = {"-k": ("0", "x", "1.5", "1001", "-1", "nan", ""), "-V": ("nan",),
-                 "-x": ("0", "nan", "inf", "-1", "1001", "x"), "-n": ("-1", "1.5", "x")}
+                 "-x": ("0", "nan", "inf", "-1", "90", "x"), "-n": ("-1", "1.5", "x")}
         for option, values in wrong.items():
             for value in values:
                 self.bad(2, *trip, option, value, words=[option, "'%s'" % value])
-        self.bad(2, *trip, "-V", ".1", "-A", ".1", words=["trip", "one dose"])
+        self.bad(2, *trip, "-V", ".1", "-A", ".1", words=["-V", "only dose", "trip"])
         self.bad(2, *trip, "-V", "1.6", words=["-V 1.6", "-x 1.5"])
         self.bad(1, MODEL, "trip", "-o", self.path("x.csv"), "-i", "ab",
                  words=["-i", "nothing can be dosed"])

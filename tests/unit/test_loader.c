@@ -18,7 +18,7 @@ Test(loader, a_model_file_opens) {
     model_close(&model);
 
     cr_assert(!model_open(&model, "tests/macbeth.bin"));
-    cr_assert_str_eq(model.error, "cannot be opened; is the path right?");
+    cr_assert_str_eq(model.error, "cannot be opened: No such file or directory");
     model_close(&model);
 }
 

@@ -459,6 +459,7 @@ Test(doses, edges_of_a_shape) {
 // was to go from point to point.
 Test(doses, a_depth_has_a_mode_of_its_own) {
     NoiseOptions options = NO_NOISE_OPTIONS;
+    options.somewhere = true;
     options.depth = .5;
     for (int site = 0; site < N_SITES; site++)
         options.doses[site] = (Dose){.theta = 2, .mode = MODE_FLOOR};

@@ -281,6 +281,17 @@ class TestErrors(PageCase):
                      [["position", "token"], ["0", "x"]]):
             self.bad(self.table("x.csv", rows), "tests/lab or train_step")
 
+    def test_tables_from_a_spreadsheet(self):
+        """With a mark in front and other ends of lines they are drawn as they were; semicolons are
+        named."""
+        text = "position,token,agreement,probability\n0,a,1,.5\n1,b,1,.25\n"
+        marked = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+        self.assertEqual(self.sections(self.path("x.csv", marked)),
+                         self.sections(self.path("x.csv", text.encode())))
+        os.remove(self.path("x.html"))
+        german = text.replace(",", ";").replace(".", "0,")
+        self.bad(self.path("x.csv", german.encode()), "semicolons", "decimal sign")
+
     def test_tables_that_are_not_whole(self):
         """A row that is cut off, one that is missing, and a cell without its number."""
         cut = b"position,token,agreement,probability\n0,a,1,1\n1,b\n"

@@ -364,7 +364,7 @@ class TestSteppedFile(Case):
 
     def test_two_tables_need_two_names(self):
         path = self.path("table.csv")
-        self.bad(2, "-e", "0", "-t", path, "-a", path, words=["-t", "-a", path])
+        self.bad(2, "-e", "0", "-t", path, "-a", path, words=["-a needs another file than -t"])
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_no_neighbour_is_overwritten(self):
@@ -388,7 +388,8 @@ class TestSteppedFile(Case):
 
 class TestErrors(Case):
     def test_usage(self):
-        for arguments in ["-h"], [MODEL, "-h"], [MODEL, "-n", "5", "-h"]:
+        for arguments in (["-h"], [MODEL, "-h"], [MODEL, "-n", "5", "-h"], ["--help"],
+                          [MODEL, "--help"], [MODEL, "-n", "5", "--help"]):
             done = run(*arguments)
             self.assertEqual((done.status, done.err), (0, ""))
             self.assertTrue(done.out.startswith("usage: train_step "))
@@ -399,13 +400,27 @@ class TestErrors(Case):
         for value in ("abc", "", "-1", "inf", "nan", "1e-3,,", "1e-3,", ",1e-3", "1e-3 1e-2",
                       "1e4", "1e-3;", "0" * 40 + "1x", ",".join(["1"] * 65)):
             self.assertFalse(self.bad(2, "-e", value, words=["-e"]).out)
+        for value in "0,001", "0,01", "1e-3,00", "0,1e-3,0,05":     # a decimal comma: no 0 and 1
+            self.bad(2, "-e", value, words=["-e", "'%s'" % value, "a point is the decimal sign"])
+        self.assertFalse(self.bad(2, "-A", "0,5", words=["'0,5'", "a point is the"]).out)
         for option, values in {"-n": ("0", "-1", "x", "1.5", ""), "-x": ("some", "", "Last"),
-                               "-A": ("x", "-1", ".3@ceil"), "-r": ("gauss",),
-                               "-s": ("x",)}.items():
+                               "-A": ("x", "-1", ".3@ceil", "30"), "-r": ("gauss",),
+                               "-s": ("x", "9007199254740993")}.items():
             for value in values:
                 self.assertFalse(self.bad(2, option, value, words=[option]).out)
         for option in "-l", "-i", "-e", "-n", "-x", "-g", "-f", "-y", "-t", "-o", "-A", "-s":
             self.assertFalse(self.bad(2, option, words=[option, "needs a value"]).out)
+
+    def test_options_without_effect(self):
+        """What would change nothing is refused, and what it needs is named."""
+        dose, shape = "a dose, like -V", ".3@ceil:0=1"
+        for option, value in ("-r", "upstream"), ("-s", "7"), ("-d", ".5"), ("-w", ".5"):
+            needs = dose if option in ("-r", "-s") else "a dose without a shape"
+            self.assertFalse(self.bad(2, option, value, words=[option + " needs " + needs]).out)
+            done = run(MODEL, "-e", "0", "-n", "1", "-V", "0", option, value)
+            self.assertEqual((done.status, done.err), (0, ""), option)
+        self.bad(2, "-V", shape, "-d", ".5", words=["-d needs a dose without a shape"])
+        self.good("-e", "0", "-n", "1", "-V", shape, "-A", "0", "-d", ".5")
         path = self.path("x.bin")
         self.assertFalse(self.bad(2, "-o", path, words=["-o", "-e"]).out)   # eight step sizes
         self.assertFalse(self.bad(2, "-o", path, "-e", "0,1", words=["-o", "-e"]).out)
@@ -417,7 +432,7 @@ class TestErrors(Case):
             self.assertRegex(help_text, r"(?m)^  .*-%s\b" % option)
 
     def test_the_model_comes_first(self):
-        for first in "-n", "--help", "-", "--":
+        for first in "-n", "-", "--":
             done = run(first, MODEL)
             self.assertEqual((done.status, done.out), (2, ""), first)
             self.assertRegex(done.err, r"\Atrain_step: [^\n]+\n\Z")
@@ -431,7 +446,6 @@ class TestErrors(Case):
             self.bad(2, "-n", "5", word, words=["'%s' is not an option" % word])
         self.bad(2, "--", "5", words=["'5' is not an option"])
         self.bad(2, "--", "-n", "5", words=["'-n' is not an option"])
-        self.bad(2, "--help", words=["is not an option"])
         self.bad(2, "two\nlines", words=["'two?lines' is not an option"])
 
     def test_options_may_be_written_together(self):
