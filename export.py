@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """export.py: turn a Llama or Mistral checkpoint into one flat file for drugs.c.
 
-    python3 export.py INPUT [-o model.bin] [--tokenizer FILE]
+    python3 export.py INPUT [-o model.bin] [--tokenizer FILE] [--chat FORM]
     python3 export.py model.bin --to hf DIR
 
 The second form goes back: it turns a flat file into a new Hugging Face folder, for other tools.
@@ -15,9 +15,10 @@ In the first, INPUT is one of these; which one is found by looking:
     a llama2.c export, v0       stories15M.bin
 
 The tokenizer is looked for beside the weights (tokenizer.model, then tokenizer.json, then
-tokenizer.bin) unless --tokenizer names one.  Weights may be fp32, fp16 or bf16.  The flat file
-keeps what the matrices have, so nothing is rounded and little is computed; gains become fp32, and
-so does all of a checkpoint whose matrices are mixed.
+tokenizer.bin) unless --tokenizer names one.  A chat is written as the checkpoint's own template
+has it, or in a form that --chat names.  Weights may be fp32, fp16 or bf16.  The flat file keeps
+what the matrices have, so nothing is rounded and little is computed; gains become fp32, and so does
+all of a checkpoint whose matrices are mixed.
 
 The flat file, all little-endian.  It says everything that using the model as its makers meant
 needs, so that the C program need not know one family from another:
@@ -44,10 +45,10 @@ needs, so that the C program need not know one family from another:
                or 0x110000 + a byte; an id of vocab_size and more is a character that is no piece
        ...     n_pairs times {u32 left, right, merged, rank}: what two ids become; low ranks first
        ...     vocab_size + 6 + n_cutters times {u32 end, kind}: strings, one after the other in the
-               text below.  The pieces, the six strings of a chat (section 7), the patterns that the
-               automata were made of.  kind 0 normal, 1 control (never made from text, prints
-               nothing), 2 unknown, 3 one raw byte, 4 user-defined (found whole, before merging),
-               5 end of a text
+               text below: the pieces; the six strings of a chat, see section 9; the patterns that
+               the automata were made of.  The kind of a piece: 0 normal, 1 control (never made from
+               text, prints nothing), 2 unknown, 3 one raw byte, 4 user-defined (found whole, before
+               merging), 5 end of a text
        ...     n_whole times u32: the pieces that are found whole, by first byte, longer ones first
        ...     n_words times u32: the pieces that are taken where they are a word, by their bytes
        ...     n_text bytes: the strings
@@ -68,8 +69,8 @@ turns rows 2i and 2i+1 of a head together.
 
 The promise: what the output cannot express exactly is refused, by name, before anything is
 written; of what only rare text will ever meet, a warning speaks.  The output appears whole or not
-at all.  Memory stays small however large the model is.
-Nothing in a checkpoint is ever executed.
+at all.  Memory stays small however large the model is.  Nothing in a checkpoint is ever executed;
+its chat template is a program, which section 7 walks through itself.
 """
 
 import argparse
@@ -1535,17 +1536,10 @@ TAGS = {opening: re.compile(r"""([-+]?)((?:%s|[^'"])*?)([-+]?)%s""" % (QUOTED, c
 TAGS["{#"] = re.compile(r"([-+]?)(.*?)([-+]?)#}", re.S)
 TOKEN = re.compile(r"\s*(?:(?P<text>%s)|(?P<number>\d+\.\d+|\d+)|(?P<name>[^\W\d]\w*)|"
                    r"(?P<sign>==|!=|<=|>=|//|[-+*/%%~<>=()\[\]{},:.|]))" % QUOTED, re.S)
-WORDS = {"and", "or", "not", "in", "if", "else"}      # that mean to Python what they mean here
-
-
-class Undefined:
-    """The value of what has none.  There is one, UNDEFINED; it is false and prints nothing."""
-
-    def __bool__(self):
-        return False
-
-    def __str__(self):
-        return ""
+WORDS = {"and", "or", "not", "in", "if", "else"}        # that mean to Python what they mean here
+CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
+# The value of what has none is false and prints nothing.
+UNDEFINED = type("Undefined", (), {"__bool__": lambda _: False, "__str__": lambda _: ""})()
 
 
 class Namespace(dict):
@@ -1560,12 +1554,8 @@ class Jump(Exception):
     """{% break %} or {% continue %}."""
 
 
-UNDEFINED = Undefined()
-CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
-
-
 def cut_tags(text):
-    """[opening, content] for each tag, and ["", text] for what lies between."""
+    """(opening, content) for each tag, and ("", text) for what lies between."""
     text, at = re.sub("\r\n?", "\n", text), 0
     text = text[:-1] if text.endswith("\n") else text
     for found in iter(lambda: re.compile(r"\{[{%#]").search(text, at), None):
@@ -1592,7 +1582,7 @@ def parse_expression(text):
     for a filter, t_ for a test, n_ for a test that is negated.  a | b becomes a.f_b(), a is b
     becomes a.t_b(), and a ~ b becomes a @ b, which nothing else means.
     """
-    text, tokens, at, out, depth = text.strip(), [], 0, [], 0
+    text, tokens, at, out, depth, row = text.strip(), [], 0, [], 0, 0
     while at < len(text):
         found = TOKEN.match(text, at)
         demand(found, f"{text[at:][:40]!r} is not understood")
@@ -1604,25 +1594,25 @@ def parse_expression(text):
     for token, following in waiting:
         sign, name = token["sign"], token["name"]
         depth += (sign in ("(", "[", "{")) - (sign in (")", "]", "}"))
-        demand(depth <= MOST_NESTED and len(out) < 10000, "an expression is too long")
-        if sign == "|" or name == "is":
-            kind = "f" if sign else "t"
-            if kind == "t" and following["name"] == "not":
-                kind = "n"
-                next(waiting, None)
-            token, following = next(waiting, (token, following))
-            out.append(f".{kind}_{token['name']}")
-            if following["sign"] == "(":
-                continue
-            # A test may have one argument without brackets.
-            if kind != "f" and not following["sign"] and following["name"] not in WORDS | {"is"}:
-                token, following = next(waiting)
-                demand(following["sign"] not in (".", "[", "("), "a test has a long argument")
-                out.append(f"({python_of(token)})")
-            else:
-                out.append("()")
-        else:
+        row = row + 1 if sign in ("-", "+") or name == "not" else 0
+        demand(max(depth, row) <= MOST_NESTED and len(out) < 10000, "an expression is too long")
+        if sign != "|" and name != "is":
             out.append(python_of(token))
+            continue
+        kind = "f" if sign else "t"
+        if kind == "t" and following["name"] == "not":
+            kind, _ = "n", next(waiting)
+        token, following = next(waiting, (token, following))
+        out.append(f".{kind}_{token['name']}")
+        if following["sign"] == "(":
+            continue
+        # A test may have one argument without brackets.
+        if kind != "f" and not following["sign"] and following["name"] not in WORDS | {"is"}:
+            token, following = next(waiting)
+            demand(following["sign"] not in (".", "[", "("), "a test has a long argument")
+            out.append(f"({python_of(token)})")
+        else:
+            out.append("()")
     for ending in "", " else v_undefined":      # Jinja needs no else
         with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
             return ast.parse("(" + " ".join(out) + ending + ")", mode="eval").body
@@ -1630,13 +1620,12 @@ def parse_expression(text):
 
 
 def python_of(token):
-    if token["text"]:
-        # A line feed may stand in a text as itself.
+    if token["text"]:       # where a line feed may stand as itself
         inner = token["text"][1:-1].encode("ascii", "backslashreplace")
         return repr(inner.decode("unicode_escape"))
-    name = token["name"]
-    return "@" if token["sign"] == "~" else name if name in WORDS else "v_" + name if name \
-        else token["number"] or token["sign"]
+    if token["name"]:
+        return token["name"] if token["name"] in WORDS else "v_" + token["name"]
+    return token["number"] or token["sign"].replace("~", "@")
 
 
 def names_of(tree):
@@ -1676,139 +1665,72 @@ def numbers_to(*ends):
     return list(range(*ends))
 
 
+def refuse(why=""):
+    raise Raised(f"it says: {why}")
+
+
 TESTS = {
     "defined": lambda x: x is not UNDEFINED, "undefined": lambda x: x is UNDEFINED,
     "none": lambda x: x is None, "true": lambda x: x is True, "false": lambda x: x is False,
     "string": lambda x: isinstance(x, str), "mapping": lambda x: isinstance(x, dict),
-    "iterable": lambda x: isinstance(x, (str, list, tuple, dict, Undefined)),
-    "sequence": lambda x: isinstance(x, (str, list, tuple, dict, Undefined)),
+    "iterable": lambda x: isinstance(x, (str, list, tuple, dict, type(UNDEFINED))),
     "number": lambda x: isinstance(x, (int, float)), "boolean": lambda x: isinstance(x, bool),
     "integer": lambda x: type(x) is int, "float": lambda x: isinstance(x, float),
     "odd": lambda x: x % 2 == 1, "even": lambda x: x % 2 == 0, "in": lambda x, y: x in y,
-    "equalto": lambda x, y: x == y, "eq": lambda x, y: x == y, "ne": lambda x, y: x != y}
+    "equalto": operator.eq, "eq": operator.eq, "ne": operator.ne}
+TESTS["sequence"] = TESTS["iterable"]
 FILTERS = {
     "trim": lambda x, *chars: str(x).strip(*chars), "string": str, "safe": lambda x: x,
     "lower": lambda x: str(x).lower(), "upper": lambda x: str(x).upper(),
     "capitalize": lambda x: str(x).capitalize(), "title": lambda x: str(x).title(),
     "length": len, "count": len, "list": lambda x: list(x or ()), "int": int,
     "first": lambda x: next(iter(x), UNDEFINED), "last": lambda x: x[-1] if x else UNDEFINED,
-    "join": lambda x, by="", attribute=None: by.join(
-        map(str, mapped(x, attribute=attribute) if attribute else x)),
+    "join": lambda x, by="": by.join(map(str, x)), "map": mapped, "reverse": lambda x: x[::-1],
     "replace": lambda x, old, new: str(x).replace(old, new),
-    "default": lambda x, other="", boolean=False: other if x is UNDEFINED or boolean and not x else x,
-    "items": lambda x: list((x or {}).items()), "map": mapped, "reverse": lambda x: x[::-1],
+    "items": lambda x: list((x or {}).items()),
+    "default": lambda x, other="", falsy=False: other if x is UNDEFINED or falsy and not x else x,
     "tojson": lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent),
     "select": chosen(True, False), "selectattr": chosen(True, True),
     "reject": chosen(False, False), "rejectattr": chosen(False, True)}
-FILTERS["d"] = FILTERS["default"]
 METHODS = {
-    str: "strip lstrip rstrip startswith endswith split rsplit upper lower title capitalize replace "
-         "find rfind index count join splitlines isdigit".split(),
+    str: "strip lstrip rstrip startswith endswith split rsplit splitlines upper lower title "
+         "capitalize replace find rfind index count join isdigit".split(),
     dict: "get items keys values".split()}
-OPERATIONS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Mod: operator.mod,
-    ast.FloorDiv: operator.floordiv, ast.Eq: operator.eq, ast.NotEq: operator.ne,
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+COMPARISONS = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge,
     ast.In: lambda x, y: x in (y or ()), ast.NotIn: lambda x, y: x not in (y or ())}
 
 
 class Template:
-    """A template as a tree: a list of (method, arguments) for each tag and each text."""
+    """A template as a list of functions, one for each tag and each text, that run it in a scope."""
 
     def __init__(self, text):
         demand(isinstance(text, str) and len(text) <= 200000, "it is too long, or no text")
         self.tags, self.loops = cut_tags(text), 0
+        self.asked = set()              # the names that were looked up
         self.body, _ = self.parse()
 
-    def parse(self, *ends):
-        """(what stands before a statement that begins with one of these words, that statement)."""
-        body = []
-        for opening, content in self.tags:
-            word = re.match(r"\w*", content).group()
-            rest = content[len(word):].strip()
-            if opening == "":
-                body.append((self.write, content))
-            elif opening == "{{":
-                body.append((self.show, parse_expression(content)))
-            elif opening == "{%" and word in ends:
-                return body, content
-            elif opening == "{%":
-                parse = getattr(self, "parse_" + word, None)
-                demand(parse, f"it has {{% {content[:40]} %}}, which is not known here")
-                body += parse(rest)
-        demand(not ends, f"it has no {{% {ends and ends[-1]} %}}")
-        return body, ""
-
-    def parse_if(self, rest):
-        body, end = self.parse("elif", "else", "endif")
-        other = []
-        if end.startswith("elif"):
-            other = self.parse_if(end[4:])
-        elif end == "else":
-            other, _ = self.parse("endif")
-        return [(self.branch, parse_expression(rest), body, other)]
-
-    def parse_for(self, rest):
-        names, found, values = re.match(r"(.*?)(\bin\b|\Z)(.*)", rest, re.S).groups()
-        names, values, wanted = names_of(parse_expression(names)), parse_expression(values), None
-        if isinstance(values, ast.IfExp):       # the if is the loop's own: an else never follows
-            values, wanted = values.body, values.test
-        self.loops += 1
-        body, end = self.parse("else", "endfor")
-        self.loops -= 1
-        other = self.parse("endfor")[0] if end == "else" else []
-        return [(self.loop, names, values, wanted, body, other)]
-
-    def parse_break(self, rest, word="break"):
-        demand(self.loops, f"it has a {{% {word} %}} outside of a loop")
-        return [(self.jump, word)]
-
-    def parse_continue(self, rest):
-        return self.parse_break(rest, "continue")
-
-    def parse_set(self, rest):
-        found = re.match(r"([\w\s,.]+)=(?!=)(.*)", rest, re.S)
-        if found:
-            return [(self.set, names_of(parse_expression(found[1])), parse_expression(found[2]))]
-        return [(self.set, names_of(parse_expression(rest)), self.parse("endset")[0])]
-
-    def parse_macro(self, rest):
-        call, loops, self.loops = parse_expression(rest), self.loops, 0
-        demand(isinstance(call, ast.Call), f"{rest[:40]!r} is no macro")
-        names = [name for tree in call.args for name in names_of(tree)]
-        defaults = {keyword.arg[2:]: keyword.value for keyword in call.keywords}
-        body, _ = self.parse("endmacro")
-        self.loops = loops
-        return [(self.macro, names_of(call.func)[0], names, defaults, body)]
-
-    def parse_generation(self, rest):
-        return self.parse("endgeneration")[0]
-
-    # ---- running
-
     def render(self, **variables):
-        """What the template writes.  Refused says why it cannot, Raised that it does not want to."""
-        def refuse(why=""):
-            raise Raised(f"it says: {why}")
-        self.work, self.out, self.asked = 0, [], set()
+        """What the template writes.  Raises Refused if it cannot, Raised if it does not want to."""
+        self.work, self.out = 0, []
         scope = collections.ChainMap({}, dict(
-            variables, namespace=Namespace,
-            raise_exception=refuse, range=numbers_to, dict=dict,
-            **CONSTANTS))
+            CONSTANTS, namespace=Namespace, dict=dict, range=numbers_to, raise_exception=refuse,
+            **variables))
         try:
             self.run(scope, self.body)
-        except (Refused, Jump):
+            return "".join(self.out).encode().decode()      # no half of a surrogate pair
+        except Refused:
             raise
-        except RecursionError:
-            raise Refused("it calls itself too often")
         except Exception as error:
             raise Refused(f"it fails: {error}")
-        return "".join(self.out)
 
     def run(self, scope, body):
-        for method, *arguments in body:
+        for step in body:
             self.spend(1)
-            method(scope, *arguments)
+            step(scope)
 
     def spend(self, amount):
         self.work += amount
@@ -1825,11 +1747,29 @@ class Template:
             demand(type(value) is not int or abs(value) < 1 << 63, "it makes too large a number")
         return values[-1] if values else None
 
-    def write(self, scope, text):
-        self.out.append(self.weigh(text))
+    # ---- statements
 
-    def show(self, scope, tree):
-        self.write(scope, str(self.weigh(self.value(scope, tree))))
+    def parse(self, *ends):
+        """(what stands before a statement that begins with one of these words, that statement)."""
+        body = []
+        for opening, content in self.tags:
+            word = re.match(r"\w*", content).group()
+            if opening == "{%" and word in ends:
+                return body, content
+            if opening == "{%":
+                parse = getattr(self, "parse_" + word, None)
+                demand(parse, f"it has {{% {content[:40]} %}}, which is not known here")
+                body.append(parse(content[len(word):].strip()))
+            elif opening != "{#":
+                body.append(self.writer(parse_expression(content) if opening else content))
+        demand(not ends, f"it has no {{% {ends and ends[-1]} %}}")
+        return body, ""
+
+    def writer(self, content):
+        def write(scope):
+            value = content if isinstance(content, str) else self.value(scope, content)
+            self.out.append(self.weigh(str(self.weigh(value))))
+        return write
 
     def captured(self, scope, body):
         """What is written meanwhile."""
@@ -1840,57 +1780,100 @@ class Template:
         finally:
             self.out = out
 
-    def branch(self, scope, test, body, other):
-        self.run(scope, body if self.value(scope, test) else other)
+    def parse_if(self, rest):
+        test, other = parse_expression(rest), []
+        body, end = self.parse("elif", "else", "endif")
+        if end.startswith("elif"):
+            other = [self.parse_if(end[4:])]
+        elif end == "else":
+            other, _ = self.parse("endif")
+        return lambda scope: self.run(scope, body if self.value(scope, test) else other)
 
-    def loop(self, scope, names, values, wanted, body, other):
-        values = self.value(scope, values)
-        demand(values is UNDEFINED or isinstance(values, (str, list, tuple, dict)),
-               f"it loops over {values!r}")
-        rounds = [scope.new_child() for _ in self.weigh(list(values or ()))]
-        for inner, value in zip(rounds, values or ()):
-            self.bind(inner, names, value)
-        rounds = [inner for inner in rounds if not wanted or self.value(inner, wanted)]
-        n = len(rounds)
-        items = [inner[names[0]] for inner in rounds]
-        for at, inner in enumerate(rounds):
-            inner["loop"] = {
-                "index0": at, "index": at + 1, "first": at == 0, "last": at == n - 1, "length": n,
-                "revindex": n - at, "revindex0": n - at - 1,
-                "previtem": items[at - 1] if at else UNDEFINED,
-                "nextitem": items[at + 1] if at + 1 < n else UNDEFINED}
-            try:
-                self.run(inner, body)
-            except Jump as jump:
-                if str(jump) == "break":
-                    break
-        if not rounds:
-            self.run(scope, other)
+    def parse_for(self, rest):
+        names, _, values = re.match(r"(.*?)(\bin\b|\Z)(.*)", rest, re.S).groups()
+        names, values, wanted = names_of(parse_expression(names)), parse_expression(values), None
+        if isinstance(values, ast.IfExp):       # the if is the loop's own: an else never follows
+            values, wanted = values.body, values.test
+        self.loops += 1
+        body, end = self.parse("else", "endfor")
+        self.loops -= 1
+        other = self.parse("endfor")[0] if end == "else" else []
 
-    def jump(self, scope, word):
-        raise Jump(word)
+        def loop(scope):
+            items = self.value(scope, values)
+            demand(items is UNDEFINED or isinstance(items, (str, list, tuple, dict)),
+                   f"it loops over {items!r}")
+            rounds = []
+            for item in self.weigh(list(items or ())):
+                inner = scope.new_child()
+                self.bind(inner, names, item)
+                if not wanted or self.value(inner, wanted):
+                    rounds.append((inner, item))
+            around = [UNDEFINED, *(item for _, item in rounds), UNDEFINED]
+            for at, (inner, _) in enumerate(rounds):
+                left = len(rounds) - at
+                inner["loop"] = dict(
+                    index0=at, index=at + 1, first=at == 0, last=left == 1, length=len(rounds),
+                    revindex=left, revindex0=left - 1, previtem=around[at], nextitem=around[at + 2])
+                try:
+                    self.run(inner, body)
+                except Jump as jump:
+                    if str(jump) == "break":
+                        break
+            self.run(scope, [] if rounds else other)
+        return loop
+
+    def parse_break(self, _, word="break"):
+        demand(self.loops, f"it has a {{% {word} %}} outside of a loop")
+
+        def jump(scope):
+            raise Jump(word)
+        return jump
+
+    def parse_continue(self, _):
+        return self.parse_break(_, "continue")
 
     def bind(self, scope, names, value):
         values = [value] if len(names) == 1 else list(value)
         demand(len(values) == len(names), f"it gives {len(values)} values to {len(names)} names")
         for name, value in zip(names, values):
             if isinstance(name, tuple):
-                demand(isinstance(scope.get(name[0]), Namespace), f"{name[0]} is no namespace")
-                scope[name[0]][name[1]] = value
+                name, attribute = name
+                demand(isinstance(scope.get(name), Namespace), f"{name} is no namespace")
+                scope[name][attribute] = value
             else:
                 scope[name] = value
 
-    def set(self, scope, names, tree):
-        value = self.captured(scope, tree) if isinstance(tree, list) else self.value(scope, tree)
-        self.bind(scope, names, value)
+    def parse_set(self, rest):
+        found = re.match(r"([\w\s,.]+)=(?!=)(.*)", rest, re.S)
+        names = names_of(parse_expression(found[1] if found else rest))
+        if found:
+            tree = parse_expression(found[2])
+            return lambda scope: self.bind(scope, names, self.value(scope, tree))
+        body, _ = self.parse("endset")
+        return lambda scope: self.bind(scope, names, self.captured(scope, body))
 
-    def macro(self, scope, name, names, defaults, body):
-        def call(*arguments, **named):
-            inner = scope.new_child(dict.fromkeys([*names, *defaults], UNDEFINED))
-            inner.update((key, self.value(scope, tree)) for key, tree in defaults.items())
-            inner.update(zip([*names, *defaults], arguments), **named)
-            return self.captured(inner, body)
-        scope[name] = call
+    def parse_macro(self, rest):
+        tree, loops, self.loops = parse_expression(rest), self.loops, 0
+        demand(isinstance(tree, ast.Call), f"{rest[:40]!r} is no macro")
+        name, = names_of(tree.func)
+        names = [name for part in tree.args for name in names_of(part)]
+        defaults = {keyword.arg[2:]: keyword.value for keyword in tree.keywords}
+        body, _ = self.parse("endmacro")
+        self.loops = loops
+
+        def define(scope):
+            def call(*arguments, **named):
+                inner = scope.new_child(dict.fromkeys(names, UNDEFINED))
+                inner.update((key, self.value(scope, default)) for key, default in defaults.items())
+                inner.update(zip([*names, *defaults], arguments), **named)
+                return self.captured(inner, body)
+            scope[name] = call
+        return define
+
+    def parse_generation(self, _):
+        body, _ = self.parse("endgeneration")
+        return lambda scope: self.run(scope, body)
 
     # ---- expressions
 
@@ -1900,7 +1883,7 @@ class Template:
         demand(walk, f"its expressions have a {type(tree).__name__}, which is not known here")
         return walk(scope, tree)
 
-    def on_Constant(self, scope, tree):
+    def on_Constant(self, _, tree):
         return tree.value
 
     def on_Name(self, scope, tree):
@@ -1921,40 +1904,40 @@ class Template:
         return self.value(scope, tree.body if self.value(scope, tree.test) else tree.orelse)
 
     def on_BoolOp(self, scope, tree):
-        wanted = isinstance(tree.op, ast.Or)
         for part in tree.values:
             value = self.value(scope, part)
-            if bool(value) == wanted:
+            if bool(value) == isinstance(tree.op, ast.Or):
                 break
         return value
 
     def on_UnaryOp(self, scope, tree):
         value = self.value(scope, tree.operand)
-        return not value if isinstance(tree.op, ast.Not) else self.operate(ast.Sub, 0, value)
+        if isinstance(tree.op, ast.Not):
+            return not value
+        demand(isinstance(value, (int, float)), "it has a sign before what is no number")
+        return -value if isinstance(tree.op, ast.USub) else value
 
     def on_BinOp(self, scope, tree):
-        return self.operate(type(tree.op), self.value(scope, tree.left),
-                            self.value(scope, tree.right))
+        left, right = self.value(scope, tree.left), self.value(scope, tree.right)
+        kind, numbers, rows = type(tree.op), (int, float), (str, list, tuple)
+        if kind is ast.MatMult:
+            return self.weigh(str(self.weigh(left)) + str(self.weigh(right)))
+        joined = kind is ast.Add and type(left) is type(right) and isinstance(left, rows)
+        demand(joined or kind in ARITHMETIC and isinstance(left, numbers)
+               and isinstance(right, numbers),
+               f"it has {kind.__name__} of {type(left).__name__} and {type(right).__name__}")
+        return self.weigh(ARITHMETIC[kind](left, right))
 
     def on_Compare(self, scope, tree):
         left = self.value(scope, tree.left)
-        for op, right in zip(tree.ops, tree.comparators):
-            left, before = self.value(scope, right), left
-            if not self.operate(type(op), before, left):
+        for kind, part in zip(map(type, tree.ops), tree.comparators):
+            right = self.value(scope, part)
+            self.weigh(left, right)
+            demand(kind in COMPARISONS, f"it has {kind.__name__}")
+            if not COMPARISONS[kind](left, right):
                 return False
+            left = right
         return True
-
-    def operate(self, kind, left, right):
-        self.weigh(left, right)
-        if kind is ast.MatMult:
-            return self.weigh(str(left) + str(right))
-        if kind is ast.Add and type(left) is type(right) and isinstance(left, (str, list, tuple)):
-            return self.weigh(left + right)
-        demand(kind in OPERATIONS and (
-            issubclass(kind, ast.cmpop) or isinstance(left, (int, float))
-            and isinstance(right, (int, float))), f"it has {kind.__name__} of "
-            f"{type(left).__name__} and {type(right).__name__}")
-        return self.weigh(OPERATIONS[kind](left, right))
 
     def on_Attribute(self, scope, tree):
         value = self.value(scope, tree.value)
@@ -1963,34 +1946,33 @@ class Template:
 
     def on_Subscript(self, scope, tree):
         value, at = self.value(scope, tree.value), tree.slice
-        at = getattr(at, "value", at) if type(at).__name__ == "Index" else at   # Python 3.8
         demand(value is not UNDEFINED, "it asks what is not there for a part")
         if isinstance(at, ast.Slice):
             parts = [part and self.value(scope, part) for part in (at.lower, at.upper, at.step)]
             return self.weigh(value[slice(*parts)])
-        at = self.value(scope, at)
+        at = self.value(scope, at.value if type(at).__name__ == "Index" else at)    # Python 3.8
         with contextlib.suppress(KeyError, IndexError, TypeError):
             return value[at]
         return UNDEFINED
 
     def on_Call(self, scope, tree):
         arguments = [self.value(scope, part) for part in tree.args]
-        named = {part.arg[2:]: self.value(scope, part.value) for part in tree.keywords if part.arg}
-        demand(len(named) == len(tree.keywords), "it has a call with **")
+        demand(all(part.arg for part in tree.keywords), "it has a call with **")
+        named = {part.arg[2:]: self.value(scope, part.value) for part in tree.keywords}
+        kind, name = "v_", getattr(tree.func, "id", "v_")[2:]
         if not isinstance(tree.func, ast.Attribute):
             call = self.value(scope, tree.func)
-            demand(callable(call), f"it calls {getattr(tree.func, 'id', 'v_')[2:]}, which is not known here")
-            return self.weigh(call(*arguments, **named))
-        kind, name = tree.func.attr[:2], tree.func.attr[2:]
-        value = self.value(scope, tree.func.value)
-        if kind == "v_":
-            known = METHODS.get(type(value), ())
-            call = getattr(type(value), name) if name in known else attribute_of(value, name)
-            arguments = [value, *arguments] if name in known else arguments
         else:
-            call, arguments = (FILTERS if kind == "f_" else TESTS).get(name), [value, *arguments]
-        demand(callable(call), f"it uses {name}, which is not known here")
-        self.weigh(value, *arguments, *named.values())
+            kind, name = tree.func.attr[:2], tree.func.attr[2:]
+            value = self.value(scope, tree.func.value)
+            if kind == "v_" and name not in METHODS.get(type(value), ()):
+                call = attribute_of(value, name)
+            else:
+                arguments = [value, *arguments]
+                call = getattr(type(value), name) if kind == "v_" else \
+                    (FILTERS if kind == "f_" else TESTS).get(name)
+        demand(callable(call), f"it calls {name}, which is not known here")
+        self.weigh(*arguments, *named.values())
         if name in ("replace", "join"):         # which may make much of little
             self.spend(math.prod(len(part) for part in arguments if isinstance(part, (str, list))))
         found = call(*arguments, **named)
@@ -2043,8 +2025,8 @@ def settle(path, config, tokenizer, says, beside, form):
         if token >= 0:
             setattr(tokenizer, name, token)
         elif text:
-            warn(path, f"{name}_token is {text!r}, which is no piece that stands for itself; it was "
-                 "not believed")
+            warn(path, f"{name}_token is {text!r}, which is no control piece; it was not "
+                 "believed")
     settle_begin(path, config, tokenizer, says, beside)
     chat_ends = settle_chat(path, tokenizer, beside, form)
     settle_ends(path, config, tokenizer, says, beside, chat_ends)
@@ -2117,15 +2099,17 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
 #     opening          before the first question, if there is no system prompt
 #     before_system    before the system prompt, and
 #     after_system     between it and the first question; both empty: it has no place
-#     before_question  before every later question, behind
-#     after_answer     what ends an answer: a control piece, if there is one
+#     before_question  before every later question
 #     after_question   between a question and its answer
+#     after_answer     behind an answer, up to the control piece that ends it, if there is one
 #
 # They are what a chat template writes around texts that it is given.  The kind of a string says
 # whether the template takes the spaces that were typed before it (1), after it (2), or both (3).
 #
 # Not every template is six strings.  So the proof is a conversation of five rounds: what drugs.c
-# would read must be what the template writes, down to the space before a section.
+# would read must be what the template writes, cut at the pieces that are found whole and with the
+# spaces that the tokenizer puts there: then the ids are the same.  (The piece that begins every
+# text comes first where the template does not spell it, for the tokenizer says so.)
 
 OPENING, BEFORE_SYSTEM, AFTER_SYSTEM, BEFORE_QUESTION, AFTER_QUESTION, AFTER_ANSWER = range(6)
 LEFT, RIGHT, MARK, SPACES = "\n \t", "\t \n", "\ue000", " \t\n\v\f\r"
@@ -2173,7 +2157,7 @@ FORMS = {
 
 def settle_chat(path, tokenizer, beside, form):
     """Puts the chat into the tokenizer; returns the pieces that end an answer."""
-    names = {name: token for name, token in special_tokens(beside).items()}
+    names = special_tokens(beside)
     for name, token in ("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos):
         names.setdefault(name, tokenizer.text_of(token) or "")
     settings = beside["tokenizer_config"]
@@ -2199,8 +2183,8 @@ def settle_chat(path, tokenizer, beside, form):
     except Refused as why:
         no_system = why
     if no_system:
-        warn(path, "of a system prompt its chat template makes what drugs.c cannot follow in a longer "
-             f"chat: {no_system}" if chat[1] + chat[2] else
+        warn(path, "what its chat template makes of a system prompt, drugs.c follows for one round: "
+             f"{no_system}" if chat[1] + chat[2] else
              f"its chat template has no place for a system prompt{no_system}")
     if "strftime_now" in program.asked:
         warn(path, "its chat template wants today's date; its own default is written, so that a "
@@ -2254,8 +2238,9 @@ def six_strings(tokenizer, render):
     typed = LEFT + question + RIGHT
     opening, after_question = around(render([question]), question)
     spaced_opening, spaced_after = around(render([typed]), question)
-    turn, spaced_turn = (around(render([question, answer, spaces + later]), question, answer, later)[2]
-                         for spaces in ("", LEFT))
+    turn, spaced_turn = (
+        around(render([question, answer, spaces + later]), question, answer, later)[2]
+        for spaces in ("", LEFT))
     demand(opening + turn + after_question, "it writes nothing around what is said")
     space, end = re.match(r"(\s*)(.*)", turn, re.S).groups()
     ends = sorted((token for token, piece in tokenizer.pieces.items() if piece.text
@@ -2351,7 +2336,8 @@ OWN_TEMPLATE = """\
 
 def own_template(chat, takes):
     def typed(before, after):
-        return "message.content" + ".lstrip()" * (takes[before] >> 1) + ".rstrip()" * (takes[after] & 1)
+        left, right = ".lstrip()" * (takes[before] >> 1), ".rstrip()" * (takes[after] & 1)
+        return "message.content" + left + right
     spelt = {str(place): "'" + string.encode("unicode_escape").decode().replace("'", "\\x27") + "'"
              for place, string in enumerate(chat)}
     spelt.update(first=typed(OPENING, AFTER_QUESTION), behind=typed(AFTER_SYSTEM, AFTER_QUESTION),
@@ -2374,10 +2360,10 @@ SETTINGS = dict(
 READ_ELSEWHERE = ("architectures model_type hidden_act attention_bias mlp_bias rope_parameters "
                   "partial_rotary_factor bos_token_id eos_token_id").split()
 # Settings of training, of other programs and of how a model is run.
-HARMLESS = re.compile(r"_.*|.*(dropout|_pdrop|dtype|_version|token_id|_fixed|_implementation|_ids?)|"
-                      r"initializer_range|pretraining_tp|use_cache|auto_map|tokenizer_class|dropout|"
-                      r"gradient_checkpointing|multiple_of|ffn_dim_multiplier|max_batch_size|"
-                      r"id2label|label2id|return_dict|output_.*|transformers.*|model_parallel.*")
+HARMLESS = re.compile(
+    r"_.*|.*(dropout|_pdrop|dtype|_version|token_id|_fixed|_implementation)|id2label|label2id|"
+    r"initializer_range|pretraining_tp|use_cache|auto_map|tokenizer_class|gradient_checkpointing|"
+    r"multiple_of|ffn_dim_multiplier|max_batch_size|return_dict|output_.*|transformers.*")
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "llama": "llama",
                  "MistralForCausalLM": "mistral", "mistral": "mistral"}
 
@@ -2400,8 +2386,8 @@ def warn_of_unread(path, settings, read):
     unread = [name for name, value in settings.items()
               if value and name not in read and not HARMLESS.fullmatch(name)]
     if unread:
-        warn(path, f"nothing here reads {some(unread, 8)}; if that changes what the model computes, "
-             "the file is another model")
+        warn(path, f"nothing here reads {some(unread, 8)}; if that changes what the model "
+             "computes, the file is another model")
 
 
 def tie(path, config, found, family):
@@ -2694,8 +2680,8 @@ def read_checkpoint(path):
     return (*meta_model(path, params, without_prefix(model)), {})
 
 
-READ_OF_META = ("dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps "
-                "rope_theta sliding_window tied_embeddings model_type").split()
+READ_OF_META = ("dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len "
+                "norm_eps rope_theta sliding_window tied_embeddings model_type").split()
 
 
 def meta_model(path, params, found):
@@ -2766,12 +2752,11 @@ INNER = re.compile(r".*\.(safetensors|json|model|model\.v\d+)\Z"
 
 def reader_of(path):
     if os.path.isdir(path):
-        there = set(os.listdir(path))
-        demand("adapter_config.json" not in there, "holds an adapter (LoRA), which is no model: "
-               "merge it into its base model, and export that")
-        demand("snapshots" not in there, "is a folder of the hub's cache; name the one in it that is "
-               "the model: snapshots/" + some(sorted(os.listdir(os.path.join(path, "snapshots")))
-                                              if "snapshots" in there else [], 1))
+        demand(not os.path.exists(os.path.join(path, "adapter_config.json")), "holds an adapter "
+               "(LoRA), which is no model: merge it into its base model, and export that")
+        inner = sorted(glob.glob(os.path.join(glob.escape(path), "snapshots", "*")))
+        demand(not inner, "is a folder of the hub's cache; name the one in it that is the model: "
+               + some(inner, 1))
         for name, reader in ("config.json", read_hf), ("params.json", read_meta):
             if os.path.exists(os.path.join(path, name)):
                 return reader
@@ -3224,7 +3209,8 @@ def hf_tokenizer_settings(tokenizer):
             "eos_token": tokenizer.text_of(ends[0]) if ends else None,
             "unk_token": tokenizer.text_of(unknown[0]) if unknown else None,
             # Null says that there is no form, where silence would mean an old one.
-            "chat_template": own_template(tokenizer.chat, tokenizer.takes) if any(tokenizer.chat) else None}
+            "chat_template": own_template(tokenizer.chat, tokenizer.takes)
+            if any(tokenizer.chat) else None}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -810,6 +810,21 @@ class TestTokenizers(Case):
                                     tokenizer_config={"legacy": legacy})
             self.assertEqual(header["flags"], flags)
 
+        header, _ = self.pieces(sentencepiece(), "tokenizer.model", tokenizer_config={
+            "legacy": False, "add_prefix_space": False})
+        self.assertEqual(header["flags"], 0)
+
+    @unittest.skipUnless(os.path.exists(DRUGS), "drugs is not built: run make first")
+    def test_a_space_that_becomes_a_part_of_a_piece(self):
+        """SentencePiece puts its space before the text and then looks for user-defined pieces."""
+        path = self.path()
+        save(path, flat(PADDED[:-1] + [(0, 4, b"  ")], Small(True), flags=1))
+        a, spaced = ([piece[1:] for piece in PADDED].index((NORMAL, text)) for text in (b"a", b" a"))
+        want = [[1, spaced], [1, 279, a], [1, 279, spaced]]
+        done = subprocess.check_output([os.path.join(HERE, "tokens"), path],
+                                       input=b"a\0 a\0  a\0")
+        self.assertEqual([list(map(int, line.split())) for line in done.splitlines()], want)
+
     def test_metaspace_that_cuts(self):
         """It cuts before every space: then no piece with a space further in is ever made."""
         names = NAMES + ["a\u2581", "a\u2581b", "\u2581\u2581"]
