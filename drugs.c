@@ -1633,8 +1633,7 @@ static char *add_section(Merger *merger, const char *bytes, int n, int start, ch
 static void add_source(Merger *merger, const Source *source, char *text) {
     const Model *m = merger->m;
     int flags = m->config.text_flags;
-    // SentencePiece puts the space before the whole text, even where a user-defined
-    // piece begins it.
+    // A user-defined piece at the start comes after the space that space_before_all did not put.
     bool before_all = flags & PREFIX_SPACE && !(flags & (PREFIX_EACH | PREFIX_UNLESS_SPACE));
     size_t first = 0; // byte of the section
     int start = source->start;
@@ -1654,6 +1653,30 @@ static void add_source(Merger *merger, const Source *source, char *text) {
         start = AFTER_PIECE;
     }
     add_section(merger, source->bytes + first, source->n - first, start, text);
+}
+
+// SentencePiece puts the space before the whole text, and only then looks for user-defined pieces:
+// it may be a part of one. (Where spaces collapse, no piece has several, and it is put later.)
+// The caller frees the bytes that come back in *with_space.
+static Source space_before_all(const Model *m, Source source, char **with_space) {
+    const int flags = PREFIX_SPACE | PREFIX_EACH | PREFIX_UNLESS_SPACE | COLLAPSE_SPACES;
+    int id = source.n ? whole_piece(m, &source, 0) : NO_SYMBOL;
+    bool mark = id >= 0 && kind_of(m, id) != USER_DEFINED; // where a text begins with one, no space
+    if (!source.n || mark || source.start != AT_START ||
+        (m->config.text_flags & flags) != PREFIX_SPACE)
+        return source;
+    ptrdiff_t n = (ptrdiff_t)source.n + 1;
+    *with_space = resize(NULL, 2 * n, 1); // the bytes, and whether they were typed
+    **with_space = ' ';
+    memcpy(*with_space + 1, source.bytes, source.n);
+    memset(*with_space + n, 0, n);
+    if (source.typed)
+        memcpy(*with_space + n + 1, source.typed, source.n);
+    source.bytes = *with_space;
+    source.typed = *with_space + n;
+    source.n = n;
+    source.start = CONTINUED;
+    return source;
 }
 
 // Adds a token to out (n_out). Several unknown ones in a row are one <unk>.
@@ -1694,7 +1717,10 @@ static int *encode(const Model *m, Source source, int *n_tokens) {
     const ptrdiff_t most = 3 * (ptrdiff_t)source.n + 2;
     char *text = resize(NULL, most, 1);
     Merger merger = {.m = m, .symbols = resize(NULL, most, sizeof *merger.symbols)};
+    char *with_space = NULL;
+    source = space_before_all(m, source, &with_space);
     add_source(&merger, &source, text);
+    free(with_space);
     merge_symbols(&merger);
     int *tokens = resize(NULL, most, sizeof *tokens);
     *n_tokens = write_tokens(&merger, tokens);
@@ -2347,6 +2373,22 @@ static bool has_chat(const Model *m) {
     return strings[N_CHAT_STRINGS - 1].end > strings[-1].end; // vocab_size is 1 at least
 }
 
+// The kind of a string of the chat: whether spaces that were typed before it, or after it, are left
+// out, as the model's makers had it.
+enum { TAKES_SPACES_BEFORE = 1, TAKES_SPACES_AFTER = 2 };
+
+// Adds what was typed between two strings of the chat.
+static void write_typed(Writer *writer, const Model *m, int before, Span text, int after) {
+    static const char spaces[] = " \t\n\v\f\r";
+    if (kind_of(m, m->config.vocab_size + before) & TAKES_SPACES_AFTER)
+        for (; text.length && memchr(spaces, *text.bytes, sizeof spaces - 1); text.length--)
+            text.bytes++;
+    if (kind_of(m, m->config.vocab_size + after) & TAKES_SPACES_BEFORE)
+        while (text.length && memchr(spaces, text.bytes[text.length - 1], sizeof spaces - 1))
+            text.length--;
+    write_span(writer, text, true);
+}
+
 // What the model is to read in a round.
 // Every family writes conversations in a form of its own. export.py found it out, and the file has
 // it as six strings:
@@ -2356,24 +2398,24 @@ static bool has_chat(const Model *m) {
 //     prompt           BEFORE_SYSTEM system AFTER_SYSTEM  question AFTER_QUESTION
 //     later            AFTER_ANSWER BEFORE_QUESTION       question AFTER_QUESTION
 //
-// BOS comes before the first round.
+// BOS comes before the first round, if the strings do not spell it.
 // AFTER_ANSWER has the end piece of the answer before, because the program stops at that and does
 // not feed it.
-// For Llama 2, OPENING is "[INST] " and AFTER_QUESTION " [/INST]".
+// For Llama 2, OPENING is "<s>[INST] " and AFTER_QUESTION " [/INST]".
 static void write_round(Writer *writer, const Talk *talk, Span question) {
     const Model *m = talk->run.model;
     const char *system = talk->options->system;
+    int before = OPENING;
     if (talk->sequence.length) {
         write_span(writer, chat_string(m, AFTER_ANSWER), false);
-        write_span(writer, chat_string(m, BEFORE_QUESTION), false);
+        before = BEFORE_QUESTION;
     } else if (system) {
         write_span(writer, chat_string(m, BEFORE_SYSTEM), false);
-        write_span(writer, (Span){system, strlen(system)}, true);
-        write_span(writer, chat_string(m, AFTER_SYSTEM), false);
-    } else {
-        write_span(writer, chat_string(m, OPENING), false);
+        write_typed(writer, m, BEFORE_SYSTEM, (Span){system, strlen(system)}, AFTER_SYSTEM);
+        before = AFTER_SYSTEM;
     }
-    write_span(writer, question, true);
+    write_span(writer, chat_string(m, before), false);
+    write_typed(writer, m, before, question, AFTER_QUESTION);
     write_span(writer, chat_string(m, AFTER_QUESTION), false);
 }
 
@@ -2416,7 +2458,12 @@ static void chat_round(Talk *talk, Span question) {
 // The cold shower is taken before each question, unless -c is 0.
 static void chat(Talk *talk) {
     if (!has_chat(talk->run.model))
-        die(1, "this model has no form of a chat that is known; give it a prompt with -i");
+        die(1, "this file has no form of a chat; give it a prompt with -i, or name the form: "
+               "export.py ... --chat FORM");
+    int n_around_system = chat_string(talk->run.model, BEFORE_SYSTEM).length +
+                          chat_string(talk->run.model, AFTER_SYSTEM).length;
+    if (talk->options->system && !n_around_system)
+        die(1, "this model's form of a chat has no place for a system prompt: -y");
     char *line = NULL;
     size_t line_size = 0;
     chat_round(talk, (Span){talk->options->prompt, strlen(talk->options->prompt)});

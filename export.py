@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """export.py: turn a Llama or Mistral checkpoint into one flat file for drugs.c.
 
-    python3 export.py INPUT [-o model.bin] [--tokenizer FILE]
+    python3 export.py INPUT [-o model.bin] [--tokenizer FILE] [--chat FORM]
     python3 export.py model.bin --to hf DIR
 
 The second form goes back: it turns a flat file into a new Hugging Face folder, for other tools.
@@ -15,9 +15,10 @@ In the first, INPUT is one of these; which one is found by looking:
     a llama2.c export, v0       stories15M.bin
 
 The tokenizer is looked for beside the weights (tokenizer.model, then tokenizer.json, then
-tokenizer.bin) unless --tokenizer names one.  Weights may be fp32, fp16 or bf16.  The flat file
-keeps what the matrices have, so nothing is rounded and little is computed; gains become fp32, and
-so does all of a checkpoint whose matrices are mixed.
+tokenizer.bin) unless --tokenizer names one.  A chat is written as the checkpoint's own template
+has it, or in a form that --chat names.  Weights may be fp32, fp16 or bf16.  The flat file keeps
+what the matrices have, so nothing is rounded and little is computed; gains become fp32, and so does
+all of a checkpoint whose matrices are mixed.
 
 The flat file, all little-endian.  It says everything that using the model as its makers meant
 needs, so that the C program need not know one family from another:
@@ -44,10 +45,10 @@ needs, so that the C program need not know one family from another:
                or 0x110000 + a byte; an id of vocab_size and more is a character that is no piece
        ...     n_pairs times {u32 left, right, merged, rank}: what two ids become; low ranks first
        ...     vocab_size + 6 + n_cutters times {u32 end, kind}: strings, one after the other in the
-               text below.  The pieces, the six strings of a chat (section 7), the patterns that the
-               automata were made of.  kind 0 normal, 1 control (never made from text, prints
-               nothing), 2 unknown, 3 one raw byte, 4 user-defined (found whole, before merging),
-               5 end of a text
+               text below: the pieces; the six strings of a chat, see section 9; the patterns that
+               the automata were made of.  The kind of a piece: 0 normal, 1 control (never made from
+               text, prints nothing), 2 unknown, 3 one raw byte, 4 user-defined (found whole, before
+               merging), 5 end of a text
        ...     n_whole times u32: the pieces that are found whole, by first byte, longer ones first
        ...     n_words times u32: the pieces that are taken where they are a word, by their bytes
        ...     n_text bytes: the strings
@@ -68,12 +69,13 @@ turns rows 2i and 2i+1 of a head together.
 
 The promise: what the output cannot express exactly is refused, by name, before anything is
 written; of what only rare text will ever meet, a warning speaks.  The output appears whole or not
-at all.  Memory stays small however large the model is.
-Nothing in a checkpoint is ever executed.
+at all.  Memory stays small however large the model is.  Nothing in a checkpoint is ever executed;
+its chat template is a program, which section 7 walks through itself.
 """
 
 import argparse
-import collections
+import ast
+import collections.abc
 import contextlib
 import functools
 import glob
@@ -81,6 +83,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import pickletools
@@ -292,8 +295,8 @@ PLAIN_THETA = 10000.0
 
 def rope_frequencies(theta, scaling, head_dim):
     theta = PLAIN_THETA if theta is None else theta
-    demand(type(theta) in (int, float) and 0 < theta < math.inf,
-           f"rope_theta is {theta!r}: it must be a positive number")
+    demand(type(theta) in (int, float) and 0 < theta < math.inf and float(theta) == theta,
+           f"rope_theta is {theta!r}: it must be a positive number that a double can hold")
     n_pairs = head_dim // 2
     plain = [float(theta) ** (-pair / n_pairs) for pair in range(n_pairs)]
     scaling = scaling or {}
@@ -893,6 +896,7 @@ class Tokenizer:
     bos: int = -1                   # the same, or the one that would
     eos: int = -1                   # the piece that ends a text, as far as the tokenizer knows
     chat: tuple = ("",) * 6
+    takes: tuple = (0,) * 6         # the spaces that the strings of the chat take, see section 9
     by_sentencepiece: bool = False  # it was read from tokenizer.model
     added: set = field(default_factory=set)             # ids of tokens that came after training
     # What all this comes to, see settle_tables().
@@ -1502,13 +1506,487 @@ def read_merges(path, model, plan, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. What stands beside: how a text begins, what ends it, and how a chat is written
+# 7. The language of chat templates
+#
+# A chat template is a small program in the language Jinja, and only running it says what it writes.
+# It is run here: cut into tags, its expressions parsed by Python's `ast` and walked node by node.
+# Python itself never runs any of it.  Work is counted, a unit for each step and for each character
+# that is made, and is bounded: so loops end and texts stay small.  The grammar is what chats need:
+#
+#     template    = { text | {{ expression }} | {# comment #} | statement }
+#     statement   = {% for NAMES in expression [if expression] %} template [{% else %} template]
+#                   {% endfor %}  |  {% break %}  |  {% continue %}
+#                 | {% if expression %} template {elif and else as usual} {% endif %}
+#                 | {% set NAMES = expression %}  |  {% set NAME.NAME = expression %}
+#                 | {% set NAME %} template {% endset %}
+#                 | {% macro NAME(NAMES, perhaps with defaults) %} template {% endmacro %}
+#                 | {% generation %} template {% endgeneration %}
+#     expression  = constants, names, lists, tuples, dictionaries, a.b, a[b], a[b:c:d], calls,
+#                   + - * / // %, a ~ b (joined as texts), comparisons, in, and, or, not,
+#                   a if b [else c], a | FILTER [(...)], a is [not] TEST [argument]
+#
+# A tag with a - at an end takes all white space there.  As Hugging Face sets it, a tag with % or #
+# also takes the line feed after it (trim_blocks), and the spaces before it if nothing else stands
+# before it on its line (lstrip_blocks); a + at an end says not to.
+
+MOST_WORK, MOST_NESTED = 1 << 20, 50
+QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+TAGS = {opening: re.compile(r"""([-+]?)((?:%s|[^'"])*?)([-+]?)%s""" % (QUOTED, closing), re.S)
+        for opening, closing in (("{{", "}}"), ("{%", "%}"))}
+TAGS["{#"] = re.compile(r"([-+]?)(.*?)([-+]?)#}", re.S)
+TOKEN = re.compile(r"\s*(?:(?P<text>%s)|(?P<number>\d+\.\d+|\d+)|(?P<name>[^\W\d]\w*)|"
+                   r"(?P<sign>==|!=|<=|>=|//|[-+*/%%~<>=()\[\]{},:.|]))" % QUOTED, re.S)
+WORDS = {"and", "or", "not", "in", "if", "else"}        # that mean to Python what they mean here
+CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
+# The value of what has none is false and prints nothing.
+UNDEFINED = type("Undefined", (), {"__bool__": lambda _: False, "__str__": lambda _: ""})()
+
+
+class Namespace(dict):
+    """What namespace() makes: {% set a.b = ... %} changes it, from within a loop, too."""
+
+
+class Raised(Refused):
+    """The template itself refuses a conversation."""
+
+
+class Jump(Exception):
+    """{% break %} or {% continue %}."""
+
+
+def cut_tags(text):
+    """(opening, content) for each tag, and ("", text) for what lies between."""
+    text, at = re.sub("\r\n?", "\n", text), 0
+    text = text[:-1] if text.endswith("\n") else text
+    for found in iter(lambda: re.compile(r"\{[{%#]").search(text, at), None):
+        opening, between = found.group(), text[at:found.start()]
+        tag = TAGS[opening].match(text, found.end())
+        demand(tag, f"a tag does not end: {text[found.start():][:40]!r}")
+        before, line_feed, line = between.rpartition("\n")
+        if tag[1] == "-":
+            between = between.rstrip()
+        elif opening != "{{" and tag[1] != "+" and not line.strip() and (
+                line_feed or text[max(at - 1, 0):at] in ("", "\n")):
+            between = before + line_feed
+        yield "", between
+        yield opening, tag[2].strip()
+        taken = r"\s*" if tag[3] == "-" else "\n?" if opening != "{{" and tag[3] != "+" else ""
+        at = re.compile(taken).match(text, tag.end()).end()
+    yield "", text[at:]
+
+
+def parse_expression(text):
+    """The tree of an expression, as Python's ast has it.
+
+    A name gets a prefix, so that it is no keyword of Python's and says what it is: v_ for most, f_
+    for a filter, t_ for a test, n_ for a test that is negated.  a | b becomes a.f_b(), a is b
+    becomes a.t_b(), and a ~ b becomes a @ b, which nothing else means.
+    """
+    text, tokens, at, out, depth, row = text.strip(), [], 0, [], 0, 0
+    while at < len(text):
+        found = TOKEN.match(text, at)
+        demand(found, f"{text[at:][:40]!r} is not understood")
+        tokens.append(found)
+        at = found.end()
+    signs = {token["sign"] for token in tokens}
+    demand("~" not in signs or not signs & {"*", "/", "//", "%"}, "it has a ~ beside a product")
+    waiting = iter(zip(tokens, tokens[1:] + [TOKEN.match(")")]))
+    for token, following in waiting:
+        sign, name = token["sign"], token["name"]
+        depth += (sign in ("(", "[", "{")) - (sign in (")", "]", "}"))
+        row = row + 1 if sign in ("-", "+") or name == "not" else 0
+        demand(max(depth, row) <= MOST_NESTED and len(out) < 10000, "an expression is too long")
+        if sign != "|" and name != "is":
+            out.append(python_of(token))
+            continue
+        kind = "f" if sign else "t"
+        if kind == "t" and following["name"] == "not":
+            kind, _ = "n", next(waiting)
+        token, following = next(waiting, (token, following))
+        out.append(f".{kind}_{token['name']}")
+        if following["sign"] == "(":
+            continue
+        # A test may have one argument without brackets.
+        if kind != "f" and not following["sign"] and following["name"] not in WORDS | {"is"}:
+            token, following = next(waiting)
+            demand(following["sign"] not in (".", "[", "("), "a test has a long argument")
+            out.append(f"({python_of(token)})")
+        else:
+            out.append("()")
+    for ending in "", " else v_undefined":      # Jinja needs no else
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            return ast.parse("(" + " ".join(out) + ending + ")", mode="eval").body
+    raise Refused(f"{text[:80]!r} is not understood")
+
+
+def python_of(token):
+    if token["text"]:       # where a line feed may stand as itself
+        inner = token["text"][1:-1].encode("ascii", "backslashreplace")
+        return repr(inner.decode("unicode_escape"))
+    if token["name"]:
+        return token["name"] if token["name"] in WORDS else "v_" + token["name"]
+    return token["number"] or token["sign"].replace("~", "@")
+
+
+def names_of(tree):
+    """The names that a loop or a set gives values to, (name, attribute) for a.b."""
+    if isinstance(tree, ast.Tuple):
+        return [name for part in tree.elts for name in names_of(part)]
+    if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name):
+        return [(tree.value.id[2:], tree.attr[2:])]
+    demand(isinstance(tree, ast.Name), "it gives a value to what is no name")
+    return [tree.id[2:]]
+
+
+def attribute_of(value, path):
+    for name in path.split("."):
+        value = value.get(name, UNDEFINED) if isinstance(value, dict) else UNDEFINED
+    return value
+
+
+def chosen(wanted, by_attribute):
+    """The filters select and selectattr, reject and rejectattr."""
+    def choose(values, *rest):
+        path, *rest = rest if by_attribute else (None, *rest)
+        check = TESTS[rest[0]] if rest else bool
+        return [value for value in values or () if wanted == bool(
+            check(attribute_of(value, path) if by_attribute else value, *rest[1:]))]
+    return choose
+
+
+def mapped(values, *rest, attribute=None):
+    if attribute:
+        return [attribute_of(value, attribute) for value in values or ()]
+    return [FILTERS[rest[0]](value, *rest[1:]) for value in values or ()]
+
+
+def numbers_to(*ends):
+    demand(all(abs(end) <= MOST_WORK for end in ends), "it counts too far")
+    return list(range(*ends))
+
+
+def refuse(why=""):
+    raise Raised(f"it says: {why}")
+
+
+TESTS = {
+    "defined": lambda x: x is not UNDEFINED, "undefined": lambda x: x is UNDEFINED,
+    "none": lambda x: x is None, "true": lambda x: x is True, "false": lambda x: x is False,
+    "string": lambda x: isinstance(x, str), "mapping": lambda x: isinstance(x, dict),
+    "iterable": lambda x: isinstance(x, (str, list, tuple, dict, type(UNDEFINED))),
+    "number": lambda x: isinstance(x, (int, float)), "boolean": lambda x: isinstance(x, bool),
+    "integer": lambda x: type(x) is int, "float": lambda x: isinstance(x, float),
+    "odd": lambda x: x % 2 == 1, "even": lambda x: x % 2 == 0, "in": lambda x, y: x in y,
+    "equalto": operator.eq, "eq": operator.eq, "ne": operator.ne}
+TESTS["sequence"] = TESTS["iterable"]
+FILTERS = {
+    "trim": lambda x, *chars: str(x).strip(*chars), "string": str, "safe": lambda x: x,
+    "lower": lambda x: str(x).lower(), "upper": lambda x: str(x).upper(),
+    "capitalize": lambda x: str(x).capitalize(), "title": lambda x: str(x).title(),
+    "length": len, "count": len, "list": lambda x: list(x or ()), "int": int,
+    "first": lambda x: next(iter(x), UNDEFINED), "last": lambda x: x[-1] if x else UNDEFINED,
+    "join": lambda x, by="": by.join(map(str, x)), "map": mapped, "reverse": lambda x: x[::-1],
+    "replace": lambda x, old, new: str(x).replace(old, new),
+    "items": lambda x: list((x or {}).items()),
+    "default": lambda x, other="", falsy=False: other if x is UNDEFINED or falsy and not x else x,
+    "tojson": lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent),
+    "select": chosen(True, False), "selectattr": chosen(True, True),
+    "reject": chosen(False, False), "rejectattr": chosen(False, True)}
+METHODS = {
+    str: "strip lstrip rstrip startswith endswith split rsplit splitlines upper lower title "
+         "capitalize replace find rfind index count join isdigit".split(),
+    dict: "get items keys values".split()}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+COMPARISONS = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.In: lambda x, y: x in (y or ()), ast.NotIn: lambda x, y: x not in (y or ())}
+
+
+class Template:
+    """A template as a list of functions, one for each tag and each text, that run it in a scope."""
+
+    def __init__(self, text):
+        demand(isinstance(text, str) and len(text) <= 200000, "it is too long, or no text")
+        self.tags, self.loops = cut_tags(text), 0
+        self.asked = set()              # the names that were looked up
+        self.body, _ = self.parse()
+
+    def render(self, **variables):
+        """What the template writes.  Raises Refused if it cannot, Raised if it does not want to."""
+        self.work, self.out = 0, []
+        scope = collections.ChainMap({}, dict(
+            CONSTANTS, namespace=Namespace, dict=dict, range=numbers_to, raise_exception=refuse,
+            **variables))
+        try:
+            self.run(scope, self.body)
+            return "".join(self.out).encode().decode()      # no half of a surrogate pair
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(f"it fails: {error}")
+
+    def run(self, scope, body):
+        for step in body:
+            self.spend(1)
+            step(scope)
+
+    def spend(self, amount):
+        self.work += amount
+        demand(self.work <= MOST_WORK, "it takes too long")
+
+    def weigh(self, *values):
+        """Spends as much as there is in them, and gives back the last one."""
+        for value in values:
+            self.spend(len(value) if isinstance(value, str) else 1)
+            if isinstance(value, dict):
+                self.weigh(*value.keys(), *value.values())
+            elif isinstance(value, (list, tuple)):
+                self.weigh(*value)
+            demand(type(value) is not int or abs(value) < 1 << 63, "it makes too large a number")
+        return values[-1] if values else None
+
+    # ---- statements
+
+    def parse(self, *ends):
+        """(what stands before a statement that begins with one of these words, that statement)."""
+        body = []
+        for opening, content in self.tags:
+            word = re.match(r"\w*", content).group()
+            if opening == "{%" and word in ends:
+                return body, content
+            if opening == "{%":
+                parse = getattr(self, "parse_" + word, None)
+                demand(parse, f"it has {{% {content[:40]} %}}, which is not known here")
+                body.append(parse(content[len(word):].strip()))
+            elif opening != "{#":
+                body.append(self.writer(parse_expression(content) if opening else content))
+        demand(not ends, f"it has no {{% {ends and ends[-1]} %}}")
+        return body, ""
+
+    def writer(self, content):
+        def write(scope):
+            value = content if isinstance(content, str) else self.value(scope, content)
+            self.out.append(self.weigh(str(self.weigh(value))))
+        return write
+
+    def captured(self, scope, body):
+        """What is written meanwhile."""
+        out, self.out = self.out, []
+        try:
+            self.run(scope, body)
+            return "".join(self.out)
+        finally:
+            self.out = out
+
+    def parse_if(self, rest):
+        test, other = parse_expression(rest), []
+        body, end = self.parse("elif", "else", "endif")
+        if end.startswith("elif"):
+            other = [self.parse_if(end[4:])]
+        elif end == "else":
+            other, _ = self.parse("endif")
+        return lambda scope: self.run(scope, body if self.value(scope, test) else other)
+
+    def parse_for(self, rest):
+        names, _, values = re.match(r"(.*?)(\bin\b|\Z)(.*)", rest, re.S).groups()
+        names, values, wanted = names_of(parse_expression(names)), parse_expression(values), None
+        if isinstance(values, ast.IfExp):       # the if is the loop's own: an else never follows
+            values, wanted = values.body, values.test
+        self.loops += 1
+        body, end = self.parse("else", "endfor")
+        self.loops -= 1
+        other = self.parse("endfor")[0] if end == "else" else []
+
+        def loop(scope):
+            items = self.value(scope, values)
+            demand(items is UNDEFINED or isinstance(items, (str, list, tuple, dict)),
+                   f"it loops over {items!r}")
+            rounds = []
+            for item in self.weigh(list(items or ())):
+                inner = scope.new_child()
+                self.bind(inner, names, item)
+                if not wanted or self.value(inner, wanted):
+                    rounds.append((inner, item))
+            around = [UNDEFINED, *(item for _, item in rounds), UNDEFINED]
+            for at, (inner, _) in enumerate(rounds):
+                left = len(rounds) - at
+                inner["loop"] = dict(
+                    index0=at, index=at + 1, first=at == 0, last=left == 1, length=len(rounds),
+                    revindex=left, revindex0=left - 1, previtem=around[at], nextitem=around[at + 2])
+                try:
+                    self.run(inner, body)
+                except Jump as jump:
+                    if str(jump) == "break":
+                        break
+            self.run(scope, [] if rounds else other)
+        return loop
+
+    def parse_break(self, _, word="break"):
+        demand(self.loops, f"it has a {{% {word} %}} outside of a loop")
+
+        def jump(scope):
+            raise Jump(word)
+        return jump
+
+    def parse_continue(self, _):
+        return self.parse_break(_, "continue")
+
+    def bind(self, scope, names, value):
+        values = [value] if len(names) == 1 else list(value)
+        demand(len(values) == len(names), f"it gives {len(values)} values to {len(names)} names")
+        for name, value in zip(names, values):
+            if isinstance(name, tuple):
+                name, attribute = name
+                demand(isinstance(scope.get(name), Namespace), f"{name} is no namespace")
+                scope[name][attribute] = value
+            else:
+                scope[name] = value
+
+    def parse_set(self, rest):
+        found = re.match(r"([\w\s,.]+)=(?!=)(.*)", rest, re.S)
+        names = names_of(parse_expression(found[1] if found else rest))
+        if found:
+            tree = parse_expression(found[2])
+            return lambda scope: self.bind(scope, names, self.value(scope, tree))
+        body, _ = self.parse("endset")
+        return lambda scope: self.bind(scope, names, self.captured(scope, body))
+
+    def parse_macro(self, rest):
+        tree, loops, self.loops = parse_expression(rest), self.loops, 0
+        demand(isinstance(tree, ast.Call), f"{rest[:40]!r} is no macro")
+        name, = names_of(tree.func)
+        names = [name for part in tree.args for name in names_of(part)]
+        defaults = {keyword.arg[2:]: keyword.value for keyword in tree.keywords}
+        body, _ = self.parse("endmacro")
+        self.loops = loops
+
+        def define(scope):
+            def call(*arguments, **named):
+                inner = scope.new_child(dict.fromkeys(names, UNDEFINED))
+                inner.update((key, self.value(scope, default)) for key, default in defaults.items())
+                inner.update(zip([*names, *defaults], arguments), **named)
+                return self.captured(inner, body)
+            scope[name] = call
+        return define
+
+    def parse_generation(self, _):
+        body, _ = self.parse("endgeneration")
+        return lambda scope: self.run(scope, body)
+
+    # ---- expressions
+
+    def value(self, scope, tree):
+        self.spend(1)
+        walk = getattr(self, "on_" + type(tree).__name__, None)
+        demand(walk, f"its expressions have a {type(tree).__name__}, which is not known here")
+        return walk(scope, tree)
+
+    def on_Constant(self, _, tree):
+        return tree.value
+
+    def on_Name(self, scope, tree):
+        self.asked.add(tree.id[2:])
+        return scope.get(tree.id[2:], UNDEFINED)
+
+    def on_List(self, scope, tree):
+        return [self.value(scope, part) for part in tree.elts]
+
+    def on_Tuple(self, scope, tree):
+        return tuple(self.on_List(scope, tree))
+
+    def on_Dict(self, scope, tree):
+        return {self.value(scope, key): self.value(scope, part)
+                for key, part in zip(tree.keys, tree.values)}
+
+    def on_IfExp(self, scope, tree):
+        return self.value(scope, tree.body if self.value(scope, tree.test) else tree.orelse)
+
+    def on_BoolOp(self, scope, tree):
+        for part in tree.values:
+            value = self.value(scope, part)
+            if bool(value) == isinstance(tree.op, ast.Or):
+                break
+        return value
+
+    def on_UnaryOp(self, scope, tree):
+        value = self.value(scope, tree.operand)
+        if isinstance(tree.op, ast.Not):
+            return not value
+        demand(isinstance(value, (int, float)), "it has a sign before what is no number")
+        return -value if isinstance(tree.op, ast.USub) else value
+
+    def on_BinOp(self, scope, tree):
+        left, right = self.value(scope, tree.left), self.value(scope, tree.right)
+        kind, numbers, rows = type(tree.op), (int, float), (str, list, tuple)
+        if kind is ast.MatMult:
+            return self.weigh(str(self.weigh(left)) + str(self.weigh(right)))
+        joined = kind is ast.Add and type(left) is type(right) and isinstance(left, rows)
+        demand(joined or kind in ARITHMETIC and isinstance(left, numbers)
+               and isinstance(right, numbers),
+               f"it has {kind.__name__} of {type(left).__name__} and {type(right).__name__}")
+        return self.weigh(ARITHMETIC[kind](left, right))
+
+    def on_Compare(self, scope, tree):
+        left = self.value(scope, tree.left)
+        for kind, part in zip(map(type, tree.ops), tree.comparators):
+            right = self.value(scope, part)
+            self.weigh(left, right)
+            demand(kind in COMPARISONS, f"it has {kind.__name__}")
+            if not COMPARISONS[kind](left, right):
+                return False
+            left = right
+        return True
+
+    def on_Attribute(self, scope, tree):
+        value = self.value(scope, tree.value)
+        demand(value is not UNDEFINED, f"it asks what is not there for its {tree.attr[2:]}")
+        return attribute_of(value, tree.attr[2:])
+
+    def on_Subscript(self, scope, tree):
+        value, at = self.value(scope, tree.value), tree.slice
+        demand(value is not UNDEFINED, "it asks what is not there for a part")
+        if isinstance(at, ast.Slice):
+            parts = [part and self.value(scope, part) for part in (at.lower, at.upper, at.step)]
+            return self.weigh(value[slice(*parts)])
+        at = self.value(scope, at.value if type(at).__name__ == "Index" else at)    # Python 3.8
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            return value[at]
+        return UNDEFINED
+
+    def on_Call(self, scope, tree):
+        arguments = [self.value(scope, part) for part in tree.args]
+        demand(all(part.arg for part in tree.keywords), "it has a call with **")
+        named = {part.arg[2:]: self.value(scope, part.value) for part in tree.keywords}
+        kind, name = "v_", getattr(tree.func, "id", "v_")[2:]
+        if not isinstance(tree.func, ast.Attribute):
+            call = self.value(scope, tree.func)
+        else:
+            kind, name = tree.func.attr[:2], tree.func.attr[2:]
+            value = self.value(scope, tree.func.value)
+            if kind == "v_" and name not in METHODS.get(type(value), ()):
+                call = attribute_of(value, name)
+            else:
+                arguments = [value, *arguments]
+                call = getattr(type(value), name) if kind == "v_" else \
+                    (FILTERS if kind == "f_" else TESTS).get(name)
+        demand(callable(call), f"it calls {name}, which is not known here")
+        self.weigh(*arguments, *named.values())
+        if name in ("replace", "join"):         # which may make much of little
+            self.spend(math.prod(len(part) for part in arguments if isinstance(part, (str, list))))
+        found = call(*arguments, **named)
+        found = list(found) if isinstance(found, collections.abc.MappingView) else found
+        return self.weigh(not found if kind == "n_" else found)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. What stands beside: how a text begins, and what ends it
 #
 # config.json, generation_config.json, tokenizer_config.json and special_tokens_map.json all have
 # their say, and often contradict each other.  The rule: what begins a text is the tokenizer's
 # business, and everything that anybody names as an end is one.
 
-NO_CHAT = ("",) * 6
 BESIDE = "tokenizer_config", "generation_config", "special_tokens_map", "chat_template"
 
 
@@ -1527,39 +2005,45 @@ def read_beside(folder):
     return found
 
 
-def special_token(beside, name):
-    """The text of the bos_token or the eos_token, as bytes; None if nobody names it."""
-    for file in "tokenizer_config", "special_tokens_map":
-        token = beside[file].get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token:
-            return token.encode()
-    return None
+def special_tokens(beside):
+    """The texts of bos_token, eos_token and their like, those that are named."""
+    found = {}
+    for file in "special_tokens_map", "tokenizer_config":
+        for name, token in beside[file].items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and token and isinstance(token, str):
+                found[name] = token
+    return found
 
 
-def settle(path, config, tokenizer, says, beside, family):
-    """Makes one out of all opinions.  `says` is config.json, `family` is llama or mistral."""
+def settle(path, config, tokenizer, says, beside, form):
+    """Makes one out of all opinions.  `says` is config.json, `form` is what --chat names."""
     settle_prefix(tokenizer, beside)
+    for name in "bos", "eos":
+        text = special_tokens(beside).get(name + "_token")
+        token = tokenizer.id_of(text.encode()) if text else -1
+        if token >= 0:
+            setattr(tokenizer, name, token)
+        elif text:
+            warn(path, f"{name}_token is {text!r}, which is no control piece; it was not "
+                 "believed")
     settle_begin(path, config, tokenizer, says, beside)
-    eos = special_token(beside, "eos_token")
-    if eos and tokenizer.id_of(eos) >= 0:
-        tokenizer.eos = tokenizer.id_of(eos)
-    tokenizer.chat, chat_ends = settle_chat(path, tokenizer, beside, family)
+    chat_ends = settle_chat(path, tokenizer, beside, form)
     settle_ends(path, config, tokenizer, says, beside, chat_ends)
 
 
 def settle_prefix(tokenizer, beside):
     """Hugging Face's newer reading of tokenizer.model: no space behind control pieces."""
-    if tokenizer.by_sentencepiece and beside["tokenizer_config"].get("legacy") is False:
+    settings = beside["tokenizer_config"]
+    if tokenizer.by_sentencepiece and settings.get("legacy") is False:
         tokenizer.flags &= ~PREFIX_EACH
+        if settings.get("add_prefix_space") is False:
+            tokenizer.flags &= ~PREFIX_SPACE
 
 
 def settle_begin(path, config, tokenizer, says, beside):
     """Puts the piece that begins every text into tokenizer.begins, or -1."""
     settings = beside["tokenizer_config"]
-    name = special_token(beside, "bos_token")
-    if name and tokenizer.id_of(name) >= 0:
-        tokenizer.bos = tokenizer.id_of(name)
     adds = tokenizer.begins >= 0
     # Only some of Hugging Face's classes look at this setting.
     by_setting = "Llama" in settings.get("tokenizer_class", "Llama")
@@ -1593,7 +2077,7 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
                 demand(whole(token, 0, config.vocab_size), f"eos_token_id is {token!r} in {file}, "
                        f"but there are {config.vocab_size} tokens")
                 named[token] = file
-    own = {tokenizer.eos, *map(tokenizer.id_of, chat_ends)} - {-1}
+    own = {tokenizer.eos, *chat_ends} - {-1}
     for token in sorted(own | set(named)):
         piece = tokenizer.pieces.get(token, EMPTY)
         fits = tokenizer.may_be_control(token) and piece.kind != UNKNOWN
@@ -1607,191 +2091,264 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
                  f"the tokenizer knows it as {tokenizer.text_of(token)!r}; it was not believed")
 
 
-# A chat is six strings.  Control pieces are spelt in them by their names; the piece that begins
-# a text is not, as the program puts it once in front of everything.
+# ------------------------------------------------------------------------------------------------
+# 9. How a chat is written
+#
+# A chat is six strings, with control pieces spelt by their names:
 #
 #     opening          before the first question, if there is no system prompt
 #     before_system    before the system prompt, and
-#     after_system     between it and the first question
+#     after_system     between it and the first question; both empty: it has no place
 #     before_question  before every later question
 #     after_question   between a question and its answer
-#     after_answer     behind an answer
+#     after_answer     behind an answer, up to the control piece that ends it, if there is one
 #
-# A chat template is a program in a language of its own.  It is not run, but recognised: by the
-# control pieces that it spells, which must be all of those of a known form and no others.
+# They are what a chat template writes around texts that it is given.  The kind of a string says
+# whether the template takes the spaces that were typed before it (1), after it (2), or both (3).
+#
+# Not every template is six strings.  So the proof is a conversation of five rounds: what drugs.c
+# would read must be what the template writes, cut at the pieces that are found whole and with the
+# spaces that the tokenizer puts there: then the ids are the same.  (The piece that begins every
+# text comes first where the template does not spell it, for the tokenizer says so.)
+
+OPENING, BEFORE_SYSTEM, AFTER_SYSTEM, BEFORE_QUESTION, AFTER_QUESTION, AFTER_ANSWER = range(6)
+LEFT, RIGHT, MARK, SPACES = "\n \t", "\t \n", "\ue000", " \t\n\v\f\r"
+QUESTIONS = "Who\nare you?", "  why 2 + 2?\n", "no. [x]  Yes\t", "\u00e4", "\n\tlast "
+ANSWERS = "I am A.", "<think>b</think>B!", "c  d", "E"
+
+# The forms that --chat knows, as templates, and the marks that are set in them.
+MARKED = r"""
+{%- for message in messages %}
+  {{- before + message.role + after + message.content | trim + (end or eos_token + '\n') }}
+{%- endfor %}
+{{- before + 'assistant' + after if add_generation_prompt }}
+"""
+INST = r"""
+{{- '' if each else bos_token }}
+{%- set system = namespace(text='') %}
+{%- for message in messages %}
+  {%- if message.role == 'system' %}
+    {%- set system.text = before + message.content + after %}
+  {%- elif message.role == 'user' %}
+    {{- each + open + (system.text + message.content) | trim + close }}
+    {%- set system.text = '' %}
+  {%- else %}
+    {{- end + message.content | trim + end + eos_token }}
+  {%- endif %}
+{%- endfor %}
+"""
+PLAIN = r"""
+{%- for message in messages %}
+  {{- {'system': '', 'user': 'User: ', 'assistant': 'Assistant: '}[message.role]
+      + message.content | trim + '\n' }}
+{%- endfor %}
+{{- 'Assistant:' if add_generation_prompt }}
+"""
+FORMS = {
+    "llama2": (INST, dict(before="<<SYS>>\n", after="\n<</SYS>>\n\n", end=" ", open="[INST] ",
+                          close=" [/INST]")),
+    "llama3": (MARKED, dict(before="<|start_header_id|>", after="<|end_header_id|>\n\n",
+                            end="<|eot_id|>")),
+    "mistral": (INST, dict(before="", after="\n\n", end="", each="")),
+    "zephyr": (MARKED, dict(before="<|", after="|>\n", end="")),
+    "chatml": (MARKED, dict(before="<|im_start|>", after="\n", end="<|im_end|>\n")),
+    "plain": (PLAIN, {})}
 
 
-def settle_chat(path, tokenizer, beside, family):
-    """(the six strings or (), the names of pieces that end an answer)."""
+def settle_chat(path, tokenizer, beside, form):
+    """Puts the chat into the tokenizer; returns the pieces that end an answer."""
+    names = special_tokens(beside)
+    for name, token in ("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos):
+        names.setdefault(name, tokenizer.text_of(token) or "")
     settings = beside["tokenizer_config"]
     template = beside["chat_template"].get("chat_template", settings.get("chat_template"))
     if isinstance(template, list):      # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    bos = special_token(beside, "bos_token") or tokenizer.pieces.get(
-        tokenizer.bos, EMPTY).text
-    names = bos.decode("utf-8", "replace"), tokenizer.text_of(tokenizer.eos) or ""
+    if form:
+        template, marks = FORMS[form]
+        names.update(inst_marks(tokenizer, names["bos_token"]), **marks)
     if not template:
-        # Whoever says that there is none, means it.  Others are from before there were any.
-        silent = "chat_template" not in settings
-        if silent and names[1] == "</s>" and not tokenizer.byte_level:
-            return default_chat(tokenizer, names, family), ()
-        return NO_CHAT, ()
-    # A line feed may stand in a literal of the template as itself or as \n.
-    found = chat_of(template.replace("\\n", "\n"), template, tokenizer, names)
-    if not found:
-        warn(path, "its chat template is of no form that drugs.c knows; chats are not possible")
-        return NO_CHAT, ()
-    return found
+        return ()
+    try:
+        program = Template(template)
+        render = functools.partial(render_talk, program, names)
+        chat, takes, ends, no_system = six_strings(tokenizer, render)
+        parted = where_they_part(tokenizer, render, chat, takes, None)
+        demand(not parted, parted)
+    except Refused as why:
+        warn(path, f"there will be no -m chat, as its chat template cannot be kept: {why}")
+        return ()
+    try:
+        no_system = no_system or where_they_part(tokenizer, render, chat, takes, "\n Be A.\t")
+    except Refused as why:
+        no_system = why
+    if no_system:
+        warn(path, "what its chat template makes of a system prompt, drugs.c follows for one round: "
+             f"{no_system}" if chat[1] + chat[2] else
+             f"its chat template has no place for a system prompt{no_system}")
+    if "strftime_now" in program.asked:
+        warn(path, "its chat template wants today's date; its own default is written, so that a "
+             "chat can be repeated")
+    tokenizer.chat, tokenizer.takes = tuple(chat), tuple(takes)
+    for token in tokenizer.of_kind(USER_DEFINED):
+        # What a person types is never one of the marks of the chat.
+        text = tokenizer.pieces[token].text
+        if re.match(rb"[^\w\s].*\w.*[^\w\s]\Z", text) and text in "\n".join(chat).encode():
+            tokenizer.pieces[token] = Piece(CONTROL, text)
+    return ends
 
 
-def default_chat(tokenizer, names, family):
-    """The forms of the time when it went without saying: Llama 2's, and Mistral's."""
-    if family == "llama":
-        return llama2_chat(*names)
-    # As Mistral's own program has it: a text behind a control piece begins with one space.
-    each = tokenizer.flags & PREFIX_EACH
-    if tokenizer.id_of(b"[INST]") >= 0:
-        return mistral_chat(names[1], "[INST]" if each else "[INST] ", "[/INST]", "")
-    chat = mistral_chat(names[1], "[INST] ", " [/INST]", "")
-    return chat if each else chat[:3] + (" [INST] ",) + chat[4:]
+def inst_marks(tokenizer, bos):
+    """How [INST] is spelt: as a piece, or in letters; and who puts the spaces around it."""
+    piece, spaced = tokenizer.id_of(b"[INST]") >= 0, tokenizer.flags & PREFIX_EACH
+    return {"each": bos, "close": "[/INST]" if piece else " [/INST]",
+            "open": ("" if piece or spaced else " ") + "[INST]" + ("" if piece and spaced else " ")}
 
 
-def chat_of(text, template, tokenizer, names):
-    """(six strings, names of the ends) if the form is known, else None."""
-    chat = own_chat(template)
-    if chat:
-        return chat, ()
-    chat, ends = known_form(text, names)
-    if not chat:
+def render_talk(program, names, texts, system=None, prompt=True):
+    """What a template writes for questions and answers by turns."""
+    talk = [{"role": "system", "content": system}] * (system is not None)
+    talk += [{"role": "user assistant".split()[n % 2], "content": text}
+             for n, text in enumerate(texts)]
+    return program.render(**{"messages": talk, "add_generation_prompt": prompt, "tools": None,
+                             "documents": None, **names})
+
+
+def around(written, *texts):
+    """What stands before, between and behind these texts."""
+    found = []
+    for text in texts:
+        demand(written.count(text) == 1, "it does not write each text once, and in order")
+        before, _, written = written.partition(text)
+        found.append(before)
+    return (*found, written)
+
+
+def takes_spaces(plain, spaced, before, after):
+    """Which of the spaces typed before and after a string are not written."""
+    for kind in range(4):
+        if spaced == before * (not kind & 1) + plain + after * (not kind & 2):
+            return kind
+    raise Refused("it neither writes nor takes the spaces around what is typed")
+
+
+def six_strings(tokenizer, render):
+    """(strings, kinds, ids of what ends an answer, why there is no system prompt) of a template."""
+    question, answer, later, system = (MARK + letter + MARK for letter in "qals")
+    typed = LEFT + question + RIGHT
+    opening, after_question = around(render([question]), question)
+    spaced_opening, spaced_after = around(render([typed]), question)
+    turn, spaced_turn = (
+        around(render([question, answer, spaces + later]), question, answer, later)[2]
+        for spaces in ("", LEFT))
+    demand(opening + turn + after_question, "it writes nothing around what is said")
+    space, end = re.match(r"(\s*)(.*)", turn, re.S).groups()
+    ends = sorted((token for token, piece in tokenizer.pieces.items() if piece.text
+                   and end.encode().startswith(piece.text) and tokenizer.may_be_control(token)),
+                  key=lambda token: len(tokenizer.pieces[token].text))[-1:]
+    after_answer = space + tokenizer.text_of(ends[0]) if ends else ""
+    chat = [opening, "", "", turn[len(after_answer):], after_question, after_answer]
+    takes = [takes_spaces(opening, spaced_opening, "", LEFT), 0, 0,
+             takes_spaces(turn, spaced_turn, "", LEFT),
+             takes_spaces(after_question, spaced_after, RIGHT, ""), 0]
+    try:
+        written = render([question], system)
+    except Raised as why:
+        return chat, takes, ends, f": {why}"
+    if system not in written:
+        return chat, takes, ends, " and ignores it"
+    chat[1:3] = around(written, system, question)[:2]
+    spaced = around(render([typed], LEFT + system + RIGHT), system, question)
+    takes[1:3] = (takes_spaces(chat[1], spaced[0], "", LEFT),
+                  takes_spaces(chat[2], spaced[1], RIGHT, LEFT))
+    return chat, takes, ends, None
+
+
+def where_they_part(tokenizer, render, chat, takes, system):
+    """Where a chat of five rounds is not what the template writes; None if it is."""
+    def typed(before, text, after):
+        text = text.lstrip(SPACES) if takes[before] & 2 else text
+        return chat[before] + (text.rstrip(SPACES) if takes[after] & 1 else text)
+    talk = [text for pair in zip(QUESTIONS, [MARK + answer for answer in ANSWERS] + [""])
+            for text in pair][:-1]
+    found = b""
+    for at in range(0, len(talk), 2):
+        before, text = (BEFORE_QUESTION if at else OPENING), chat[AFTER_ANSWER] if at else ""
+        if system and not at:
+            before, text = AFTER_SYSTEM, typed(BEFORE_SYSTEM, system, AFTER_SYSTEM)
+        text += typed(before, talk[at], AFTER_QUESTION) + chat[AFTER_QUESTION]
+        found += sections(tokenizer, text, CONTINUED if at else AT_START)
+        found += sections(tokenizer, "".join(talk[at + 1:at + 2]), CONTINUED)
+    # The space before an answer is the model's to write.
+    wanted, found = (re.sub(rb"\s+(?=%s)" % MARK.encode(), b"", text) for text in (
+        sections(tokenizer, render(talk, system), AT_START), found))
+    if wanted == found:
         return None
-    opening, before_system = chat[:2]
-    if tokenizer.begins < 0 and names[0] and re.search(r"\bbos_token\b", text):
-        # Here it is not the tokenizer that puts the begin, but the template.
-        opening, before_system = names[0] + opening, names[0] + before_system
-    elif tokenizer.flags & PREFIX_SPACE:
-        # One space before the opening comes from the program.
-        opening, before_system = re.sub("^ ", "", opening), re.sub("^ ", "", before_system)
-    return (opening, before_system) + chat[2:], ends
+    same = os.path.commonprefix([wanted, found])
+    wanted, found = (text[len(same):].replace(b"\0", b"").replace(MARK.encode(), b"")[:40].decode(
+        "utf-8", "replace") for text in (wanted, found))
+    return (f"in round {1 + same.count(MARK.encode())} of five it writes {wanted!r} where drugs.c "
+            f"would read {found!r}")
 
 
-def known_form(text, names):
-    """(six strings, names of the ends), or (None, ()) if the form is not known."""
-    spelt = set(re.findall(r"<\|[^|<>]{1,40}\|>|</?think>|\[/?SYSTEM_PROMPT\]|\[/?THINK\]", text))
-    has_default = DEFAULT_SYSTEM.search(text)
-    for form, needed, optional in FORMS:
-        needed, optional = ({f"<|{name}|>" for name in names.split()}
-                            for names in (needed, optional))
-        if needed <= spelt <= needed | optional:
-            return form(text, names[1]) if form == chatml_chat or not has_default else (None, ())
-    if spelt or has_default or "[INST]" not in text:
-        return None, ()
-    return inst_chat(text, names), ()
+AT_START, AFTER_PIECE, CONTINUED = range(3)
 
 
-# Some templates keep their default system prompt in a variable.
-DEFAULT_SYSTEM = re.compile(r"""\bset +system_message *= *(['"])([^'"{}]+)\1""")
+def sections(tokenizer, text, start):
+    """A text as drugs.c sees it before anything is merged, which is then the same for the same.
+
+    Pieces that are found whole have a zero on each side; what is between them has the spaces that
+    the flags put.
+    """
+    flags = tokenizer.flags
+    whole_texts = {tokenizer.pieces[token].text for token in found_whole(tokenizer)}
+    pattern = b"|".join(map(re.escape, sorted(whole_texts, key=len, reverse=True))) or rb"(?!)"
+    parts = re.split(b"(" + pattern + b")", text.encode())
+    for place in range(0, len(parts), 2):
+        part = parts[place].replace(b"\n", b"\n ") if flags & NEWLINE_SPACE else parts[place]
+        if flags & COLLAPSE_SPACES:
+            part = re.sub(b" +", b" ", part).strip(b" ")
+        wanted = start == AT_START or start == AFTER_PIECE and flags & PREFIX_EACH
+        spaced = flags & PREFIX_UNLESS_SPACE and part.startswith((b" ", SPACE.encode()))
+        if part and flags & PREFIX_SPACE and wanted and not spaced:
+            part = b" " + part
+        parts[place], start = part, AFTER_PIECE
+    return b"\0".join(parts)
 
 
-def llama3_chat(text, _):
-    def head(role):
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-    # Since 3.1 there is always a system prompt, which tells the date; if nobody does, this one.
-    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-    dates = dates if "Cutting Knowledge Date" in text else ""
-    opening = head("system") + dates + "<|eot_id|>" if dates else ""
-    return (opening + head("user"), head("system") + dates, "<|eot_id|>" + head("user"),
-            head("user"), "<|eot_id|>" + head("assistant"), "<|eot_id|>"), (
-                b"<|eot_id|>", b"<|eom_id|>")
-
-
-def chatml_chat(text, _):
-    def head(role):
-        return f"<|im_start|>{role}\n"
-    # A default system prompt is a literal without quotes or braces within it.
-    default = re.search(r"<\|im_start\|>system\n[^'\"{}]+?<\|im_end\|>\n", text)
-    default = default.group() if default else ""
-    if not default and DEFAULT_SYSTEM.search(text):
-        default = head("system") + DEFAULT_SYSTEM.search(text).group(2) + "<|im_end|>\n"
-    return (default + head("user"), head("system"), "<|im_end|>\n" + head("user"), head("user"),
-            "<|im_end|>\n" + head("assistant"), "<|im_end|>\n"), (b"<|im_end|>",)
-
-
-def zephyr_chat(text, eos):
-    if "eos_token" not in text and eos not in text:
-        return None, ()
-    return ("<|user|>\n", "<|system|>\n", eos + "\n<|user|>\n", "<|user|>\n",
-            eos + "\n<|assistant|>\n", eos + "\n"), ()
-
-
-def llama2_chat(bos, eos):
-    # Each question begins anew; the spaces around an answer are part of the form.
-    return ("[INST] ", "[INST] <<SYS>>\n", "\n<</SYS>>\n\n", bos + "[INST] ", " [/INST]", " " + eos)
-
-
-def mistral_chat(eos, before, after, gap):
-    """Mistral's: as Llama 2's, but it begins only once, and the system prompt has no marks."""
-    return before, before, "\n\n", gap + before, after, eos
-
-
-def inst_chat(text, names):
-    if "<<SYS>>" in text:
-        return llama2_chat(*names)
-    before = re.search(r"""(['"])( ?\[INST\] ?)\1""", text)
-    after = re.search(r"""(['"])( ?\[/INST\] ?)\1""", text)
-    if not (before and after):
-        return None
-    gap = " " if re.search(r"""eos_token *\+ *(['"]) \1""", text) else ""
-    if re.search(r"""bos_token *\+ *['"] ?\[INST\]""", text):
-        gap += names[0]
-    return mistral_chat(names[1], before.group(2), after.group(2), gap)
-
-
-# Which control pieces the template of a form must spell, and which it may.
-FORMS = (
-    (llama3_chat, "start_header_id end_header_id eot_id",
-     "begin_of_text end_of_text eom_id python_tag"),
-    (chatml_chat, "im_start im_end", "endoftext"),
-    (zephyr_chat, "user assistant", "system"))
-
-# The template of a folder that export.py wrote: any six strings, in one and the same program.
-# (Jinja takes literals apart as Python does, with \\n for a line feed.)
+# The template of a folder that export.py wrote: any six strings.
 OWN_TEMPLATE = """\
-{%- if messages[0]['role'] == 'system' -%}
-  {{- BOS#2 + messages[0]['content'] + #3 -}}
-  {%- set turns = messages[1:] -%}
-{%- else -%}
-  {{- BOS#1 -}}
-  {%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-  {%- if message['role'] == 'user' -%}
-    {%- if not loop.first -%}{{- #4 -}}{%- endif -%}
-    {{- message['content'] + #5 -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- message['content'] + #6 -}}
-  {%- endif -%}
-{%- endfor -%}
+{%- for message in messages %}
+  {%- if message.role == 'system' %}
+    {{- #system }}
+  {%- elif message.role == 'user' and loop.first %}
+    {{- #0 + #first + #4 }}
+  {%- elif message.role == 'user' and loop.index0 == 1 and messages[0].role == 'system' %}
+    {{- #behind + #4 }}
+  {%- elif message.role == 'user' %}
+    {{- #3 + #later + #4 }}
+  {%- else %}
+    {{- message.content + #5 }}
+  {%- endif %}
+{%- endfor %}
 """
 
 
-def own_template(chat, begins):
-    literals = [string.encode("unicode_escape").decode().replace("'", "\\x27") for string in chat]
-    text = OWN_TEMPLATE.replace("BOS", "bos_token + " if begins else "")
-    return re.sub("#([1-6])", lambda place: f"'{literals[int(place.group(1)) - 1]}'", text)
-
-
-def own_chat(template):
-    """The six strings of a template that own_template() made; None for any other."""
-    pattern = re.escape(OWN_TEMPLATE).replace("BOS", r"(?:bos_token \+ )?")
-    for place in range(1, 7):
-        pattern = pattern.replace(re.escape(f"#{place}"), f"'(?P<string{place}>[^']*)'")
-    match = re.match(pattern + r"\Z", template)
-    return match and tuple(match.group(f"string{place}").encode("ascii").decode("unicode_escape")
-                           for place in range(1, 7))
+def own_template(chat, takes):
+    def typed(before, after):
+        left, right = ".lstrip()" * (takes[before] >> 1), ".rstrip()" * (takes[after] & 1)
+        return "message.content" + left + right
+    spelt = {str(place): "'" + string.encode("unicode_escape").decode().replace("'", "\\x27") + "'"
+             for place, string in enumerate(chat)}
+    spelt.update(first=typed(OPENING, AFTER_QUESTION), behind=typed(AFTER_SYSTEM, AFTER_QUESTION),
+                 later=typed(BEFORE_QUESTION, AFTER_QUESTION))
+    spelt["system"] = f"{spelt['1']} + {typed(BEFORE_SYSTEM, AFTER_SYSTEM)} + {spelt['2']}" \
+        if chat[1] + chat[2] else "raise_exception('a system prompt has no place')"
+    return re.sub(r"#(\w+)", lambda place: spelt[place[1]], OWN_TEMPLATE)
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Reader: a Hugging Face folder
+# 10. Reader: a Hugging Face folder
 
 # What config.json calls the fields of a Config.
 SETTINGS = dict(
@@ -1800,21 +2357,59 @@ SETTINGS = dict(
     vocab_size="vocab_size", seq_len="max_position_embeddings",
     shared_classifier="tie_word_embeddings", sliding_window="sliding_window",
     norm_eps="rms_norm_eps", rope_theta="rope_theta", rope_scaling="rope_scaling")
+READ_ELSEWHERE = ("architectures model_type hidden_act attention_bias mlp_bias rope_parameters "
+                  "partial_rotary_factor bos_token_id eos_token_id").split()
+# Settings of training, of other programs and of how a model is run.
+HARMLESS = re.compile(
+    r"_.*|.*(dropout|_pdrop|dtype|_version|token_id|_fixed|_implementation)|id2label|label2id|"
+    r"initializer_range|pretraining_tp|use_cache|auto_map|tokenizer_class|gradient_checkpointing|"
+    r"multiple_of|ffn_dim_multiplier|max_batch_size|return_dict|output_.*|transformers.*")
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "llama": "llama",
                  "MistralForCausalLM": "mistral", "mistral": "mistral"}
 
 
 def read_hf(folder):
-    with reading_json(os.path.join(folder, "config.json")) as settings:
-        config, family = hf_config(settings)
+    path = os.path.join(folder, "config.json")
+    with reading_json(path) as settings:
+        config = hf_config(settings)
+    # A window that a Llama has is read by nobody.
+    warn_of_unread(path, settings, {*SETTINGS.values(), *READ_ELSEWHERE}
+                   - {"" if config.sliding_window else SETTINGS["sliding_window"]})
     found = without_prefix(hf_tensors(folder))
-    if config.shared_classifier:
-        # One matrix under two names: the file may hold either of them, or both.
-        embedding, classifier = name_of("tok_emb", 0, "hf"), name_of("wcls", 0, "hf")
-        if classifier in found:
-            found.setdefault(embedding, found.pop(classifier))
+    tie(folder, config, found, "hf")
     tensors = reorder(gather(config, found, "hf"), config.head_dim, 2)
-    return config, tensors, settings, family
+    return config, tensors, settings
+
+
+def warn_of_unread(path, settings, read):
+    """What nobody reads is no secret; a setting of nothing, 0 or false asks for nothing."""
+    unread = [name for name, value in settings.items()
+              if value and name not in read and not HARMLESS.fullmatch(name)]
+    if unread:
+        warn(path, f"nothing here reads {some(unread, 8)}; if that changes what the model "
+             "computes, the file is another model")
+
+
+def tie(path, config, found, family):
+    """One matrix under two names: the file may hold it under either, or both."""
+    embedding, classifier = (name_of(kind, 0, family) for kind in ("tok_emb", "wcls"))
+    if not config.shared_classifier or classifier not in found:
+        return
+    if same_numbers(found.setdefault(embedding, found[classifier]), found[classifier]):
+        del found[classifier]
+        return
+    config.shared_classifier = False
+    warn(path, f"says that its two matrices of the vocabulary are one, but {classifier} is not "
+         f"{embedding}; it was taken")
+
+
+def same_numbers(a, b):
+    if a == b or a.problem or b.problem or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return a == b
+    step = max(1, CHUNK_BYTES // (DTYPES[a.dtype][0] * math.prod(a.shape[1:])))
+    return all(a.rows(first, min(first + step, a.shape[0]))
+               == b.rows(first, min(first + step, a.shape[0]))
+               for first in range(0, a.shape[0], step))
 
 
 def hf_config(s):
@@ -1831,7 +2426,7 @@ def hf_config(s):
     fields = {ours: s.get(theirs) for ours, theirs in SETTINGS.items()}
     fields.update(zip(("rope_theta", "rope_scaling"), hf_rope(s)))
     return Config(**{**fields, "sliding_window": window,
-                     "shared_classifier": bool(fields["shared_classifier"])}), family
+                     "shared_classifier": bool(fields["shared_classifier"])})
 
 
 def hf_rope(s):
@@ -1839,10 +2434,11 @@ def hf_rope(s):
     theta, scaling = s.get("rope_theta"), None
     for key in "rope_scaling", "rope_parameters":       # the older name and the newer
         rope = s.get(key) or {}
+        said = rope.get("rope_theta", theta)
+        demand(theta in (None, said), f"rope_theta is both {theta} and {said}")
         demand({**s, **rope}.get("partial_rotary_factor", 1) == 1,
                "partial_rotary_factor is set; only a RoPE over whole heads can be exported")
-        theta = rope.get("rope_theta", theta)
-        scaling = rope or scaling
+        theta, scaling = said, rope or scaling
     return theta, scaling
 
 
@@ -1854,6 +2450,9 @@ def hf_tensors(folder):
             return reader(path)
         if os.path.exists(path + ".index.json"):
             return sharded_tensors(folder, path + ".index.json", reader)
+    shards = glob.glob(os.path.join(glob.escape(folder), "*-of-*"))
+    demand(not shards, f"model.safetensors.index.json is missing, which says what is in "
+           f"{some(sorted(map(os.path.basename, shards)), 1)}; fetch it, too")
     raise Refused("model.safetensors is missing, and pytorch_model.bin, too: fetch one of them")
 
 
@@ -1902,7 +2501,7 @@ def without_doubles(pairs):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Readers: what PyTorch wrote, and the folders of Meta and Mistral
+# 11. Readers: what PyTorch wrote, and the folders of Meta and Mistral
 #
 # A file of PyTorch's is a zip.  NAME/data.pkl is a pickle, the tree of Python objects that was
 # saved; NAME/data/0, NAME/data/1, ... are the bytes of the tensors.  A pickle is a program: it may
@@ -2036,9 +2635,9 @@ def read_meta(folder):
     single = os.path.join(folder, "consolidated.safetensors")
     if os.path.exists(single):
         with reading(single):
-            config, tensors = meta_model({"max_seq_len": 32768, **params},
+            config, tensors = meta_model(folder, {"max_seq_len": 32768, **params},
                                          without_prefix(safetensors(single)))
-        return config, tensors, {}, "mistral"
+        return config, tensors, {}
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "consolidated.*.pth")))
     demand(paths, "has params.json, but neither consolidated.00.pth nor consolidated.safetensors")
     shards = [without_prefix(torch_tensors(path)) for path in paths]
@@ -2048,7 +2647,7 @@ def read_meta(folder):
         demand(len(parts) == len(shards) or name.endswith(IGNORED),
                f"tensor {name} is missing from some of the consolidated.*.pth")
         found[name] = join_shards(name, parts)
-    return (*meta_model(params, found), {}, "llama")
+    return (*meta_model(folder, params, found), {})
 
 
 def join_shards(name, parts):
@@ -2078,22 +2677,24 @@ def read_checkpoint(path):
     model, params = content["model"], content["model_args"]
     refuse_inert(model, params)
     refuse_inert(*model.values())
-    return (*meta_model(params, without_prefix(model)), {}, "llama")
+    return (*meta_model(path, params, without_prefix(model)), {})
 
 
-def meta_model(params, found):
+READ_OF_META = ("dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len "
+                "norm_eps rope_theta sliding_window tied_embeddings model_type").split()
+
+
+def meta_model(path, params, found):
     """Of some settings Meta says nothing; tensors and other settings give them away."""
     demand(not params.get("use_scaled_rope"), "use_scaled_rope is set, but not said by how much; "
            "export the Hugging Face folder of the same model")
     refuse_settings(params, "moe", "quantization_args", "quantization")
+    warn_of_unread(path, params, READ_OF_META)
     embedding, classifier, w1 = (name_of(kind, 0, "meta") for kind in ("tok_emb", "wcls", "w1"))
     for name in embedding, w1:
         demand(name in found, f"tensor {name} is missing")
     # Tied weights are saved once and referred to twice.
-    shared = found[embedding] == found.get(classifier)
-    if shared or params.get("tied_embeddings"):
-        found.pop(classifier, None)
-        shared = True
+    shared = bool(params.get("tied_embeddings")) or found[embedding] == found.get(classifier)
     pieces, seq_len = params.get("vocab_size", -1), params.get("max_seq_len")
     if not seq_len and params.get("rope_theta") == 1e6:
         seq_len = 16384                                                 # Code Llama
@@ -2106,11 +2707,12 @@ def meta_model(params, found):
         vocab_size=found[embedding].shape[0] if pieces == -1 else pieces, seq_len=seq_len,
         shared_classifier=shared, sliding_window=params.get("sliding_window"),
         rope_theta=params.get("rope_theta"), norm_eps=params.get("norm_eps", 1e-5))
+    tie(path, config, found, "meta")
     return config, gather(config, found, "meta")
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Reader: llama2.c's export, version 0
+# 12. Reader: llama2.c's export, version 0
 #
 # Seven int32, then fp32 tensors without names: one kind after the other, each for all layers.
 
@@ -2130,11 +2732,11 @@ def read_v0(path):
     tensors = place(file, 28, (
         (key, (seq_len, config.head_dim) if key[0] == "RoPE" else config.shape(key[0]), "F32")
         for key in keys))
-    return config, tensors, {}, "llama"
+    return config, tensors, {}
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Which reader
+# 13. Which reader
 
 MAGIC, VERSION = b"drugs.c\0", 3
 STRANGERS = {
@@ -2150,6 +2752,11 @@ INNER = re.compile(r".*\.(safetensors|json|model|model\.v\d+)\Z"
 
 def reader_of(path):
     if os.path.isdir(path):
+        demand(not os.path.exists(os.path.join(path, "adapter_config.json")), "holds an adapter "
+               "(LoRA), which is no model: merge it into its base model, and export that")
+        inner = sorted(glob.glob(os.path.join(glob.escape(path), "snapshots", "*")))
+        demand(not inner, "is a folder of the hub's cache; name the one in it that is the model: "
+               + some(inner, 1))
         for name, reader in ("config.json", read_hf), ("params.json", read_meta):
             if os.path.exists(os.path.join(path, name)):
                 return reader
@@ -2165,21 +2772,21 @@ def reader_of(path):
     return read_checkpoint if is_torch else read_v0
 
 
-def read_model(path, named_tokenizer):
-    config, tensors, says, family = reader_of(path)(path)
+def read_model(path, named_tokenizer, form):
+    config, tensors, says = reader_of(path)(path)
     is_folder = os.path.isdir(path)
     folder = path if is_folder else os.path.dirname(path)
     tokenizer = find_tokenizer(folder, named_tokenizer, config.vocab_size)
     # What lies beside a single file may belong to anything.
     beside = read_beside(folder) if is_folder else dict.fromkeys(BESIDE, {})
-    settle(path, config, tokenizer, says, beside, family)
+    settle(path, config, tokenizer, says, beside, form)
     with reading(path):
         settle_tables(tokenizer, config.vocab_size)
     return config, tensors, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. The writer of the flat file
+# 14. The writer of the flat file
 
 # magic, version, ten sizes, norm_eps, storage, bos, unknown, text_flags, nine sizes of tables
 HEADER, HEADER_BYTES, ALIGNMENT = "<8s11if13i", 256, 64
@@ -2214,7 +2821,8 @@ def front(c, tokenizer, storage):
     pieces = [tokenizer.pieces.get(token, EMPTY) for token in range(c.vocab_size)]
     texts = [piece.text for piece in pieces]
     texts += [text.encode() for text in (*tokenizer.chat, *tokenizer.patterns)]
-    kinds = [piece.kind for piece in pieces] + [NORMAL] * (len(texts) - len(pieces))
+    kinds = [piece.kind for piece in pieces]
+    kinds += [*tokenizer.takes] + [NORMAL] * len(tokenizer.patterns)
     units = [(unit, unit, token) for unit, token in sorted(tokenizer.units.items())]
     unknown, = tokenizer.of_kind(UNKNOWN) or [-1]
     whole_pieces, n_text = found_whole(tokenizer), sum(map(len, texts))
@@ -2276,7 +2884,7 @@ def replacing(output, folder=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. The way back: from a flat file to a Hugging Face folder
+# 15. The way back: from a flat file to a Hugging Face folder
 
 
 def read_flat(path):
@@ -2323,6 +2931,7 @@ def read_flat(path):
     # The automata stay as they are: another Python knows another Unicode.
     tokenizer = Tokenizer(
         pieces, flags, byte_level, patterns, takes_words=bool(words), begins=begins, chat=chat,
+        takes=tuple(kind for _, kind in strings[config.vocab_size:][:6]),
         automata=(ranges, n_classes, rows), units=units, pairs=pairs, words=words)
     check_tokenizer(tokenizer, config.vocab_size)
     demand(front(config, tokenizer, dtype) == file.read(0, parts.at),
@@ -2600,11 +3209,12 @@ def hf_tokenizer_settings(tokenizer):
             "eos_token": tokenizer.text_of(ends[0]) if ends else None,
             "unk_token": tokenizer.text_of(unknown[0]) if unknown else None,
             # Null says that there is no form, where silence would mean an old one.
-            "chat_template": own_template(tokenizer.chat, begins) if any(tokenizer.chat) else None}
+            "chat_template": own_template(tokenizer.chat, tokenizer.takes)
+            if any(tokenizer.chat) else None}
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. The command line
+# 16. The command line
 
 
 def main():
@@ -2617,10 +3227,12 @@ def main():
     outputs.add_argument("--to", nargs=2, metavar=("hf", "DIR"),
                          help="write a Hugging Face folder; DIR is new or empty")
     parser.add_argument("--tokenizer", help="default: the one beside the weights")
+    parser.add_argument("--chat", choices=FORMS, metavar="FORM", help="how a chat is written, "
+                        f"where no template says it: {', '.join(FORMS)}")
     arguments = parser.parse_args()
     path, output = arguments.input, arguments.to[1] if arguments.to else arguments.output
-    if arguments.to and (arguments.to[0] != "hf" or arguments.tokenizer):
-        parser.error("--to knows only hf, and --tokenizer has no place beside it")
+    if arguments.to and (arguments.to[0] != "hf" or arguments.tokenizer or arguments.chat):
+        parser.error("--to knows only hf, and neither --tokenizer nor --chat has a place beside it")
     for stream in sys.stdout, sys.stderr:
         if stream and hasattr(stream, "reconfigure"):
             # A name of a file may have characters that the terminal cannot show.
@@ -2633,7 +3245,8 @@ def main():
         with reading(output):
             check_output(output, path, folder=bool(arguments.to))
         with reading(path):
-            model = read_flat(path) if arguments.to else read_model(path, arguments.tokenizer)
+            model = read_flat(path) if arguments.to else read_model(path, arguments.tokenizer,
+                                                                           arguments.chat)
             size = (write_hf if arguments.to else write_flat)(*model, output)
     except Refused as error:
         stop(f"{error.path}: {error}")

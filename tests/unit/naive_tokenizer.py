@@ -54,6 +54,7 @@ def read_file(data):
     texts = [text[first:end] for first, end in zip(ends, ends[1:])]
     file.pieces = [Piece(kind, texts[token]) for token, (_, kind) in enumerate(strings[:file.vocab])]
     file.chat = [string.decode() for string in texts[file.vocab:file.vocab + 6]]
+    file.takes = [kind for _, kind in strings[file.vocab:file.vocab + 6]]
     file.chat = file.chat if any(file.chat) else []
     file.patterns = [string.decode() for string in texts[file.vocab + 6:]]
     file.units = {first: token for first, last, token in units}
@@ -83,7 +84,12 @@ def encode_like_huggingface(file, text, begin=True, control=False):
     """The ids of a text; `control`: whether control pieces that are spelt in it are meant."""
     ids = [file.bos] if begin and file.bos >= 0 else []
     always = file.flags & PREFIX_SPACE and not file.flags & (PREFIX_EACH | PREFIX_UNLESS_SPACE)
-    for at, section in sections(file, text, control):
+    cut = sections(file, text, control)
+    if always and cut and not file.flags & COLLAPSE_SPACES and not (
+            control and is_control(file, cut[0][1])):
+        # The space comes first, and a user-defined piece may begin with it.
+        cut, always = [(1, section) for _, section in sections(file, " " + text, control)], False
+    for at, section in cut:
         if section in file.found_whole and (control or not is_control(file, section)):
             if at == 0 and always and not is_control(file, section):
                 ids += encode_section(file, " ")

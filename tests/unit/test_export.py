@@ -12,6 +12,7 @@ same tensors, and from there to the same flat file.
 import collections
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ import zipfile
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EXPORT = os.path.join(os.path.dirname(HERE), "export.py")
 LOGITS = os.path.join(HERE, "logits")
+DRUGS = os.path.join(os.path.dirname(HERE), "drugs")
 sys.path[:0] = [os.path.dirname(EXPORT), os.path.join(HERE, "makers"), os.path.join(HERE, "unit")]
 import export       # noqa: E402  (the folders must be on the path first)
 import reference    # noqa: E402
@@ -417,8 +419,6 @@ def v0(small):
 # A reader of the flat file
 
 NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END = range(6)
-MISTRAL_CHAT = ["[INST] ", "[INST] ", "\n\n", "[INST] ", " [/INST]", "</s>"]
-LLAMA2_CHAT = ["[INST] ", "[INST] <<SYS>>\n", "\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " </s>"]
 
 
 def parse(data, small):
@@ -504,7 +504,7 @@ class TestKinds(Case):
         self.assertEqual((header["patterns"], header["ranges"], header["steps"]), ([], [], []))
         self.assertEqual((header["unknown"], header["words"]), (0, {}))
         self.assertEqual(header["frequencies"], frequencies(small.head))
-        self.assertEqual(header["chat"], LLAMA2_CHAT)
+        self.assertEqual((header["chat"], header["takes"]), ([], [0] * 6))
         self.assertEqual(struct.pack("<f", header["eps"]), struct.pack("<f", 1e-5))
         self.assertEqual(pieces[:3], [(2, b"<unk>"), (1, b"<s>"), (5, b"</s>")])
         self.assertEqual(pieces[3 + 10], (3, b"\n"))
@@ -573,8 +573,40 @@ class TestHuggingFace(Case):
         self.assertEqual(self.export(write_hf(self.path(), small, other)), want)
         both = dict(weights)
         dtype, shape, data = both["model.embed_tokens.weight"]
-        both["lm_head.weight"] = [dtype, shape, bytes(len(data))]
+        both["lm_head.weight"] = [dtype, shape, data]
         self.assertEqual(self.export(write_hf(self.path(), small, both)), want)
+
+    def test_two_heads_that_should_be_one(self):
+        """The one that was trained apart is used, whatever the settings say; and it is told."""
+        small = Small(False)
+        want = self.export(write_hf(self.path(), small))
+        for folder in (write_hf(self.path(), small, config=hf_config(small, tie_word_embeddings=True)),
+                       write_meta(self.path(), small, tied_embeddings=True)):
+            out = self.path()
+            done = run(folder, "-o", out)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 1), done.stderr)
+            self.assertIn("two matrices", done.stderr)
+            self.assertEqual(load(out), want)
+
+    def test_what_nobody_reads(self):
+        """A setting that asks for something is obeyed or named."""
+        small = Small(False)
+        for folder in (write_hf(self.path(), small, config=hf_config(
+                small, sliding_window=16, logit_scale=.5, use_cache=True, quiet_one=None,
+                _name_or_path="x", transformers_version="4.4")),
+                       write_meta(self.path(), small, sliding_window=0, logit_scale=.5, window_x=1)):
+            done = run(folder, "-o", self.path())
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 1), done.stderr)
+            for word, said in (("logit_scale", True), ("use_cache", False), ("_name_or_path", False),
+                               ("quiet_one", False), ("sliding_window", "params.json" not in
+                                                      os.listdir(folder))):
+                self.assertEqual(word in done.stderr, said, done.stderr)
+        for name in "bos_token", "eos_token":
+            folder = write_hf(self.path(), small)
+            save(os.path.join(folder, "tokenizer_config.json"), {name: "<nobody>"})
+            done = run(folder, "-o", self.path())
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (0, 1), done.stderr)
+            self.assertIn(name + " is '<nobody>'", done.stderr)
 
     def test_shapes(self):
         self.assertEqual(self.header(Small(False, head=6))["head"], 6)
@@ -586,7 +618,6 @@ class TestHuggingFace(Case):
         mistral = dict(architectures=["MistralForCausalLM"])
         self.assertEqual(self.header(small, sliding_window=16, **mistral)["window"], 16)
         self.assertEqual(self.header(small, sliding_window=None, **mistral)["window"], 0)
-        self.assertEqual(self.header(small, sliding_window=16)["window"], 0)
         self.assertEqual(self.header(small, architectures=["LLaMAForCausalLM"])["dim"], small.dim)
 
     def test_rope(self):
@@ -643,7 +674,7 @@ class TestHuggingFace(Case):
         for key, (shape, numbers) in small.weights.items():
             self.assertEqual(tensors[key], (f32 if len(shape) == 1 else bf16)(numbers), key)
         self.assertEqual(header["frequencies"], frequencies(8, 1e6))
-        self.assertEqual(header["chat"], MISTRAL_CHAT)
+        self.assertEqual(header["chat"], [])
 
     def test_stray_tables_are_ignored(self):
         small = Small(True)
@@ -778,6 +809,21 @@ class TestTokenizers(Case):
             header, _ = self.pieces(sentencepiece(), "tokenizer.model",
                                     tokenizer_config={"legacy": legacy})
             self.assertEqual(header["flags"], flags)
+
+        header, _ = self.pieces(sentencepiece(), "tokenizer.model", tokenizer_config={
+            "legacy": False, "add_prefix_space": False})
+        self.assertEqual(header["flags"], 0)
+
+    @unittest.skipUnless(os.path.exists(DRUGS), "drugs is not built: run make first")
+    def test_a_space_that_becomes_a_part_of_a_piece(self):
+        """SentencePiece puts its space before the text and then looks for user-defined pieces."""
+        path = self.path()
+        save(path, flat(PADDED[:-1] + [(0, 4, b"  ")], Small(True), flags=1))
+        a, spaced = ([piece[1:] for piece in PADDED].index((NORMAL, text)) for text in (b"a", b" a"))
+        want = [[1, spaced], [1, 279, a], [1, 279, spaced]]
+        done = subprocess.check_output([os.path.join(HERE, "tokens"), path],
+                                       input=b"a\0 a\0  a\0")
+        self.assertEqual([list(map(int, line.split())) for line in done.splitlines()], want)
 
     def test_metaspace_that_cuts(self):
         """It cuts before every space: then no piece with a space further in is ever made."""
@@ -1222,23 +1268,74 @@ CHATML = (loop("{{'<|im_start|>' + message['role'] + '\\n' + message['content'] 
           + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SMOLLM = ("{% if messages[0]['role'] != 'system' %}"
           "{{ '<|im_start|>system\\nBe small.<|im_end|>\\n' }}{% endif %}" + CHATML)
-LLAMA3 = loop("{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message"
-              "['content'] | trim + '<|eot_id|>' }}")
-LLAMA31 = ("{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\\n\\n' }}"
-           "{{ 'Cutting Knowledge Date: December 2023\\n' + 'Today Date: ' + date + '\\n\\n' }}"
-           + LLAMA3)
+LLAMA3 = (loop("{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message"
+               "['content'] | trim + '<|eot_id|>' }}")
+          + "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}")
+LLAMA31 = """
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- set date_string = "26 Jul 2024" %}
+{%- endif %}
+{#- The system prompt is always there. #}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set text = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set text = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Cutting Knowledge Date: December 2023\\n" ~ "Today Date: " ~ date_string + "\\n\\n" }}
+{{- text + "<|eot_id|>" -}}
+""" + LLAMA3
 ZEPHYR = loop("\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
-              "eos_token }}\n{% else %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-              "{% endif %}\n{% if loop.last %}\n{{ '<|assistant|>' }}\n{% endif %}\n")
-LLAMA2 = loop("{% if loop.first %}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{% endif %}"
-              "{{ bos_token + '[INST] ' + content + ' [/INST]' }}"
-              "{{ ' ' + content + ' ' + eos_token }}")
-MISTRAL_OLD = "{{ bos_token }}" + loop("{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-                                       "{{ message['content'] + eos_token + ' ' }}")
-MISTRAL_V1 = "{{- bos_token }}" + loop('{{- " [INST] " + message["content"] + " [/INST]" }}'
-                                       '{{- " " + message["content"] + eos_token }}')
-MISTRAL_V3 = "{{- bos_token }}" + loop('{{- "[INST] " + message["content"] + "[/INST]" }}'
-                                       '{{- " " + message["content"] + eos_token }}')
+              "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + "
+              "message['content'] + eos_token }}\n{% else %}\n{{ '<|assistant|>\n' + "
+              "message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
+              "add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n")
+LLAMA2 = ("{% if messages[0].role == 'system' %}{% set said = messages[0].content %}"
+          "{% set messages = messages[1:] %}{% else %}{% set said = false %}{% endif %}"
+          + loop("{% if loop.first and said != false %}{% set content = '<<SYS>>\\n' + said + "
+                 "'\\n<</SYS>>\\n\\n' + message.content %}{% else %}{% set content = message.content %}"
+                 "{% endif %}{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() "
+                 "+ ' [/INST]' }}{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}"))
+ALTERNATE = ("{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+             "{{ raise_exception('roles must alternate') }}{% endif %}")
+MISTRAL_OLD = "{{ bos_token }}" + loop(
+    ALTERNATE + "{% if message.role == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ message['content'] + eos_token + ' ' }}{% endif %}")
+MISTRAL_V1 = "{{- bos_token }}" + loop(
+    """{% if message.role == 'user' %}{{- " [INST] " + message["content"] + " [/INST]" }}"""
+    """{% elif message.role == 'assistant' %}{{- " " + message["content"] + eos_token }}{% endif %}""")
+# It moves the system prompt to the last question.
+MISTRAL_V3 = """
+{%- set ns = namespace(system='', questions=messages | selectattr('role', 'equalto', 'user') | list) %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {%- set ns.system = message.content + '\\n\\n' %}
+    {%- elif message.role == 'user' and message == ns.questions[-1] %}
+        {{- '[INST] ' + ns.system + message.content + '[/INST]' }}
+    {%- elif message.role == 'user' %}
+        {{- '[INST] ' + message.content + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + message.content + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+YI = ("{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}" + loop(
+    "{% if message.role == 'user' %}{{ '<|im_start|>user\\n' + message.content + '<|im_end|>\\n"
+    "<|im_start|>assistant\\n' }}{% elif message.role == 'assistant' %}{{ message.content + "
+    "'<|im_end|>\\n' }}{% endif %}"))
+TULU = loop("{{ '<|' + message.role + '|>\\n' + message.content + (eos_token if message.role == "
+            "'assistant' else '') }}{{ '\\n' if message.role != 'assistant' or not loop.last }}"
+            "{{ '<|assistant|>\\n' if loop.last and add_generation_prompt }}")
+VICUNA = ("{{ (messages[0].content if messages[0].role == 'system' else 'A chat.') + ' ' }}"
+          + loop("{% if message.role == 'user' %}USER: {{ message.content | trim }} "
+                 "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
+                 "{% endif %}") + "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
 
 def heads(before, after):
@@ -1246,122 +1343,252 @@ def heads(before, after):
 
 
 IM, ID = heads("<|im_start|>", "\n"), heads("<|start_header_id|>", "<|end_header_id|>\n\n")
-CHATML_CHAT = [IM["user"], IM["system"], "<|im_end|>\n" + IM["user"], IM["user"],
-               "<|im_end|>\n" + IM["assistant"], "<|im_end|>\n"]
+CHATML_CHAT = [IM["user"], IM["system"], "<|im_end|>\n" + IM["user"], "\n" + IM["user"],
+               "<|im_end|>\n" + IM["assistant"], "<|im_end|>"]
 SMOLLM_CHAT = ["<|im_start|>system\nBe small.<|im_end|>\n" + IM["user"]] + CHATML_CHAT[1:]
 LLAMA3_CHAT = [ID["user"], ID["system"], "<|eot_id|>" + ID["user"], ID["user"],
                "<|eot_id|>" + ID["assistant"], "<|eot_id|>"]
 DATES = ID["system"] + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 LLAMA31_CHAT = [DATES + "<|eot_id|>" + ID["user"], DATES] + LLAMA3_CHAT[2:]
-ZEPHYR_CHAT = ["<|user|>\n", "<|system|>\n", "</s>\n<|user|>\n", "<|user|>\n",
-               "</s>\n<|assistant|>\n", "</s>\n"]
-MISTRAL_V3_CHAT = ["[INST] ", "[INST] ", "\n\n", "[INST] ", "[/INST]", "</s>"]
+ZEPHYR_CHAT = ["<|user|>\n", "<|system|>\n", "</s>\n<|user|>\n", "\n<|user|>\n",
+               "</s>\n<|assistant|>\n", "</s>"]
+LLAMA2_CHAT = ["<s>[INST] ", "<s>[INST] <<SYS>>\n", "\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]",
+               " </s>"]
+MISTRAL_V1_CHAT = ["<s> [INST] ", "", "", " [INST] ", " [/INST]", "</s>"]
+MISTRAL_V3_CHAT = ["<s>[INST] ", "<s>[INST] ", "\n\n", "[INST] ", "[/INST]", "</s>"]
+# What each string takes of the spaces that were typed before it (1) and after it (2).
+TRIMMED = [2, 2, 3, 2, 1, 0]
 CONTROLS = ("<|im_start|> <|im_end|> <|eot_id|> <|eom_id|> <|start_header_id|> <|end_header_id|> "
             "[INST] [/INST]").split()
 
 
+def with_begin(chat):
+    return ["<s>" + text for text in chat[:2]] + chat[2:]
+
+
 class TestChats(Case):
-    def chat(self, template, words=(), controls=(), beside={}, files={}, back=True, **config):
-        """(the six strings, the pieces that end a text)."""
+    def chat(self, template, words=(), controls=(), beside={}, files={}, more=(), special=True,
+             **config):
+        """(the six strings, what they take, the pieces that end a text)."""
         small = Small(True)
         folder = write_hf(self.path(), small, config=hf_config(small, **config))
         settings = {"chat_template": template} if template else {}
         save(os.path.join(folder, "tokenizer_config.json"), dict(settings, **beside))
-        added = [{"id": 268 + n, "content": name, "special": True}
+        added = [{"id": 268 + n, "content": name, "special": special}
                  for n, name in enumerate(controls)]
         added = tokenizer_json()["added_tokens"] + added
         save(os.path.join(folder, "tokenizer.json"), tokenizer_json(added_tokens=added))
         for name, content in files.items():
             save(os.path.join(folder, name), content)
-        out, again = self.path(), self.path()
-        done = run(folder, "-o", out)
+        self.out, again = self.path(), self.path()
+        done = run(folder, "-o", self.out, *more)
         self.assertEqual((done.returncode, done.stderr.count("\n")), (0, bool(words)), done.stderr)
         for word in words:
             self.assertIn(word, done.stderr)
-        if back:
-            self.assertEqual(run(out, "--to", "hf", again).returncode, 0)
-            self.assertEqual(self.export(again), load(out))
-        header, _, _ = parse(load(out), small)
-        return header["chat"], [header["pieces"][token].text.decode() for token in header["ends"]]
+        back = run(self.out, "--to", "hf", again)
+        self.assertEqual(back.returncode, 0, back.stderr)
+        self.assertEqual(self.export(again, quiet=not words), load(self.out), template)
+        file = read_file(load(self.out))
+        return file.chat, file.takes, [piece.text.decode() for piece in file.pieces
+                                       if piece.kind == END]
 
     def test_forms(self):
-        for template, chat, end in (
-                (CHATML, CHATML_CHAT, "<|im_end|>"),
-                ("{% set system_message = 'Be small.' %}" + CHATML, SMOLLM_CHAT, "<|im_end|>"),
-                (SMOLLM, SMOLLM_CHAT, "<|im_end|>"),
-                (LLAMA3, LLAMA3_CHAT, "<|eot_id|>"), (LLAMA31, LLAMA31_CHAT, "<|eot_id|>"),
-                (ZEPHYR, ZEPHYR_CHAT, "</s>"), (LLAMA2, LLAMA2_CHAT, "</s>"),
-                (MISTRAL_OLD, MISTRAL_CHAT[:3] + [" [INST] "] + MISTRAL_CHAT[4:], "</s>"),
-                (MISTRAL_V1, MISTRAL_CHAT[:3] + [" [INST] "] + MISTRAL_CHAT[4:], "</s>"),
-                (MISTRAL_V3, MISTRAL_V3_CHAT, "</s>")):
-            got, ends = self.chat(template, controls=CONTROLS)
-            self.assertEqual(got, chat, template)
-            self.assertIn(end, ends)
-            self.assertEqual("<|eom_id|>" in ends, "eot_id" in end)
+        """Whatever a template writes around what is said, and whatever it takes of the spaces."""
+        as_typed, system = [0] * 6, ("no place for a system prompt",)
+        for template, chat, takes, end, words in (
+                (CHATML, CHATML_CHAT, as_typed, "<|im_end|>", ()),
+                (SMOLLM, SMOLLM_CHAT, as_typed, "<|im_end|>", ()),
+                (LLAMA3, LLAMA3_CHAT, TRIMMED, "<|eot_id|>", ()),
+                (LLAMA31, with_begin(LLAMA31_CHAT), TRIMMED, "<|eot_id|>", ()),
+                (ZEPHYR, ZEPHYR_CHAT, as_typed, "</s>", ()),
+                (LLAMA2, LLAMA2_CHAT, [2, 0, 0, 2, 1, 0], "</s>", ()),
+                (MISTRAL_OLD, ["<s>[INST] ", "", "", " [INST] ", " [/INST]", "</s>"], as_typed, "</s>",
+                 system + ("roles must alternate",)),
+                (MISTRAL_V1, MISTRAL_V1_CHAT, as_typed, "</s>", system),
+                (MISTRAL_V3, MISTRAL_V3_CHAT, as_typed, "</s>",
+                 ("system prompt", "in round 1 of five it writes 'Who")),
+                (YI, [IM["user"], "", IM["user"], "\n" + IM["user"], CHATML_CHAT[4], "<|im_end|>"],
+                 as_typed, "<|im_end|>", ()),
+                (TULU, ["<|user|>\n", "<|system|>\n", "\n<|user|>\n", "\n<|user|>\n",
+                        "\n<|assistant|>\n", "</s>"], as_typed, "</s>", ()),
+                (VICUNA, ["A chat. USER: ", "", " USER: ", "USER: ", " ASSISTANT:", "</s>"],
+                 [2, 0, 2, 2, 1, 0], "</s>", ())):
+            got = self.chat(template, controls=CONTROLS, words=words)
+            self.assertEqual(got[:2], (chat, takes), template)
+            self.assertIn(end, got[2])
 
-    def test_without_a_template(self):
-        mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+    def test_a_date(self):
+        """Today's is never written: the same model writes the same text tomorrow."""
+        asking = LLAMA31.replace('{%- set date_string = "26 Jul 2024" %}', """
+            {%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}
+            {%- else %}{%- set date_string = "1 Jan 2030" %}{%- endif %}""")
+        chat, _, _ = self.chat(asking, controls=CONTROLS, words=("today's date",))
+        self.assertIn("Today Date: 1 Jan 2030\n", chat[0])
+        self.assertEqual(self.chat("{{ strftime_now('%Y') }}" + CHATML, controls=CONTROLS,
+                                   words=("no -m chat", "calls strftime_now"))[0], [])
+
+    def test_named_forms(self):
+        mistral = ["<s>[INST] ", "<s>[INST] ", "\n\n", "[INST] ", " [/INST]", "</s>"]
         modern = {"beside": {"legacy": False}}
-        spaced = [" [INST] "] + MISTRAL_CHAT[4:]
-        for chat, controls, config in (
-                (LLAMA2_CHAT, (), {}), (MISTRAL_CHAT, (), mistral),
-                (MISTRAL_CHAT[:3] + spaced, (), dict(mistral, **modern)),
+        from_inst = [2, 2, 0, 2, 1, 0]
+        for form, chat, takes, controls, config in (
+                ("llama2", LLAMA2_CHAT, [2, 0, 0, 2, 1, 0], (), {}),
+                ("mistral", mistral, from_inst, (), {}),
+                ("mistral", ["<s> [INST] "] * 2 + ["\n\n", " [INST] "] + mistral[4:], from_inst, (),
+                 modern),
                 # A text behind [INST] begins with one space, whoever puts it.
-                (["[INST]"] * 2 + ["\n\n", "[INST]", "[/INST]", "</s>"], CONTROLS, mistral),
-                (MISTRAL_V3_CHAT, CONTROLS, dict(mistral, **modern))):
-            self.assertEqual(self.chat(None, controls=controls, **config)[0], chat)
-        self.assertEqual(self.chat(None, beside={"chat_template": None})[0], [])
+                ("mistral", ["<s>[INST]"] * 2 + ["\n\n", "[INST]", "[/INST]", "</s>"], from_inst,
+                 CONTROLS, {}),
+                ("mistral", MISTRAL_V3_CHAT, from_inst, CONTROLS, modern),
+                ("llama3", LLAMA3_CHAT, TRIMMED, CONTROLS, {}),
+                ("chatml", CHATML_CHAT, TRIMMED, CONTROLS, {}), ("zephyr", ZEPHYR_CHAT, TRIMMED, (), {}),
+                ("plain", ["User: ", "", "\nUser: ", "\nUser: ", "\nAssistant:", ""], TRIMMED, (), {})):
+            got = self.chat(None, more=("--chat", form), controls=controls, **config)
+            self.assertEqual(got[:2], (chat, takes), form)
+        # It is what the user says that counts, not the template.
+        got = self.chat(CHATML, more=("--chat", "llama2"), controls=CONTROLS)
+        self.assertEqual(got[0], LLAMA2_CHAT)
+        for beside in {}, {"chat_template": None}:
+            self.assertEqual(self.chat(None, beside=beside)[0], [])
 
-    def test_unknown_forms(self):
-        for template in ("{{ messages }}", CHATML + "<think>", CHATML + "<|tool|>",
-                         loop("{{ '<|user|>' + message['content'] + '<|end|><|assistant|>' }}"),
-                         "{% set system_message = 'Be small.' %}" + LLAMA2,
-                         MISTRAL_V3 + "[SYSTEM_PROMPT]", "{{ '[INST]' + x + '[/INST' + ']' }}"):
-            got, ends = self.chat(template, words=("warning", "chat template"), controls=CONTROLS)
+    def test_what_is_no_six_strings(self):
+        for template, word in (
+                ("{{ messages }}", "once, and in order"), ("{{ messages[0].content }}" * 2, "once"),
+                (loop("{{ message.content }}"), "nothing around"),
+                ("{% for tool in tools %}{{ tool }}{% endfor %}" + CHATML, "loops over None"),
+                ("{{ raise_exception('needs functions') }}", "it says: needs functions"),
+                (CHATML + "{{ '<think>\\n' if add_generation_prompt }}", "in round 1 of five"),
+                (CHATML.replace("message['content']", "message['content'].split('</think>')[-1]"),
+                 "in round 2 of five it writes"),
+                (CHATML.replace("message['content']", "message['content'] | truncate(9)"), "truncate"),
+                (CHATML.replace("message['content']", "message['content'].strip('\\n')"), "spaces"),
+                (CHATML.replace("message['content']", "message['content'] | tojson"), "spaces"),
+                ("{% include 'x' %}" + CHATML, "{% include 'x' %}"),
+                (CHATML + "{{ messages | length if messages | length > 4 }}", "in round 5 of five"),
+                ("{% if x %}", "no {% endif %}"), ("{{ 1 +", "does not end"), ("{{ 1 + }}", "1 +"),
+                ("{{ a.b.c }}", "its c"), (7, "no text")):
+            got, _, ends = self.chat(template, words=("warning", "no -m chat", word), controls=CONTROLS)
             self.assertEqual((got, ends), ([], ["</s>"]), template)
+
+    def test_hostile_templates(self):
+        """Nothing is run, and everything ends."""
+        many = "{% for a in range(9999) %}" * 3 + "x" + "{% endfor %}" * 3
+        for text in (
+                many, "{{ range(99999999999) }}", "{% set a = namespace(t='xx') %}{% for i in range(99) "
+                "%}{% set a.t = a.t + a.t %}{% endfor %}", "{{ 'x' * 99 }}", "{{ 9 ** 9 }}",
+                "{% set a = namespace(n=9) %}{% for i in range(99) %}{% set a.n = a.n * a.n %}"
+                "{% endfor %}", "{% set a = namespace(l=[1]) %}{% for i in range(99) %}{% set a.l = "
+                "[a.l, a.l] %}{% endfor %}{{ a.l }}", "{% set a = namespace() %}{% set a.a = a %}{{ a }}",
+                "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ " + "(" * 999 + " }}",
+                "{{ " + "not " * 9000 + "1 }}", "{{ " + "-" * 5000 + "1 }}", "{{ 1 / 0 }}",
+                "{% set a = 'a'.join(range(999) | map('string')) %}{{ a.replace('', a) }}",
+                "{{ ''.__class__() }}", "{{ messages.__class__.__bases__[0]() }}", "{{ 'x'.format() }}",
+                "{{ (lambda: 1)() }}", "{{ [x for x in messages] }}", "{{ cycler.__init__.__globals__() }}",
+                "{{ namespace.__init__() }}", "{% break %}", "{{ `x` }}", "{{ f(**a) }}", "{{ a := 1 }}",
+                "{% set raise_exception.x = 1 %}", "{{ 'a' ~ 2 * 3 }}", "{% for x in 1 %}{% endfor %}"):
+            with self.assertRaises(export.Refused, msg=text[:80]):
+                export.Template(text).render(messages=[], tools=None)
+
+    def test_the_language(self):
+        """What Jinja makes of these, as Hugging Face sets it."""
+        talk = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}]
+        for text, want in (
+                ("a\n{% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc"),
+                ("  {%- if 1 %} x {%- endif -%}  y", " xy"), ("  {%+ if 1 %}x{% endif +%}\n", "  x"),
+                ("a {# b #}\n c", "a  c"), ("a {#- b -#}\n c", "ac"), ("{{ 'a' -}}  b", "ab"),
+                ("{{ 'a\nb' }}\r\nc", "a\nb\nc"), (r"{{ 'a\n\'\u00e9' + " + '"b%}{}" }}', "a\n'\u00e9b%}{}"),
+                ("{{ 1 + 2 * 3 // 2 % 4 - 1 / 2 }}", "3.5"), ("{{ 'a' ~ 1 ~ none ~ x }}", "a1None"),
+                ("{{ 'a' if x }}{{ 'b' if not x else 'c' }}", "b"), ("{{ 1 < 2 < 3 and 'y' or 'n' }}", "y"),
+                ("{{ ' A ' | trim | lower + 'B' }}", "aB"), ("{{ -1 | string | length }}", "-1"),
+                ("{{ x is defined or x is not none }}{{ 3 is odd }}", "TrueTrue"),
+                ("{{ 'a' is equalto 'a' and 1 is in([1]) }}", "True"), ("{{ 'x' in 'axb' }}", "True"),
+                ("{{ messages[0].content.strip() + messages[-1]['content'] }}", "ab"),
+                ("{{ messages[1:] | map(attribute='role') | join(', ') }}", "assistant"),
+                ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),
+                ("{{ (messages | rejectattr('nothing') | first).role }}{{ x[0] if x else y }}", "user"),
+                ("{{ {'a': [1, (2, 3)]}['a'][1][0] }}{{ [1, 2, 3][::-1] | tojson }}", "2[3, 2, 1]"),
+                ("{{ x | default('d') + '' | default('e', true) }}", "de"),
+                ("{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ loop.last }}{% endfor %}",
+                 "1True"),
+                ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}", "a1"),
+                ("{% for a in [] %}{% else %}none{% endfor %}", "none"),
+                ("{% for a in [1, 2, 3] %}{% if a == 2 %}{% continue %}{% endif %}{{ a }}{{ loop.revindex0 }}"
+                 "{{ loop.previtem }}{{ loop.nextitem }}{% endfor %}", "122302"),
+                ("{% for a in [1, 2] %}{% set b = a %}{% break %}{% endfor %}{{ b is defined }}", "False"),
+                ("{% set a, b = 1, 2 %}{{ b - a }}{% set c %}x{{ a }}{% endset %}{{ c }}",
+                 "1x1"),
+                ("{% set n = namespace(a=1) %}{% for i in range(2, 4) %}{% set n.a = n.a + i %}{% endfor %}"
+                 "{{ n.a }}", "6"),
+                ("{% macro m(a, b='c') %}[{{ a }}{{ b }}]{% endmacro %}{{ m(1) + m(2, b=3) }}", "[1c][23]"),
+                ("{% generation %}x{% endgeneration %}{{ true }}{{ 'a|b' | replace('|', '-') }}", "xTruea-b"),
+                ("{% if x %}1{% elif none %}2{% elif 1 %}3{% else %}4{% endif %}", "3"),
+                ("{{ messages[0].return is defined }}{{ messages[0].class }}", "False")):
+            self.assertEqual(export.Template(text).render(messages=talk), want, text)
 
     def test_where_a_template_is_kept(self):
         several = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
         for beside, files in (({"chat_template": several}, {}),
                               ({}, {"chat_template.jinja": CHATML.encode()}),
                               ({}, {"chat_template.json": {"chat_template": CHATML}})):
-            got, _ = self.chat(None, beside=beside, files=files, controls=CONTROLS)
-            self.assertEqual(got, CHATML_CHAT)
+            got = self.chat(None, beside=beside, files=files, controls=CONTROLS)
+            self.assertEqual(got[0], CHATML_CHAT)
 
     def test_a_begin_that_only_the_template_puts(self):
-        got, _ = self.chat(LLAMA31, controls=CONTROLS, beside={"add_bos_token": False})
-        self.assertEqual(got, ["<s>" + text for text in LLAMA31_CHAT[:2]] + LLAMA31_CHAT[2:])
-        got, _ = self.chat(CHATML, controls=CONTROLS, beside={"add_bos_token": False})
-        self.assertEqual(got, CHATML_CHAT)
+        for template, chat in (LLAMA31, with_begin(LLAMA31_CHAT)), (CHATML, CHATML_CHAT):
+            got = self.chat(template, controls=CONTROLS, beside={"add_bos_token": False})
+            self.assertEqual(got[0], chat)
+
+    def test_what_is_typed_is_no_mark(self):
+        """Nor is it where the vocabulary says that any text may have the piece."""
+        self.chat(CHATML, controls=CONTROLS + ["<x>", "  "], special=False)
+        kinds = {piece.text: piece.kind for piece in read_file(load(self.out)).pieces}
+        self.assertEqual([kinds[name.encode()] for name in ("<|im_start|>", "<|im_end|>", "<x>", "  ")],
+                         [CONTROL, END, USER_DEFINED, USER_DEFINED])
 
     def test_any_six_strings_come_back(self):
         small, path, folder = Small(True), self.path(), self.path()
         chat = ["#2 'a' \"b\" \\", "\u00e9\U0001f600\n", "{{ x }}", "", "BOS#1", "\t</s>"]
-        data = flat(PADDED, small, chat=chat)
-        save(path, data)
-        done = run(path, "--to", "hf", folder)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertEqual(self.export(folder), data)
+        for takes in itertools.product((0, 2), (0, 2), range(4), (0, 2), (0, 1), (0,)):
+            data = flat(PADDED, small, chat=chat, takes=takes)
+            save(path, data)
+            done = run(path, "--to", "hf", folder)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertEqual(self.export(folder), data)
+            shutil.rmtree(folder)
+
+    @unittest.skipUnless(os.path.exists(DRUGS), "drugs is not built: run make first")
+    def test_what_drugs_reads(self):
+        """As many tokens as the template has it, whatever spaces are typed; and no system prompt where
+        none has a place."""
+        def read(*more, said):
+            done = subprocess.run([DRUGS, self.out, "-m", "chat", "-n", "1", *more], input=said,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            return done.returncode, done.stderr.decode()
+
+        def count(*more, said):
+            return int(read(*more, said=said)[1].split("read ")[1].split()[0])
+        self.chat(LLAMA3, controls=CONTROLS)
+        plain = count(said=b"ab\n")
+        self.assertEqual([count(said=said) for said in (b" ab\n", b"ab \t\n", b"\v ab\r\n")], [plain] * 3)
+        self.assertEqual(count("-y", " a\n", said=b"b\n"), count("-y", "a", said=b"b\n"))
+        self.chat(CHATML, controls=CONTROLS)
+        self.assertEqual(count(said=b"ab \n"), count(said=b"ab\n") + 1)
+        self.chat(MISTRAL_V1, words=("system",))
+        status, said = read("-y", "a", said=b"b\n")
+        self.assertEqual((status, "no place for a system prompt" in said), (1, True), said)
+        self.chat(None)
+        status, said = read(said=b"b\n")
+        self.assertEqual((status, "--chat FORM" in said), (1, True), said)
 
     def test_ids_of_a_chat(self):
         """[INST] is one piece, and what stands around it is cut as in any text."""
-        small = Small(True)
-        folder = write_hf(self.path(), small, config=hf_config(
-            small, architectures=["MistralForCausalLM"]))
-        save(os.path.join(folder, "added_tokens.json"), {})
-        save(os.path.join(folder, "tokenizer_config.json"), {"added_tokens_decoder": {
-            "270": {"content": "[INST]", "special": True},
-            "271": {"content": "[/INST]", "special": True}}})
-        file = read_file(self.export(folder))
-        for _ in range(2):
-            text = file.chat[0] + "ab" + file.chat[4]
-            self.assertEqual(encode_like_huggingface(file, text, control=True),
-                             [1, 270, NAMES.index("\u2581ab"), 271])
+        for beside in {}, {"legacy": False}:
             # The newer reading puts no space behind a control piece: then the form does.
-            path = os.path.join(folder, "tokenizer_config.json")
-            settings = json.loads(load(path).decode())
-            save(path, dict(settings, legacy=False))
-            file = read_file(self.export(folder))
+            self.chat(None, more=("--chat", "mistral"), controls=("[INST]", "[/INST]"), beside=beside)
+            file = read_file(load(self.out))
+            text = file.chat[0] + "ab" + file.chat[4]
+            self.assertEqual(encode_like_huggingface(file, text, begin=False, control=True),
+                             [1, 268, NAMES.index("\u2581ab"), 269])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1408,7 +1635,7 @@ FAMILIES = {
         "files": {"tokenizer.model": sentencepiece(),
                   "tokenizer_config.json": {"legacy": False, "chat_template": MISTRAL_V1}},
         "bos": 1, "patterns": [], "flags": 1,
-        "chat": MISTRAL_CHAT[:3] + [" [INST] "] + MISTRAL_CHAT[4:]},
+        "chat": MISTRAL_V1_CHAT, "said": ("no place for a system prompt",)},
     "Mistral v3": {
         "small": Small(False), "frequencies": frequencies(8, 1e6), "ends": ["</s>"],
         "config": {"architectures": ["MistralForCausalLM"], "sliding_window": None,
@@ -1417,7 +1644,7 @@ FAMILIES = {
             "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first",
             "split": False}),
                   "tokenizer_config.json": {"legacy": False, "chat_template": MISTRAL_V3}},
-        "bos": 1, "patterns": [], "flags": 1 | 4, "chat": MISTRAL_V3_CHAT},
+        "bos": 1, "patterns": [], "flags": 1 | 4, "chat": MISTRAL_V3_CHAT, "said": ("system",)},
     "TinyLlama-Chat": {
         "small": Small(False), "config": {}, "frequencies": frequencies(8), "ends": ["</s>"],
         "files": {"tokenizer.model": sentencepiece(), "tokenizer.json": tokenizer_json(),
@@ -1446,7 +1673,8 @@ FAMILIES = {
                   "tokenizer_config.json": {
                       "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eot_id|>",
                       "bos_token": "<|begin_of_text|>", "chat_template": LLAMA31}},
-        "bos": 0, "patterns": [LLAMA3_PATTERN], "flags": 0, "chat": LLAMA31_CHAT}}
+        "bos": 0, "patterns": [LLAMA3_PATTERN], "flags": 0,
+        "chat": ["<|begin_of_text|>" + text for text in LLAMA31_CHAT[:2]] + LLAMA31_CHAT[2:]}}
 # What Hugging Face's own library makes of the conversation in test_ids_of_a_conversation.
 for _name, _ids in {
         "Llama 2": [
@@ -1504,7 +1732,7 @@ class TestFamilies(Case):
     def test_families(self):
         for name, family in FAMILIES.items():
             folder, back = write_family(self.path(), family), self.path()
-            data = self.export(folder)
+            data = self.export(folder, quiet=not family.get("said"))
             header, _, tensors = parse(data, family["small"])
             for key, (_, numbers) in family["small"].weights.items():
                 self.assertEqual(tensors[key], f32(numbers), (name, key))
@@ -1519,15 +1747,17 @@ class TestFamilies(Case):
             # Only tokenizer.model can say that SentencePiece puts a space before a space.
             self.assertEqual((done.returncode, "other tools" in done.stderr),
                              (0, name == "Mistral v1"), done.stderr)
-            self.assertEqual(self.export(back), data, name)
+            self.assertEqual(self.export(back, quiet=not family.get("said")), data, name)
 
     def test_ids_of_a_conversation(self):
         """Two questions and an answer, as Hugging Face's library reads what the template writes."""
         for name, family in FAMILIES.items():
-            file = read_file(self.export(write_family(self.path(), family)))
+            file = read_file(self.export(write_family(self.path(), family), quiet=False))
             one, _, _, two, middle, after = file.chat
             text = one + "ab the" + middle + "abc" + after + two + "c" + middle
-            self.assertEqual(encode_like_huggingface(file, text, control=True), family["ids"], name)
+            begin = not text.startswith(file.pieces[file.bos].text.decode())
+            self.assertEqual(encode_like_huggingface(file, text, begin, control=True), family["ids"],
+                             name)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1535,7 +1765,7 @@ class TestFamilies(Case):
 
 
 def flat(pieces, small, frequency=None, chat=("",) * 6, patterns=(), byte_level=False,
-         takes_words=False, **changes):
+         takes_words=False, takes=(0,) * 6, **changes):
     """A flat file, written by code that shares nothing with export.py but the automata.
 
     Pieces are (score, kind, text).
@@ -1572,7 +1802,7 @@ def flat(pieces, small, frequency=None, chat=("",) * 6, patterns=(), byte_level=
                    if kind in (CONTROL, USER_DEFINED, END) and text)
     words = [token for _, token in sorted(of_text.items())] if takes_words else []
     texts = [piece[2] for piece in pieces] + [string.encode() for string in (*chat, *patterns)]
-    kinds = [piece[1] for piece in pieces] + [0] * (len(texts) - len(pieces))
+    kinds = [piece[1] for piece in pieces] + [*takes] + [0] * len(patterns)
     unknown = [token for token, piece in enumerate(pieces) if piece[1] == UNKNOWN] + [-1]
     header = dict(version=3, dim=small.dim, hidden=small.hidden, layers=small.layers,
                   heads=small.heads, kv=small.kv, head=small.head, vocab=small.vocab, seq=small.seq,
@@ -1883,7 +2113,8 @@ class TestBack(Case):
         path = self.path()
         save(path, flat(PADDED, Small(True)))
         for words in (["--to", "hf"], ["--to", "gguf", "x"], ["--to", "hf", "x", "-o", "y"],
-                      ["--to", "hf", "x", "--tokenizer", "z"]):
+                      ["--to", "hf", "x", "--tokenizer", "z"], ["--chat", "x"],
+                      ["--to", "hf", "x", "--chat", "plain"]):
             self.assertEqual(run(path, *words).returncode, 2)
 
 
@@ -1973,6 +2204,8 @@ class TestRefusals(Case):
         self.hf("head_dim", "even", head_dim=5)
         self.hf("30", num_attention_heads=30)
         self.hf("rope_theta", rope_theta=float("inf"))
+        self.hf("rope_theta is 9007199254740993", rope_theta=9007199254740993)
+        self.hf("both 10000.0 and 5", rope_parameters={"rope_theta": 5})
         self.hf("norm_eps", rms_norm_eps=float("nan"))
         self.hf("rope_theta", rope_theta=-1)
         self.hf("RoPE", rope_theta=1e-300)
@@ -2146,6 +2379,16 @@ class TestRefusals(Case):
         save(path, pointer)
         self.refused(path, "m.bin", "git lfs pull")
         self.refused(path, "m.bin", "git lfs pull", to=("--to", "hf"))
+
+    def test_folders_that_are_no_model(self):
+        folder = write_hf(self.path(), Small(True))
+        os.makedirs(os.path.join(folder, "hub", "snapshots", "0a1b"))
+        self.refused(os.path.join(folder, "hub"), "snapshots/0a1b")
+        os.rename(os.path.join(folder, "model.safetensors"),
+                  os.path.join(folder, "model-00001-of-00001.safetensors"))
+        self.refused(folder, "index.json is missing", "model-00001-of-00001.safetensors")
+        save(os.path.join(folder, "adapter_config.json"), {})
+        self.refused(folder, "adapter", "merge")
 
     def test_a_part_named_instead_of_the_folder(self):
         folder = write_hf(self.path(), Small(True), shards=2)

@@ -174,7 +174,7 @@ class TestTokenizer(made.Case):
 
     def test_families(self):
         for name, family in made.FAMILIES.items():
-            data = self.export(made.write_family(self.path(), family))
+            data = self.export(made.write_family(self.path(), family), quiet=False)
             file = read_file(data)
             names = [text for text in file.found_whole if text]
             self.check(data, name, extra=names + [text for text in file.chat if text])
