@@ -2227,7 +2227,7 @@ typedef struct {
     Dose doses[N_SITES];
     bool plain;           // whether there are doses without a shape of their own: ...
     bool somewhere;       // ... whether they act within `spread` of `depth`, or everywhere
-    float depth, spread;
+    double depth, spread;
 } NoiseOptions;
 
 typedef struct {
@@ -2444,8 +2444,15 @@ static void chat_round(Talk *talk, Span question) {
     if (n > room) {
         fprintf(stderr, "%s: that is %d tokens, the context has room for %d\n", program, n, room);
     } else {
+        // The last answer stopped before its end piece, so the model has not read that yet.
+        // It reads it now, soberly, as it is no part of the question.
+        int n_closing = 0;
+        for (int i = 0; i < n && length && !n_closing; i++)
+            if (kind_of(m, tokens[i]) == END)
+                n_closing = i + 1;
+        feed(&talk->run, &talk->sequence, tokens, n_closing, 0);
         talk->printer.at_start = true;
-        reply(talk, tokens, n);
+        reply(talk, tokens + n_closing, n - n_closing);
         puts("");
         flush_output();
     }
@@ -2597,7 +2604,7 @@ static void parse_dose(Dose *dose, int option, const char *text) {
 // The options about noise, for getopt: a colon stands after each that takes a value.
 #define NOISE_OPTIONS "H:Q:K:V:A:d:w:r:s:"
 _Static_assert(sizeof NOISE_OPTIONS == 2 * (N_SITES + 4) + 1, "each site has an option");
-static const NoiseOptions NO_NOISE_OPTIONS = {.seed = 420, .depth = .4f, .spread = .1f};
+static const NoiseOptions NO_NOISE_OPTIONS = {.seed = 420, .depth = .4, .spread = .1};
 
 // Takes an option if it is one about noise; false if it is not.
 static bool take_noise_option(NoiseOptions *options, int letter, const char *value) {
@@ -2610,11 +2617,11 @@ static bool take_noise_option(NoiseOptions *options, int letter, const char *val
     }
     switch (letter) {
     case 'd': // depth
-        options->depth = (float)number('d', "a depth", value, 0, 1);
+        options->depth = number('d', "a depth", value, 0, 1);
         options->somewhere = true;
         return true;
     case 'w': // width
-        options->spread = (float)number('w', "a spread", value, 0, 1);
+        options->spread = number('w', "a spread", value, 0, 1);
         options->somewhere = true;
         return true;
     case 'r': // random family
@@ -2751,7 +2758,8 @@ static void check_drugs(const Options *options) {
     bool dosed = strpbrk(given, SITES);
     check_needs((const Need[]){
         {"dw", options->noise.plain, "a dose without a shape, like -V .3"},
-        {"cru", dosed, "a dose, like -V .3"},
+        {"ru", dosed, "a dose, like -V .3"},
+        {"c", dosed || !options->shower_every, "a dose, like -V .3"},
         {"s", dosed || strchr(given, 't'), "a dose, like -V .3, or a temperature: -t"},
         {"p", strchr(given, 't'), "a temperature: -t"},
         {"x", strchr(given, 'i') && !options->chat, "a prompt, -i, and no -m chat"},
