@@ -7,6 +7,7 @@
 # make trip     how far a glitch carries
 # make explore  what doses do to whole texts
 # make probe    which words of an answer survive the noise
+# make shower   what a cold shower is worth
 # make page     a page of all of these to look at, lab.html; MODEL=model.bin: of another model
 #
 # The classroom
@@ -88,7 +89,8 @@ demo: drugs
 	@echo; echo '--- an overdose, on the input of attention: the words hold, the grammar does not'
 	$(DEMO) -n 100 -H .8 -s 3
 	@echo; echo '--- the same, with a cold shower after every 10 tokens: what was written stays written,'
-	@echo '--- but the model remembers it soberly'
+	@echo '--- but the model remembers it soberly. Seed 3 was chosen: it gains .80 nats a token, where the'
+	@echo '--- mean of 100 seeds is .23 +- .07 (make shower)'
 	$(DEMO) -n 100 -H .8 -s 3 -c 10
 
 lesson: train_step
@@ -100,8 +102,9 @@ quoted = '$(subst ','\'',$(1))'
 MODEL = tests/hamlet.bin
 ADVICE = Here is some advice: To be a good leader, you must
 TRIP = tests/lab $(call quoted,$(MODEL)) trip -i "$(ADVICE)" -V 1
-EXPLORE = tests/lab $(call quoted,$(MODEL)) explore -i "To be" -n 64
+EXPLORE = tests/lab $(call quoted,$(MODEL)) explore -i "To be" -n 64 -k 20
 PROBE = tests/lab $(call quoted,$(MODEL)) probe -i "To be" -n 40 -V .5 -k 20
+SHOWER = tests/lab $(call quoted,$(MODEL)) shower -i "To be" -n 100 -H .8 -k 100 -s 1
 trip: tests/lab
 	$(TRIP)
 
@@ -111,16 +114,22 @@ explore: tests/lab
 probe: tests/lab
 	$(PROBE)
 
+shower: tests/lab
+	$(SHOWER)
+
 # The numbers stay in the folder lab.
-NOTE = The model is $(MODEL). The trip follows "$(ADVICE)", all else "To be".
-TABLES = $(patsubst %,lab/%.csv,trip explore probe words losses)
+NOTE = The model is $(MODEL).
+TABLES = $(patsubst %,lab/%.csv,trip explore probe shower words losses)
 page: tests/lab train_step
+	rm -f lab.html
 	mkdir -p lab
 	$(TRIP) -o lab/trip.csv > lab/trip.txt
 	$(EXPLORE) -o lab/explore.csv > lab/explore.txt
 	$(PROBE) -o lab/probe.csv > lab/probe.txt
+	$(SHOWER) -o lab/shower.csv > lab/shower.txt
 	./train_step $(call quoted,$(MODEL)) -t lab/words.csv -a lab/losses.csv > lab/step.txt
-	python3 tests/laboratory/page.py $(TABLES) -o lab.html -n $(call quoted,$(NOTE))
+	python3 tests/laboratory/page.py $(TABLES) -o lab.html -p trip='$(ADVICE)' \
+		-p explore='To be' -p probe='To be' -p shower='To be' -n $(call quoted,$(NOTE))
 
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)
@@ -151,6 +160,7 @@ test: $(PROGRAMS) c_tests
 
 # A, B, C and D are answers to questions, which the judge finds in its environment.
 exercise: $(if $(filter 12,$(N)),tests/lab) | criterion
+	@test '$(origin N)' != file || { echo 'which exercise? make exercise N=4'; exit 1; }
 	$(CC) $(FLAGS) -O1 -DEXERCISE=$(N) tests/classroom/exercises.c -o tests/exercises -lcriterion -lm
 	tests/exercises
 
@@ -190,5 +200,5 @@ clean:
 	rm -f $(PROGRAMS) $(C_TESTS) tests/exercises tests/llama2c .flags tests/fresh.bin lab.html
 	rm -rf lab
 
-.PHONY: all test c_tests exercise golden debug demo lesson trip explore probe page pretrain digest \
+.PHONY: all test c_tests exercise golden debug demo lesson trip explore probe shower page pretrain digest \
         portability mutate coverage analyse faults fuzz bench clean criterion always

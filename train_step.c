@@ -40,8 +40,7 @@
  */
 #define DRUGS_LIBRARY
 #include "drugs.c"
-#include "tests/laboratory/tables.h" // files that appear whole, and tables
-#include <sys/ioctl.h>
+#include "tests/laboratory/tables.h" // files that appear whole, tables, progress
 
 /* ================================================================================================
  * 1  Derivatives
@@ -969,6 +968,7 @@ typedef struct Text {
     int *tokens;        // (n_new) what was written; the caller makes room
     int n_tokens;
     // For the laboratory.
+    int shower_every;   // a cold shower after so many drugged tokens, 0: never
     // If set, called for each token but the last, before the next one is chosen: with what left the
     // layers (dim) and with the logits (vocab_size), which it may change.
     void (*watch)(struct Text *text, const float *state, float *logits);
@@ -977,13 +977,16 @@ typedef struct Text {
 
 // Each text that goes on writes its next token and gets a row. active is narrowed to these texts;
 // returns their number.
-static int write_next(const Model *m, Text **active, int n, Row *rows) {
+// A shower comes before the row, as in drugs: it runs what was read so far.
+static int write_next(Run *run, Text **active, int n, Row *rows) {
     int n_active = 0;
     for (int i = 0; i < n; i++) {
         Text *text = active[i];
-        if (ending(m, text->next))
+        if (ending(run->model, text->next))
             continue; // it is complete and drops out
         text->tokens[text->n_tokens++] = text->next;
+        if (text->shower_every && text->sequence->n_drugged >= text->shower_every)
+            cold_shower(run, text->sequence);
         rows[n_active] = (Row){
             .token = text->next,
             .position = text->sequence->length,
@@ -998,20 +1001,24 @@ static int write_next(const Model *m, Text **active, int n, Row *rows) {
 
 // Writes up to n_new tokens of each text (n): one row of each in every call of forward, so that
 // weights are read once for all.
+// Progress goes on by n * n_new tokens: a text that has ended counts as if it went on.
 static void write_texts(Run *run, Text *texts, int n, int n_new) {
     const Config *c = &run->model->config;
     Row *rows = resize(NULL, n, sizeof *rows);
     Text **active = resize(NULL, n, sizeof *active);
+    int n_texts = n;
     for (int i = 0; i < n; i++)
         active[i] = &texts[i];
     // n is the number of texts that still go on.
     for (int written = 0; written < n_new; written++) {
-        n = write_next(run->model, active, n, rows);
+        n = write_next(run, active, n, rows);
+        progress(n_texts - n);
         if (written + 1 == n_new)
             break; // what would come then is not asked
         for (int first = 0; first < n; first += run->max_rows) {
             int n_rows = min(n - first, run->max_rows);
             forward(run, rows + first, n_rows);
+            progress(n_rows);
             for (int r = 0; r < n_rows; r++) {
                 Text *text = active[first + r];
                 const Sequence *s = text->sequence;
@@ -1092,7 +1099,9 @@ static void print_lesson(const Step *step) {
             rank += logits[token] > logits[target];
         char *text = visible(step->model, target);
         double p = exp(-surprise(logits, c->vocab_size, target));
-        printf("    %-16s %11.6f %6d\n", text, p, rank);
+        printf("    ");
+        print_column(text, 16);
+        printf(" %11.6f %6d\n", p, rank);
         free(text);
     }
 }
@@ -1129,10 +1138,16 @@ static double print_gradient(const Step *step) {
     for (int which = 0; which < n_kinds; which++)
         printf("%s %s %.3g", which ? "," : "", names[which], sqrt(kinds[which]));
     printf("\n                  in all:     %.4g\n", sqrt(total));
+    // A step of size s promises to lower the loss by s |g|² (see print_after). With the default
+    // lesson and model, where .001 is a good size, that is .69 nats.
+    if (total > 0)
+        printf("\nLook for step sizes near %.1g: that promises .69 nats, size * |g|², as .001 does with "
+               "\nthe lesson and the model that are included.\n", .69 / total);
     return total;
 }
 
 // Writes up to n_new tokens after the prompt for each step size, always the most probable one.
+// On a terminal stderr shows how far the writing is.
 // Returns the texts, prompts included; the caller frees them.
 static char **write_columns(Stepped *stepped, const Experiment *e,
                             const int *prompt, // (n_prompt)
@@ -1158,7 +1173,9 @@ static char **write_columns(Stepped *stepped, const Experiment *e,
             .tokens = tokens + i * length + n_prompt,
         };
     }
+    progress_begin("texts", (double)n * n_new);
     write_texts(&stepped->run, texts, n, n_new);
+    progress_end();
     for (int i = 0; i < n; i++) {
         int n_written = n_prompt + texts[i].n_tokens;
         written[i] = text_of(m, tokens + i * length, n_written);
@@ -1172,19 +1189,30 @@ static char **write_columns(Stepped *stepped, const Experiment *e,
 
 static const char SPACE[] = " \n\t\r"; // what words stand between
 
-// One word a row, one column a step size.
+enum { N_SOURCES = 3 }; // where a word may come from, see save_table
+
+// One word a row, one column a step size; in a file three more, with the texts that are measured.
 static void print_table(Table *table, const Experiment *e, char *const *texts) {
-    const char *at[MAX_STEP_SIZES]; // where each text goes on
+    const char *at[MAX_STEP_SIZES + N_SOURCES]; // where each text goes on
+    int n_columns = e->n_sizes;
     for (int i = 0; i < e->n_sizes; i++) {
         char name[32];
         snprintf(name, sizeof name, "%g", e->step_sizes[i]);
         print_cell(table, name, strlen(name));
         at[i] = texts[i] + strspn(texts[i], SPACE);
     }
+    if (!table->width) {
+        static const char *const names[N_SOURCES] = {"lesson", "its sequel", "other text"};
+        const char *const sources[N_SOURCES] = {e->lesson, e->sequel, e->other};
+        for (int i = 0; i < N_SOURCES; i++) {
+            print_cell(table, names[i], strlen(names[i]));
+            at[n_columns++] = sources[i] + strspn(sources[i], SPACE);
+        }
+    }
     end_heading(table);
     for (bool more = true; more;) { // row by row, until the longest text is used up
         more = false;
-        for (int i = 0; i < e->n_sizes; i++) { // a text that is used up gives empty cells
+        for (int i = 0; i < n_columns; i++) { // a text that is used up gives empty cells
             int n = (int)strcspn(at[i], SPACE);
             print_cell(table, at[i], n);
             at[i] += n;
@@ -1197,17 +1225,15 @@ static void print_table(Table *table, const Experiment *e, char *const *texts) {
 
 // The table as wide as the terminal, or 100 characters where there is none.
 static void show_table(const Experiment *e, char *const *texts) {
-    struct winsize window;
-    int width = 100; // for a pipe, which has no width
-    if (!ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) && window.ws_col)
-        width = window.ws_col;
-    width = min(width / e->n_sizes, 16); // of a column: few words are longer
+    int width = min(terminal_width(100) / e->n_sizes, 16); // of a column: few words are longer
     Table table = {.to = stdout, .width = width < 6 ? 6 : width};
     printf("\nAfter one step of each size, \"%s\" goes on like this:\n\n", e->prompt);
     print_table(&table, e, texts);
 }
 
 // The table as a file, if one is wanted.
+// There the lesson, its sequel and the other text stand beside the columns, word by word, so that
+// one sees which words come from where; the page needs them, too.
 static void save_table(Output *output, const Experiment *e, char *const *texts) {
     Table table = {.to = output->to};
     if (!output->path)
@@ -1287,7 +1313,8 @@ static void print_after(Stepped *stepped, const Experiment *e, double norm2, FIL
 static void print_cure(Stepped *stepped, const Experiment *e, const int *prompt, int n) {
     Experiment untouched = {.n_sizes = 1, .n_new = e->n_new}; // of step size 0
     char **text = write_columns(stepped, &untouched, prompt, n); // a table of one column
-    printf("\nThe untouched model, with a prompt that says what is wanted:\n\n%s\n", *text);
+    printf("\nThe untouched model, with a prompt that says what is wanted:\n\n");
+    print_text(*text);
     free(*text);
     free(text);
 }
@@ -1343,7 +1370,8 @@ static const char STEP_USAGE[] =
     "  -g <text>    how the lesson goes on, or @file: measured, not taught (the soliloquy);\n"
     "               begin it with a space or a new line, as it follows the lesson\n"
     "  -f <file>    other text, measured too (a built-in paragraph)\n"
-    "  -y <text>    the other cure: a prompt for the untouched model (Here is one of ...)\n"
+    "  -y <text>    the other cure: a prompt for the untouched model (Here is one of ...;\n"
+    "               none if -l is given)\n"
     "  -t <file>    the whole table as .csv or .md\n"
     "  -a <file>    the losses after the step as .csv; tests/laboratory/page.py draws both\n"
     "  -o <file>    the stepped model, a .bin, for one step size\n"
@@ -1360,6 +1388,8 @@ static const char SEQUEL[] =
     "The heart-ache and the thousand natural shocks\nThat flesh is heir to: 'tis a consummation\n"
     "Devoutly to be wish'd. To die, to sleep;\nTo sleep, perchance to dream. Ay, there's the rub,\n"
     "For in that sleep of death what dreams may come.";
+// What a prompt can do instead: say where we are.
+static const char CURE[] = "Here is one of Shakespeare's more famous works: To be";
 // What the lesson should leave alone.
 static const char OTHER[] =
     "You need to be able to set clear goals. You must make a good plan if you want to earn more "
@@ -1439,7 +1469,6 @@ static void check_step(const Experiment *e) {
 static Experiment parse_experiment(int argc, char **argv) {
     Experiment e = {
         .prompt = "To be",
-        .cure = "Here is one of Shakespeare's more famous works: To be",
         .other = OTHER,
         .n_new = 64,
         .noise = NO_NOISE_OPTIONS,
@@ -1454,6 +1483,8 @@ static Experiment parse_experiment(int argc, char **argv) {
     give_shape(&e.noise);
     if (!e.sequel) // a lesson of one's own has no sequel unless one is given
         e.sequel = e.lesson ? "" : SEQUEL;
+    if (!e.cure) // and no other cure: whether it needs one, and which, its teacher knows
+        e.cure = e.lesson ? "" : CURE;
     if (!e.lesson) // unless it was given
         e.lesson = PHRASE;
     return e;
@@ -1463,7 +1494,7 @@ static Experiment parse_experiment(int argc, char **argv) {
 static int *read_prompt(const Model *m, int option, const char *text, int *n) {
     int *prompt = tokens_of(m, text, n);
     if (*n < 1 || *n >= m->config.seq_len)
-        die(1, "-%c has %d tokens, it needs 1 to %d for this model", option, *n,
+        die(1, "-%c has %d token%s, it needs 1 to %d for this model", option, *n, plural(*n),
             m->config.seq_len - 1);
     return prompt;
 }
@@ -1476,11 +1507,13 @@ static void teach(Step *step, const Model *m, const Experiment *e) {
         die(1, "-l: a lesson needs two tokens, one to predict the other");
     if (n - 1 > m->config.seq_len) // the last token is only predicted, not read
         die(1, "-l has %d tokens, the model's context only %d", n, m->config.seq_len);
+    progress_begin("lesson", n - 1);
     Noise noise = noise_of(&e->noise, m);
     Sequence sequence = sequence_new(noise);
     step_init(step, m, n - 1); // a lesson of n tokens is n - 1 predictions
     step_add(step, &sequence, lesson, n, DRUGGED | e->counting);
     step_take(step);
+    progress_end();
     sequence_free(m, &sequence);
     free((float *)noise.theta);
     free(lesson);

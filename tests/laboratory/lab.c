@@ -1,8 +1,9 @@
-/* tests/laboratory/lab.c - the laboratory: three experiments with a drugged model.
+/* tests/laboratory/lab.c - the laboratory: four experiments with a drugged model.
  *
  *     tests/lab <model.bin> trip       how far does a glitch carry?
  *     tests/lab <model.bin> probe      which words of an answer survive the noise?
  *     tests/lab <model.bin> explore    what does a dose do to whole texts, and are dice any better?
+ *     tests/lab <model.bin> shower     what is a cold shower worth?
  *
  * Each experiment has a section below, with its question, its measuring and its printing, in this
  * order; what they share comes first:
@@ -11,7 +12,8 @@
  *    2  trip
  *    3  probe
  *    4  explore
- *    5  the command line
+ *    5  shower
+ *    6  the command line
  *
  * All of them compare.
  * What is compared must differ in one thing only, so whatever is drugged here has a sober twin: the
@@ -24,7 +26,7 @@
  *
  * From drugs.c you need sections 4 and 5: what a glitch is, and what rows and sequences are.
  * From train_step.c come small tools: write_texts, surprise, text_of, visible, and the
- * files and tables.
+ * files, tables and progress.
  *
  * A test may include this file. It defines LAB_LIBRARY first, and brings a main of its own.
  */
@@ -45,19 +47,6 @@ typedef struct {
     double max_theta;   // -x, trip: the largest angle, radians
     NoiseOptions noise; // seed, family and doses: the same options as in drugs.c
 } LabOptions;
-
-// Says on a terminal how far the work is, each time on the same line, and wipes it when
-// all is done.
-// Where stderr is a file it says nothing.
-static void progress(const char *what, int done, int of) {
-    if (!isatty(STDERR_FILENO))
-        return;
-    if (done < of)
-        fprintf(stderr, "\r%s %d of %d", what, done, of);
-    else
-        fputs("\r\033[K", stderr);
-    fflush(stderr);
-}
 
 // The noise of repetition number i.
 // Only its seed is another one, and neighbouring seeds have no more in common than distant
@@ -137,7 +126,8 @@ static void lab_open(Lab *lab, const Model *m, const LabOptions *options, int ma
     lab->prompt = tokens_of(m, options->prompt, &lab->n_prompt);
     int room = c->seq_len - lab->n_prompt;
     if (!lab->n_prompt || room < 1)
-        die(1, "-i has %d tokens, it needs 1 to %d for this model", lab->n_prompt, c->seq_len - 1);
+        die(1, "-i has %d token%s, it needs 1 to %d for this model", lab->n_prompt,
+            plural(lab->n_prompt), c->seq_len - 1);
     lab->n_new = options->n_new ? min(options->n_new, room) : room;
 
     // read it, and keep the logits, which the next call of forward would overwrite
@@ -185,7 +175,9 @@ static int sober_continuation(Lab *lab, int *tokens) {
         .next = argmax(lab->logits, m->config.vocab_size),
         .tokens = tokens,
     };
+    progress_begin("sober text", lab->n_new);
     write_texts(&lab->run, &text, 1, lab->n_new);
+    progress_end();
     sequence_free(m, &s);
     return text.n_tokens;
 }
@@ -214,6 +206,7 @@ typedef struct {
 // Reads tokens (n_tokens) behind the prompt with this noise; {0} is sober.
 // What was written and why plays no part: a text is judged by whoever reads it.
 // Many rows are computed in one call, as all tokens are known beforehand.
+// Progress goes on by n_tokens.
 // The caller closes the reading.
 static Reading read_text(Lab *lab, Noise noise, const int *tokens, int n_tokens) {
     const Config *c = lab->config;
@@ -230,6 +223,7 @@ static Reading read_text(Lab *lab, Noise noise, const int *tokens, int n_tokens)
     if (n_tokens) {
         reading.surprise[0] = surprise(lab->logits, c->vocab_size, tokens[0]);
         reading.favourite[0] = argmax(lab->logits, c->vocab_size);
+        progress(1);
     }
 
     // the others: reading token number `done` says what it had in mind for the next one
@@ -237,6 +231,7 @@ static Reading read_text(Lab *lab, Noise noise, const int *tokens, int n_tokens)
     for (int done = 0; done < n_tokens - 1;) {
         int left = n_tokens - 1 - done;
         int n_rows = read_block(run, &s, tokens + done, left, DRUGGED | ALL_LOGITS);
+        progress(n_rows);
         for (int r = 0; r < n_rows; r++) {
             const float *logits = run->block[r].logits;
             float *state = reading.states + done * dim;
@@ -269,20 +264,21 @@ static void reading_close(Reading *reading) {
  *     window              .   #   #   #   .       three layers, centred on the place
  *     full stack          #   #   #   .   .       all layers up to the place
  *
- * What to look for: a spike behind the window; whether the sober layers above then correct the
- * glitch (it fades) or pass it on (it grows); and how little room a late window leaves for either.
+ * What to look for: how much of a line's peak is left at the end.
+ * Sober layers above a window may correct its glitch (little is left) or pass it on (all of it, or
+ * more). After a late window no layer is left that could correct anything.
  *
  * Why the last token? It sees all others, and its state is what the next token follows from.
  *
  * The whole prompt is drugged. Nothing is protected but the sink.
  *
- * What it shows first is a map of each kind, places down and levels across:
+ * What it shows first is a staircase, the places of the window down and the levels across, each
+ * line in shades of its own largest distance, the levels behind dosed layers between brackets:
  *
- *     layer  level 0                5
- *         0 |    ####################|      a window around layer 0: dosed are 0 and 1, and at
- *         1 |    ####################|      level 1 the twins have parted
- *         2 |        ................|      around layer 2: dosed are 1, 2 and 3. Nothing can
- *                                           have happened before level 2
+ *     around  0   1   2   3   4   5      left
+ *          0 |   [███ ███]▓▓▓ ▒▒▒ ▒▒▒ |  36 %    dosed are layers 0 and 1: levels 1 and 2
+ *          2 |       [▒▒▒ ███ ▓▓▓]▓▓▓ |  61 %    dosed are 1, 2 and 3. Nothing can have
+ *                                                happened before level 2
  *
  * Then the window in the middle with all doses: does twice the dose do twice as much?
  * At last, what all this means for the word that comes next.
@@ -291,7 +287,7 @@ enum { WINDOW, STACK, N_TRIP_KINDS }; // kinds of injections
 
 // The doses are N_THETAS angles from 0 to the largest, in equal steps. 0 is there to show that the
 // measurement itself adds nothing: its distances must all be exactly 0.
-enum { N_THETAS = 31 };
+enum { N_THETAS = 16 };
 
 // About so many rows are computed at once: a short prompt is taken through the layers with many
 // doses side by side, a long one with few.
@@ -322,6 +318,14 @@ typedef struct {
 // asked for, it drops out.
 static bool is_dosed(int kind, int place, int layer) {
     return kind == STACK ? layer <= place : abs(layer - place) <= 1;
+}
+
+// The first layer that an injection doses.
+static int first_dosed(int kind, int place) {
+    int layer = 0;
+    while (!is_dosed(kind, place, layer))
+        layer++;
+    return layer;
 }
 
 // Fills the doses of an injection, radians, at the site of the trip. doses is (N_SITES, n_layers),
@@ -495,9 +499,7 @@ static void inject(const Trip *trip, TripWork *work, int kind, int place) {
 
     // all doses start where the twin is when it comes to the first dosed layer
     enter_rows(&work->run, work->rows, work->n_thetas * trip->n_tokens);
-    int first_layer = 0;
-    while (!is_dosed(kind, place, first_layer))
-        first_layer++;
+    int first_layer = first_dosed(kind, place);
     for (int i = 0; i < work->n_thetas; i++) {
         double theta = trip_theta(trip, work->first_theta + i);
         trip_doses(trip, kind, place, theta, work->doses + i * n_doses);
@@ -516,6 +518,17 @@ static void inject(const Trip *trip, TripWork *work, int kind, int place) {
         }
     }
     note_next_token(trip, work, kind, place);
+    progress((double)work->n_thetas * trip->n_tokens * (c->n_layers - first_layer) / c->n_layers);
+}
+
+// How many times a whole prompt passes all layers, for one dose and seed. Below its first dosed
+// layer no injection is computed.
+static double passes(int n_layers) {
+    double n_passed = 0; // layers
+    for (int kind = 0; kind < N_TRIP_KINDS; kind++)
+        for (int place = 0; place < n_layers; place++)
+            n_passed += n_layers - first_dosed(kind, place);
+    return n_passed / n_layers;
 }
 
 // Fills trip->distance and trip->drugged for every kind, place and dose, as the mean over the
@@ -525,7 +538,7 @@ static void inject(const Trip *trip, TripWork *work, int kind, int place) {
 //
 // A window at place p passes n_layers - p + 1 layers, a full stack all of them.
 // Over all places that is about 3/2 n_layers², for each dose and seed: a model of 32 layers is
-// passed some 48 times, and 7,440 times for all doses and five seeds.
+// passed some 48 times, and 3,840 times for all doses and five seeds.
 //
 // A glitch does not depend on theta but for its size: with one seed all doses turn towards the same
 // directions, so what differs from dose to dose is the dose.
@@ -537,9 +550,9 @@ static void trip_measure(Trip *trip) {
     trip->drugged = resize(NULL, n_injections * trip->n_top, sizeof *trip->drugged);
 
     // the seeds one after the other, with each the doses batch by batch
+    progress_begin("trip", passes(n_layers) * trip->n_seeds * N_THETAS * trip->n_tokens);
     for (int seed = 0; seed < trip->n_seeds; seed++)
         for (int first = 0; first < N_THETAS; first += work.n_thetas) {
-            progress("theta", seed * N_THETAS + first, trip->n_seeds * N_THETAS);
             work.first_theta = first;
             work.n_thetas = min(work.n_beside, N_THETAS - first);
             for (int i = 0; i < work.n_thetas; i++)
@@ -548,7 +561,7 @@ static void trip_measure(Trip *trip) {
                 for (int place = 0; place < n_layers; place++)
                     inject(trip, &work, kind, place);
         }
-    progress("theta", trip->n_seeds, trip->n_seeds);
+    progress_end();
     trip_clean_up(trip, &work);
 }
 
@@ -566,81 +579,123 @@ static float peak_of(const float *x, ptrdiff_t n) {
     return peak;
 }
 
+// How much of the largest of n distances is left in the last one, in percent. 0 if there are none.
+static double left_of(const float *x, int n) {
+    float peak = peak_of(x, n);
+    return peak > 0 ? 100 * (double)x[n - 1] / (double)peak : 0;
+}
+
 // ---- what is shown
 
-// n distances as a bar in five shades from 0 to the peak, each `width` characters wide.
+// A line of a map is at most this wide, in characters, so that with what stands beside it it fits on
+// a terminal of 80 columns.
+enum { MAP_WIDTH = 44 };
+
+// How a map has its levels.
+typedef struct {
+    int n_levels;
+    int each;     // levels that share a column: 1, or more for a model with many layers
+    int n_columns;
+    int width;    // of a column, in characters: the last one is a gap, if there are two or more
+} Map;
+
+// The columns of a map: as wide as fit, but 4 characters at most.
+static Map map_of(int n_levels) {
+    Map map = {.n_levels = n_levels};
+    map.each = (n_levels + MAP_WIDTH - 1) / MAP_WIDTH;
+    map.n_columns = (n_levels + map.each - 1) / map.each;
+    map.width = min(MAP_WIDTH / map.n_columns, 4);
+    return map;
+}
+
+// The distances of a line (n_levels) as a bar in five shades from 0 to their peak. A column of
+// several levels has the shade of their largest.
 // The shade follows the square root: as 1 - cosine is about angle² / 2, twice the shade is twice
 // the angle, and small glitches show as well:
 //
 //     distance / peak       0    1/25    4/25    9/25    16/25
 //     angle / largest       0    1/5     2/5     3/5     4/5
 //     shade from there on        ░       ▒       ▓       █
+//
+// Where columns have gaps, brackets in them enclose the levels that lie behind the dosed layers of a
+// window around `place`: level l + 1 behind layer l.
 enum { N_SHADES = 5 };
-static void print_shades(const float *x, int n, int width, float peak) {
+static void print_shades(const Map *map, const float *x, int place) {
     static const char *const shades[N_SHADES] = {" ", "░", "▒", "▓", "█"};
+    float peak = peak_of(x, map->n_levels);
     fputs("│", stdout);
-    for (int i = 0; i < n; i++) {
-        int shade = peak > 0 ? (int)(N_SHADES * sqrtf(x[i] / peak)) : 0;
-        for (int j = 0; j < width; j++)
+    for (int i = 0; i < map->n_columns; i++) {
+        int first = i * map->each;
+        float here = peak_of(x + first, min(map->each, map->n_levels - first));
+        int shade = peak > 0 ? (int)(N_SHADES * sqrtf(here / peak)) : 0;
+        for (int j = 0; j < (map->width > 1 ? map->width - 1 : 1); j++)
             fputs(shades[min(shade, N_SHADES - 1)], stdout);
+        if (map->width == 1)
+            continue;
+        bool before = is_dosed(WINDOW, place, i - 1); // column i is what layer i - 1 left
+        bool after = i + 1 < map->n_columns && is_dosed(WINDOW, place, i);
+        bool inside = i > 0 && before;
+        putchar(inside == after ? ' ' : after ? '[' : ']');
     }
     fputs("│", stdout);
 }
 
-// How wide a level is drawn, in characters, so that two maps fit beside each other on a terminal of
-// 100 columns or so: 4 for a small model, 1 for a deep one.
-static int level_width(int n_levels) {
-    int fit = 40 / n_levels;
-    return fit < 1 ? 1 : min(fit, 4);
+// The heading of a map, whose lines are named `name`: above as many columns as there is room for
+// stands the first of their levels.
+static void print_map_heading(const Map *map, const char *name) {
+    int every = map->width < 3 ? 5 - map->width : 1; // columns from one number to the next
+    int end = map->n_columns * map->width;
+    printf("%-6s  ", name);
+    for (int i = 0; i < map->n_columns; i += every) {
+        char number[16];
+        int n = snprintf(number, sizeof number, "%d", i * map->each);
+        int room = min(every * map->width, end - i * map->width);
+        printf("%-*s", room, n <= room ? number : "");
+    }
+    printf(" %10s %6s %6s\n", "largest", "level", "left");
 }
 
-// "s" behind the name of n things, unless it is one.
-static const char *plural(int n) {
-    return n == 1 ? "" : "s";
+// A line of a map, behind its name: the shades, the largest distance and its level (the first of
+// equals), and how much of it is left at the end, if anything was there.
+static void print_map_line(const Map *map, const float *levels, int place) {
+    float peak = peak_of(levels, map->n_levels);
+    int at = 0;
+    while (levels[at] < peak)
+        at++;
+    print_shades(map, levels, place);
+    printf(" %9.3g %6d ", (double)peak, at);
+    if (peak > 0)
+        printf("%4.0f %%\n", left_of(levels, map->n_levels));
+    else
+        puts("     -");
 }
 
-// A map of each kind at dose number `shown`, the two side by side: the place of the injection
-// down, levels across.
-// Each map has shades of its own largest distance.
-static void print_maps(const Trip *trip, int shown) {
+// The staircase at dose number `shown`: the place of the window down, levels across, and below it
+// one sentence that says what it shows.
+static void print_staircase(const Trip *trip, int shown) {
     int n_layers = trip->model->config.n_layers;
-    int n_levels = n_layers + 1;
-    int width = level_width(n_levels);
-    int end = n_levels * width - 7; // the number of the last level stands at the right end
-    float peak[N_TRIP_KINDS] = {0};
-    printf("How far the last of %d tokens strays from its sober twin, 1 - cosine, at every level:\n"
-           "0 is the embedding, l + 1 what leaves layer l. -%c %.4g, mean of %d seed%s from %llu.\n"
-           "\n%-*sfull stack up to\nlayer  level 0%*d   layer  level 0%*d\n",
+    Map map = map_of(n_layers + 1);
+    printf("How far the last of %d tokens strays from its sober twin: 1 - cosine at every\n"
+           "level, from left to right. 0 is the embedding, l + 1 what leaves layer l.\n"
+           "-%c %.4g in a window of 3 layers around each%s.\n"
+           "Mean of %d seed%s from %llu.\n"
+           "Each line has shades of its own largest: ░ from 4 %%, ▒ 16, ▓ 36, █ 64 %% of it.\n\n",
            trip->n_tokens, SITES[trip->site], trip_theta(trip, shown),
-           trip->n_seeds, plural(trip->n_seeds), (unsigned long long)trip->noise.seed,
-           end + 17, "window of 3 around", end, n_layers, end, n_layers);
-
-    // the largest distance of each map
-    for (int kind = 0; kind < N_TRIP_KINDS; kind++)
-        for (int place = 0; place < n_layers; place++) {
-            float highest = peak_of(trip_levels(trip, kind, place, shown), n_levels);
-            peak[kind] = fmaxf(peak[kind], highest);
-        }
-
-    // the maps, line by line
+           map.width > 1 ? ", between brackets" : "", trip->n_seeds, plural(trip->n_seeds),
+           (unsigned long long)trip->noise.seed);
+    print_map_heading(&map, "around");
     for (int place = 0; place < n_layers; place++) {
-        printf("%5d ", place);
-        const float *window = trip_levels(trip, WINDOW, place, shown);
-        print_shades(window, n_levels, width, peak[WINDOW]);
-        printf("  %5d ", place);
-        const float *stack = trip_levels(trip, STACK, place, shown);
-        print_shades(stack, n_levels, width, peak[STACK]);
-        puts("");
+        printf("%6d ", place);
+        print_map_line(&map, trip_levels(trip, WINDOW, place, shown), place);
     }
 
-    // the distance that each shade begins at
-    printf("\nshades begin at         ░         ▒         ▓         █   largest\n");
-    for (int kind = 0; kind < N_TRIP_KINDS; kind++) {
-        printf("%-15s", kind == WINDOW ? "window" : "full stack");
-        for (int shade = 1; shade <= N_SHADES; shade++)
-            printf(" %9.3g", shade * shade * (double)peak[kind] / (N_SHADES * N_SHADES));
-        puts("");
-    }
+    // what the lines say
+    double first = left_of(trip_levels(trip, WINDOW, 0, shown), map.n_levels);
+    double last = left_of(trip_levels(trip, WINDOW, n_layers - 1, shown), map.n_levels);
+    const char *verdict = first < last * 3 / 4 ? "early glitches are corrected, late ones cannot be"
+                                               : "here early glitches are not corrected";
+    printf("\nOf the first window's peak %.0f %% is left at the end, of the last one's %.0f %%:\n%s.\n",
+           first, last, verdict);
 }
 
 // The window in the middle at every third dose: where it is felt most, and what is left in the end.
@@ -648,27 +703,18 @@ static void print_maps(const Trip *trip, int shown) {
 // the layers above add up glitches and do nothing else with them:
 //
 //     theta      largest
-//      0.15     1.97e-05
-//      0.30     8.16e-05     4.1 times as much
-//      0.60     0.000363     4.4 times as much
-//      1.20      0.00189     5.2 times as much: large doses are felt more
+//      0.30     0.000113
+//      0.60     0.000555     4.9 times as much
+//      1.20      0.00303     5.5 times as much: large doses are felt more
 static void print_doses(const Trip *trip) {
     int n_layers = trip->model->config.n_layers;
-    int n_levels = n_layers + 1;
-    int width = level_width(n_levels);
+    Map map = map_of(n_layers + 1);
     int middle = n_layers / 2;
-    printf("\nThe window around layer %d at all doses, each line in shades of its own largest\n"
-           "theta  level 0%*d   largest  at level  in the end\n",
-           middle, n_levels * width - 7, n_layers);
+    printf("\nThe window around layer %d at all doses:\n\n", middle);
+    print_map_heading(&map, "theta");
     for (int i = 0; i < N_THETAS; i += 3) {
-        const float *levels = trip_levels(trip, WINDOW, middle, i);
-        float peak = peak_of(levels, n_levels);
-        int at = 0; // the level where it is largest, the first of equals
-        while (levels[at] < peak)
-            at++;
-        printf("%5.2f ", trip_theta(trip, i));
-        print_shades(levels, n_levels, width, peak);
-        printf("  %8.3g  %8d  %10.3g\n", (double)peak, at, (double)levels[n_layers]);
+        printf("%6.2f ", trip_theta(trip, i));
+        print_map_line(&map, trip_levels(trip, WINDOW, middle, i), middle);
     }
 }
 
@@ -680,21 +726,22 @@ static char bar_sign(double percent, double sober, double drugged) {
     return percent > 100 * drugged ? '-' : '|';
 }
 
-// The most probable tokens of the sober model with both probabilities, a sign for every 2 %: what
+// The most probable tokens of the sober model with both probabilities, a sign for every 2.5 %: what
 // becomes of them when the window in the middle gets dose number i_theta.
 static void print_next_token(const Trip *trip, int i_theta) {
     const Model *m = trip->model;
     const float *drugged = trip_drugged(trip, WINDOW, m->config.n_layers / 2, i_theta);
-    printf("\nThe next token, theta %.4g in that window: | kept, - lost, + won, 2 %% each\n"
+    printf("\nThe next token, theta %.4g in that window: | kept, - lost, + won, 2.5 %% each\n"
            "                   sober  drugged\n", trip_theta(trip, i_theta));
     for (int i = 0; i < trip->n_top; i++) {
         double p = trip->top[i].p;
         double q = drugged[i];
         char *text = visible(m, trip->top[i].token);
-        printf("%-16s %5.1f %%  %5.1f %%  ", text, 100 * p, 100 * q);
+        print_column(text, 16);
+        printf(" %5.1f %%  %5.1f %%  ", 100 * p, 100 * q);
         free(text);
         double longest = 100 * fmax(p, q);
-        for (int percent = 1; percent < longest; percent += 2)
+        for (double percent = 1.25; percent < longest; percent += 2.5)
             putchar(bar_sign(percent, p, q));
         puts("");
     }
@@ -766,8 +813,8 @@ static int trip_site(const LabOptions *options, double *theta) {
 // A model of two layers would only show windows that are cut off.
 static void check_trip(const Config *c, int n_tokens) {
     if (n_tokens <= SINK)
-        die(1, "-i: %d tokens, and the first %d are never turned, so nothing can be dosed; use a "
-               "longer prompt", n_tokens, SINK);
+        die(1, "-i: %d token%s, and the first %d are never turned, so nothing can be dosed; use a "
+               "longer prompt", n_tokens, plural(n_tokens), SINK);
     if (n_tokens > c->seq_len)
         die(1, "-i has %d tokens, the model's context only %d", n_tokens, c->seq_len);
     if (c->n_layers < 3)
@@ -798,7 +845,7 @@ static void trip(const Model *m, const LabOptions *options) {
     // of the doses that were measured, the nearest one to what was asked for
     int nearest = (int)lround(theta / options->max_theta * (N_THETAS - 1));
     int shown = nearest < 1 ? 1 : nearest; // number 0 would show nothing
-    print_maps(&trip, shown);
+    print_staircase(&trip, shown);
     print_doses(&trip);
     print_next_token(&trip, shown);
     if (options->out)
@@ -819,11 +866,11 @@ static void trip(const Model *m, const LabOptions *options) {
  * The probability that the sober model gave to its token is printed beside it.
  * One might expect both columns to say the same, but the questions differ: a probability says how
  * high the last peak is, an agreement how much it takes to move it.
- * Two lines of a table, of 20 twins with a light dose at V:
+ * Two lines of a table, of 20 twins with a light dose at V, and what the others would have said:
  *
- *     token                 agreement  probability
- *      business                  100%       0.5132     nearly a coin toss, and no twin doubts it
- *      need                       85%       0.5881     the same height, but it can be moved
+ *     token                 agreement  probability  others said
+ *      business                  100%       0.5132                nearly a coin toss, and nobody doubts
+ *      need                       85%       0.5881   must 15%     the same height, but it can be moved
  */
 
 // So many rows are computed at once: a block of the text that a twin reads.
@@ -834,9 +881,10 @@ typedef struct {
     int n_tokens;
     double *probability; // (n_tokens) what it gave to each token, 0 to 1
     double *agreement;   // (n_tokens) the share of the twins that would have written it, 0 to 1
+    int *said;           // (n_tokens, n_twins) what each twin would have written
 } Probe;
 
-// Fills probability and agreement, for which the caller makes room.
+// Fills probability, agreement and said, for which the caller makes room.
 // Each twin has a seed of its own.
 //
 // A twin does not go on with what it would have written itself.
@@ -845,6 +893,7 @@ typedef struct {
 // As all tokens are known, a twin costs no more than reading a prompt.
 static void probe_measure(Lab *lab, Noise noise, Probe *probe) {
     int n_twins = lab->options->n_seeds;
+    progress_begin("probe", (n_twins + 1.0) * probe->n_tokens);
     Reading sober = read_text(lab, (Noise){0}, probe->tokens, probe->n_tokens);
     for (int i = 0; i < probe->n_tokens; i++) {
         probe->probability[i] = exp(-sober.surprise[i]);
@@ -854,13 +903,14 @@ static void probe_measure(Lab *lab, Noise noise, Probe *probe) {
 
     // in how many of the twins is each token the favourite?
     for (int n = 0; n < n_twins; n++) {
-        progress("twin", n, n_twins);
         Reading twin = read_text(lab, repeated(noise, n), probe->tokens, probe->n_tokens);
-        for (int i = 0; i < probe->n_tokens; i++)
+        for (int i = 0; i < probe->n_tokens; i++) {
             probe->agreement[i] += twin.favourite[i] == probe->tokens[i];
+            probe->said[i * n_twins + n] = twin.favourite[i];
+        }
         reading_close(&twin);
     }
-    progress("twin", n_twins, n_twins);
+    progress_end();
     for (int i = 0; i < probe->n_tokens; i++)
         probe->agreement[i] /= n_twins;
 }
@@ -879,25 +929,88 @@ static void print_shaded_text(const Model *m, const Probe *probe) {
     puts("\033[0m\n");
 }
 
-// A line for each token, as the example above.
-static void print_probe(const Model *m, const Probe *probe) {
-    printf("%-20s %10s %12s\n", "token", "agreement", "probability");
-    for (int i = 0; i < probe->n_tokens; i++) {
-        char *text = visible(m, probe->tokens[i]);
-        double percent = 100 * probe->agreement[i];
-        printf("%-20s %9.0f%% %12.4f\n", text, percent, probe->probability[i]);
-        free(text);
-    }
+// A token that some twins would have written, and how many of them.
+typedef struct {
+    int token, n;
+} Said;
+
+// For qsort: what more twins said comes first; of equals, the smaller token.
+static int by_twins(const void *a, const void *b) {
+    const Said *x = a;
+    const Said *y = b;
+    return x->n != y->n ? y->n - x->n : x->token - y->token;
 }
 
-// The same as CSV, with all digits. `position` is where the first token stands.
-static void probe_csv(FILE *to, const Model *m, const Probe *probe, int position) {
-    fputs("position,token,agreement,probability\n", to);
-    for (int i = 0; i < probe->n_tokens; i++) {
-        fprintf(to, "%d", position + i);
-        token_cell(to, m, probe->tokens[i]);
-        fprintf(to, ",%.9g,%.9g\n", probe->agreement[i], probe->probability[i]);
+// What the twins said in place of token number i, each different token once, the most frequent
+// first. Fills list, which has room for n_twins; returns how many tokens there are.
+static int count_said(const Probe *probe, int i, int n_twins, Said *list) {
+    int n = 0;
+    for (int twin = 0; twin < n_twins; twin++) {
+        int token = probe->said[i * n_twins + twin];
+        int j = 0;
+        while (j < n && list[j].token != token)
+            j++;
+        if (j == n)
+            list[n++] = (Said){token, 0};
+        list[j].n++;
     }
+    qsort(list, n, sizeof *list, by_twins);
+    return n;
+}
+
+// A line for each token, as the example above. Of what others said as much is shown as fits.
+static void print_probe(const Model *m, const Probe *probe, int n_twins) {
+    Said *list = resize(NULL, n_twins, sizeof *list);
+    printf("%-20s %10s %12s  %s\n", "token", "agreement", "probability", "others said");
+    for (int i = 0; i < probe->n_tokens; i++) {
+        char *text = visible(m, probe->tokens[i]);
+        print_column(text, 20);
+        printf(" %9.0f%% %12.4f", 100 * probe->agreement[i], probe->probability[i]);
+        free(text);
+        int n = count_said(probe, i, n_twins, list);
+        int room = 80 - 44 - 2; // characters, with some left for a "…"
+        for (int k = 0; k < n && room >= 0; k++) {
+            if (list[k].token == probe->tokens[i])
+                continue;
+            text = visible(m, list[k].token);
+            char share[16];
+            int n_share = snprintf(share, sizeof share, " %.0f%%", 100.0 * list[k].n / n_twins);
+            const char *gap = *text == ' ' ? " " : "  ";
+            room -= (int)strlen(gap) + count_characters(text, (int)strlen(text)) + n_share;
+            if (room >= 0)
+                printf("%s%s%s", gap, text, share);
+            else
+                fputs(" …", stdout);
+            free(text);
+        }
+        puts("");
+    }
+    free(list);
+}
+
+// The same as CSV, with all digits: a line for each token that some twin said in each place, the
+// most frequent first. `position` is where the first token stands.
+//
+//     position      in the text, the prompt included
+//     token         what the sober model wrote
+//     agreement     the share of the twins that would have written it
+//     probability   that it had soberly
+//     said          what some twins would have written here
+//     share         of the twins that would
+static void probe_csv(FILE *to, const Model *m, const Probe *probe, int n_twins, int position) {
+    Said *list = resize(NULL, n_twins, sizeof *list);
+    fputs("position,token,agreement,probability,said,share\n", to);
+    for (int i = 0; i < probe->n_tokens; i++) {
+        int n = count_said(probe, i, n_twins, list);
+        for (int j = 0; j < n; j++) {
+            fprintf(to, "%d", position + i);
+            token_cell(to, m, probe->tokens[i]);
+            fprintf(to, ",%.9g,%.9g", probe->agreement[i], probe->probability[i]);
+            token_cell(to, m, list[j].token);
+            fprintf(to, ",%.9g\n", (double)list[j].n / n_twins);
+        }
+    }
+    free(list);
 }
 
 // The whole experiment.
@@ -916,16 +1029,18 @@ static void probe(const Model *m, const LabOptions *options) {
     probe.n_tokens = sober_continuation(&lab, probe.tokens);
     probe.probability = resize(NULL, probe.n_tokens, sizeof *probe.probability);
     probe.agreement = resize(NULL, probe.n_tokens, sizeof *probe.agreement);
+    probe.said = resize(NULL, (ptrdiff_t)probe.n_tokens * options->n_seeds, sizeof *probe.said);
     probe_measure(&lab, noise, &probe);
 
     print_shaded_text(m, &probe);
-    print_probe(m, &probe);
+    print_probe(m, &probe, options->n_seeds);
     if (options->out)
-        probe_csv(output.to, m, &probe, lab.n_prompt);
+        probe_csv(output.to, m, &probe, options->n_seeds, lab.n_prompt);
     output_close(&output);
     free(probe.tokens);
     free(probe.probability);
     free(probe.agreement);
+    free(probe.said);
     free((float *)noise.theta);
     lab_close(&lab);
 }
@@ -964,6 +1079,9 @@ static void probe(const Model *m, const LabOptions *options) {
  *     to be is to do             to-be be-is is-to to-do
  *
  * have 9 pairs, 7 of which are different: 7 / 9 = .78.
+ * A text that ended early would look the more various for it, as it had no time to repeat itself.
+ * So each text counts with as many pairs as the sober one has, at least: what it lacks is counted as
+ * repeated.
  *
  * A method at one strength is a cell of the table that is shown. All cells together:
  *
@@ -1015,17 +1133,21 @@ typedef struct {
     char name[16];     // of the method
     double strength;   // an angle in radians, a temperature, or a width in nats
     float *theta;      // (N_SITES, n_layers) radians, NULL if the method is no site
+    int shower_every;  // a cold shower after so many drugged tokens, 0: never
 
     // what came of it
     Text *texts;       // (n_seeds) the cell's share of an array of all texts
     float *states;     // (n_seeds, n_new, dim), see states_of; NULL when not needed
+    double *costs;     // (n_seeds) -log-probability a token of each text, nats, under the sober model
 
     // what the texts are like
-    int distinct;      // how many different ones there are
+    int differ;        // how many of them are not the sober text
+    int ended;         // how many ended before there were n_new tokens
     double prefix;     // bytes in common with the sober text, on average
     double angle;      // radians, on average, see judge
     double diversity;  // distinct-2, 0 to 1
-    double likelihood; // log-probability a token, nats, under the sober model
+    double likelihood; // the mean log-probability of its tokens, nats, under the sober model
+    double error;      // its standard error, from seed to seed; NAN if there is one seed only
 } Cell;
 
 // ---- how a text is written
@@ -1109,6 +1231,7 @@ static void sober_cell_init(Cell *cell, const Lab *lab, Text *texts) {
         .name = "sober",
         .texts = texts,
     };
+    cell->costs = resize(NULL, lab->options->n_seeds, sizeof *cell->costs);
     for (int k = 0; k < lab->options->n_seeds; k++)
         texts[k].tokens = resize(NULL, lab->n_new, sizeof(int));
 }
@@ -1154,6 +1277,7 @@ static void cell_free(Cell *cell) {
     for (int i = 0; i < cell->lab->options->n_seeds; i++)
         free(cell->texts[i].tokens);
     free(cell->theta);
+    free(cell->costs);
 }
 
 // Begins the texts of a cell: each has a seed of its own, and its first token.
@@ -1179,6 +1303,7 @@ static void begin_texts(Cell *cell) {
         text->dice = (Dice){.top_p = 1};
         if (cell->method == TEMPERATURE)
             text->dice.temperature = cell->strength;
+        text->shower_every = cell->shower_every;
         text->watch = watch_text;
         text->owner = cell;
         text->next = first_token(cell, text);
@@ -1226,17 +1351,19 @@ static void judge(Lab *lab, const Text *text, const float *states, double *log_p
 }
 
 // The share of different pairs among all pairs of neighbouring tokens in n texts, as in the example
-// above. 0 if there are no pairs.
+// above, each of which counts as at_least tokens long. 0 if there are no pairs.
 // A pair is kept as one number of 64 bits.
 // The list is searched from its beginning each time; texts are short here.
-static double diversity(const Text *texts, int n) {
+static double diversity(const Text *texts, int n, int at_least) {
     int n_pairs = 0;
     int n_different = 0;
     int most = 0;
     for (int i = 0; i < n; i++)
         most += texts[i].n_tokens;
     int64_t *seen = resize(NULL, most, sizeof *seen);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+        int longest = texts[i].n_tokens > at_least ? texts[i].n_tokens : at_least;
+        n_pairs += longest > 0 ? longest - 1 : 0;
         for (int j = 0; j + 1 < texts[i].n_tokens; j++) {
             int64_t first = texts[i].tokens[j];
             int64_t second = texts[i].tokens[j + 1];
@@ -1246,28 +1373,10 @@ static double diversity(const Text *texts, int n) {
                 at++;
             if (at == n_different)
                 seen[n_different++] = pair;
-            n_pairs++;
         }
+    }
     free(seen);
     return n_pairs ? (double)n_different / n_pairs : 0;
-}
-
-// Do two texts consist of the same tokens?
-static bool same_text(const Text *a, const Text *b) {
-    return a->n_tokens == b->n_tokens
-        && !memcmp(a->tokens, b->tokens, a->n_tokens * sizeof *a->tokens);
-}
-
-// How many of n texts are different from all those before them.
-static int count_distinct(const Text *texts, int n) {
-    int n_distinct = 0;
-    for (int i = 0; i < n; i++) {
-        int j = 0;
-        while (j < i && !same_text(&texts[j], &texts[i]))
-            j++;
-        n_distinct += j == i;
-    }
-    return n_distinct;
 }
 
 // How many bytes two texts have in common, from the beginning.
@@ -1278,36 +1387,63 @@ static int common_prefix(const char *a, const char *b) {
     return n;
 }
 
+// The standard error of a cell's likelihood, which is a sum over texts divided by a sum over texts.
+// Each text is off by what it adds to the first sum beyond its share of the second:
+//
+//     off = log-probability of the text - likelihood * its tokens
+//     error² = k / (k - 1) * sum of off² / tokens²        k texts with so many tokens in all
+//
+// NAN if there is only one.
+static double error_of(const Cell *cell, int n_texts, double n_tokens) {
+    double sum = 0;
+    for (int i = 0; i < n_texts; i++) {
+        double off = (-cell->costs[i] - cell->likelihood) * cell->texts[i].n_tokens;
+        sum += off * off;
+    }
+    return n_texts > 1 ? sqrt(n_texts * sum / (n_texts - 1)) / fmax(n_tokens, 1) : NAN;
+}
+
+// The sober text, which all others are compared with.
+typedef struct {
+    char *written;
+    int *tokens;  // (n_tokens)
+    int n_tokens;
+} Sober;
+
 // Fills what a cell's texts are like.
 // Likelihood and angle are means over all tokens of the cell, not over its texts: so a long text
-// counts more than one that ended at once. sober: the sober text.
-static void measure_texts(Lab *lab, Cell *cell, const char *sober) {
+// counts more than one that ended at once.
+static void measure_texts(Lab *lab, Cell *cell, const Sober *sober) {
     int n_texts = lab->options->n_seeds;
     double n_tokens = 0;
     double n_angles = 0;
-    cell->diversity = diversity(cell->texts, n_texts);
-    cell->distinct = count_distinct(cell->texts, n_texts);
+    cell->diversity = diversity(cell->texts, n_texts, sober->n_tokens);
     for (int i = 0; i < n_texts; i++) {
         const Text *text = &cell->texts[i];
         double log_p;
         double angle;
         judge(lab, text, states_of(cell, text), &log_p, &angle);
+        cell->costs[i] = -log_p / fmax(text->n_tokens, 1);
         cell->likelihood += log_p;
         cell->angle += angle;
         n_tokens += text->n_tokens;
         n_angles += text->n_tokens > 0 ? text->n_tokens - 1 : 0;
+        cell->ended += text->n_tokens < lab->n_new;
+        progress(lab->n_new - text->n_tokens); // an early end spares their reading
         char *written = text_of(lab->run.model, text->tokens, text->n_tokens);
-        cell->prefix += (double)common_prefix(written, sober) / n_texts;
+        cell->prefix += (double)common_prefix(written, sober->written) / n_texts;
+        cell->differ += strcmp(written, sober->written) != 0;
         free(written);
     }
     cell->likelihood /= fmax(n_tokens, 1);
     cell->angle /= fmax(n_angles, 1);
+    cell->error = error_of(cell, n_texts, n_tokens);
 }
 
 // Writes the texts of n cells and measures them.
 // The cells stand one behind the other, and so do their texts: all of them are written side by
 // side, and each matrix is read once for all.
-static void run_cells(Lab *lab, Cell *cells, int n, const char *sober) {
+static void run_cells(Lab *lab, Cell *cells, int n, const Sober *sober) {
     for (int i = 0; i < n; i++)
         begin_texts(&cells[i]);
     int n_texts = n * lab->options->n_seeds;
@@ -1362,29 +1498,30 @@ static double likelihood_gain(const Cell *method, const Cell *temperature, int *
         sum += method[i].likelihood - there;
         (*n)++;
     }
-    return sum / *n;
+    return *n ? sum / *n : NAN;
 }
 
 // ---- what is shown, and written to a file
 
 // What all cells are like, one line each. For example
 //
-//     method  strength distinct   prefix    angle  diversity  log-probability
-//     V            0.8     5/5        92    0.214      0.276          -0.1667
+//     method  strength differ ended prefix  angle diversity  log-probability
+//     V            0.8  20/20     0     92  0.214     0.276  -0.1667 +- .0120
 //
-// says: with doses of .8 radians at V all five seeds led to different texts.
+// says: with doses of .8 radians at V none of the 20 texts is the sober one, and none ended early.
 // They begin as the sober one does for 92 bytes on average.
 // What left the layers was .214 radians away from what it would have been without noise.
 // Of all pairs of tokens .276 were different ones.
-// And the sober model gave to each token a probability of exp(-.1667) = .85, as a geometric mean.
+// And the sober model gave to each token a probability of exp(-.1667) = .85, as a geometric mean;
+// with other seeds the logarithm would be another one by about .012.
 static void print_cells(const Cell *cells, int n_seeds) {
-    printf("%-12s %8s %8s %8s %8s %10s %16s\n", "method", "strength", "distinct", "prefix",
+    printf("%-11s %8s %9s %5s %6s %6s %9s  %s\n", "method", "strength", "differ", "ended", "prefix",
            "angle", "diversity", "log-probability");
     for (int i = 0; i < N_CELLS; i++) {
         const Cell *cell = &cells[i];
-        printf("%-12s %8g %5d/%-2d %8.0f %8.3f %10.3f %16.4f\n", cell->name, cell->strength,
-               cell->distinct, n_seeds, cell->prefix, cell->angle, cell->diversity,
-               cell->likelihood);
+        printf("%-11s %8g %5d/%-3d %5d %6.0f %6.3f %9.3f %8.4f +- %.4f\n", cell->name,
+               cell->strength, cell->differ, n_seeds, cell->ended, cell->prefix, cell->angle,
+               cell->diversity, cell->likelihood, cell->error);
     }
 }
 
@@ -1392,14 +1529,15 @@ static void print_cells(const Cell *cells, int n_seeds) {
 // Methods that never meet temperature are left out, and temperature is not compared with itself.
 static void print_gains(const Cell *cells) {
     const Cell *temperature = cells + TEMPERATURE * N_STRENGTHS;
-    puts("\nAt the same diversity, nats a token by which the sober model finds a text likelier\n"
-         "than one made with temperature (mean over the doses whose diversity that reaches):\n");
+    puts("\nAt the same diversity, nats a token by which the sober model finds a text\n"
+         "likelier than one made with temperature (mean over the doses whose diversity\n"
+         "that reaches):\n");
     for (int method = 0; method < N_METHODS; method++) {
         const Cell *points = cells + method * N_STRENGTHS;
         int n;
         double gain = likelihood_gain(points, temperature, &n);
         if (n && method != TEMPERATURE)
-            printf("%-12s %+.4f  (%d doses)\n", points->name, gain, n);
+            printf("%-11s %+.4f  (%d dose%s)\n", points->name, gain, n, plural(n));
     }
 }
 
@@ -1410,18 +1548,22 @@ static void number_cell(Table *table, const char *format, double number) {
     print_cell(table, text, n);
 }
 
-// A row of the table: text number i of a cell, behind what is said of the cell.
-static void text_row(Table *table, const Cell *cell, int i) {
+// A row of the table: text number i of a cell, behind what is said of the cell and the gain of its
+// method.
+static void text_row(Table *table, const Cell *cell, int i, double gain) {
     const Lab *lab = cell->lab;
     const Text *text = &cell->texts[i];
     print_cell(table, cell->name, (int)strlen(cell->name));
     number_cell(table, "%.9g", cell->strength);
     number_cell(table, "%.16g", (double)lab->options->noise.seed + i);
-    number_cell(table, "%.9g", cell->distinct);
+    number_cell(table, "%.9g", cell->differ);
     number_cell(table, "%.9g", cell->prefix);
     number_cell(table, "%.9g", cell->angle);
     number_cell(table, "%.9g", cell->diversity);
     number_cell(table, "%.9g", cell->likelihood);
+    number_cell(table, "%.9g", cell->error);
+    number_cell(table, "%.9g", gain);
+    number_cell(table, "%.9g", text->n_tokens < lab->n_new);
     char *written = text_of(lab->run.model, text->tokens, text->n_tokens);
     print_cell(table, written, (int)strlen(written));
     end_row(table);
@@ -1429,18 +1571,36 @@ static void text_row(Table *table, const Cell *cell, int i) {
 }
 
 // All texts, each with its cell, as CSV or as Markdown: what the means hide can be read there.
+//
+//     method            and its strength, see cells_init
+//     seed              of this text
+//     differ            how many texts of the cell are not the sober one
+//     prefix            bytes in common with that, on average
+//     angle             radians, see judge
+//     diversity         distinct-2, 0 to 1
+//     log-probability   a token, nats, under the sober model
+//     error             its standard error; nan with one seed
+//     gain              of the method over temperature, see likelihood_gain; nan: none
+//     ended             1 if this text ended before there were n_new tokens, else 0
+//     text              what was written behind the prompt
 static void explore_table(FILE *to, bool markdown, const Cell *cells, int n_seeds) {
     static const char *const columns[] = {
-        "method", "strength", "seed", "distinct", "prefix", "angle", "diversity",
-        "log-probability", "text",
+        "method", "strength", "seed", "differ", "prefix", "angle", "diversity",
+        "log-probability", "error", "gain", "ended", "text",
     };
     Table table = {.to = to, .markdown = markdown};
     for (size_t i = 0; i < sizeof columns / sizeof *columns; i++)
         print_cell(&table, columns[i], (int)strlen(columns[i]));
     end_heading(&table);
-    for (int cell = 0; cell < N_CELLS; cell++)
+    const Cell *temperature = cells + TEMPERATURE * N_STRENGTHS;
+    for (int cell = 0; cell < N_CELLS; cell++) {
+        int n;
+        double gain = NAN;
+        if (cell / N_STRENGTHS != TEMPERATURE && cell != SOBER_CELL)
+            gain = likelihood_gain(cells + cell / N_STRENGTHS * N_STRENGTHS, temperature, &n);
         for (int i = 0; i < n_seeds; i++)
-            text_row(&table, &cells[cell], i);
+            text_row(&table, &cells[cell], i, gain);
+    }
 }
 
 // ---- the experiment
@@ -1466,16 +1626,29 @@ static int cells_at_once(const Lab *lab) {
     return n;
 }
 
+// What the sober model writes. The caller frees it with sober_free.
+static Sober sober_of(Lab *lab) {
+    Sober sober = {.tokens = resize(NULL, lab->n_new, sizeof *sober.tokens)};
+    sober.n_tokens = sober_continuation(lab, sober.tokens);
+    sober.written = text_of(lab->run.model, sober.tokens, sober.n_tokens);
+    return sober;
+}
+
+static void sober_free(Sober *sober) {
+    free(sober->written);
+    free(sober->tokens);
+}
+
 // Writes and measures all cells, as many at once as fit.
 // For texts see cells_init; sober is the text that is written without any method.
-static void explore_measure(Lab *lab, Cell *cells, Text *texts, const char *sober) {
+static void explore_measure(Lab *lab, Cell *cells, Text *texts, const Sober *sober) {
     int at_once = cells_at_once(lab);
     cells_init(cells, lab, texts);
-    for (int first = 0; first < N_CELLS; first += at_once) {
-        progress("cell", first, N_CELLS);
+    // each token is written, and then read
+    progress_begin("explore", 2.0 * N_CELLS * lab->options->n_seeds * lab->n_new);
+    for (int first = 0; first < N_CELLS; first += at_once)
         run_cells(lab, &cells[first], min(at_once, N_CELLS - first), sober);
-    }
-    progress("cell", N_CELLS, N_CELLS);
+    progress_end();
 }
 
 // The whole experiment. The sober text is shown first, as what all others are variations of.
@@ -1484,17 +1657,13 @@ static void explore(const Model *m, const LabOptions *options) {
     Cell cells[N_CELLS];
     Output output = output_open('o', options->out, ".csv .md", options->model);
     lab_open(&lab, m, options, EXPLORE_ROWS);
-
-    // the sober text
-    int *tokens = resize(NULL, lab.n_new, sizeof *tokens);
-    int n_tokens = sober_continuation(&lab, tokens);
-    char *sober = text_of(m, tokens, n_tokens);
-
-    // all others
+    Sober sober = sober_of(&lab);
     Text *texts = resize(NULL, N_CELLS * options->n_seeds, sizeof *texts);
-    explore_measure(&lab, cells, texts, sober);
+    explore_measure(&lab, cells, texts, &sober);
 
-    printf("sober: %s\n\n", sober);
+    puts("The sober text:\n");
+    print_text(sober.written);
+    puts("");
     print_cells(cells, options->n_seeds);
     print_gains(cells);
     if (options->out) {
@@ -1505,20 +1674,204 @@ static void explore(const Model *m, const LabOptions *options) {
     for (int i = 0; i < N_CELLS; i++)
         cell_free(&cells[i]);
     free(texts);
-    free(tokens);
-    free(sober);
+    sober_free(&sober);
     lab_close(&lab);
 }
 
 /* ================================================================================================
- * 5  The command line
+ * 5  Shower: what is a cold shower worth?
+ *
+ * A drugged model stumbles for two reasons: because it is drugged now, and because it remembers the
+ * text so far as it saw it drugged.
+ * A cold shower takes away the second one.
+ * So the same dose writes with showers after every 30, 10 or 3 drugged tokens and without any, with
+ * many seeds, and the sober model says how it finds each text.
+ * Its cost is -log-probability in nats a token: the less, the better.
+ *
+ * From seed to seed costs differ a lot, and a seed that suffers under its dose suffers with showers
+ * as well.
+ * So what a shower gains is taken seed by seed, the cost without showers less the cost with them.
+ * The mean of these differences has a smaller error than the difference of the means has.
+ *
+ * This is explore with four cells, which differ in nothing but the showers.
+ */
+
+// After how many drugged tokens a shower comes, 0: never.
+enum { N_EVERY = 4 };
+static const int EVERY[N_EVERY] = {0, 30, 10, 3};
+
+// The mean of several numbers, and its standard error: the root of the sum of the squared deviations
+// divided by n (n - 1). The error of a single number is NAN.
+typedef struct {
+    double mean, error;
+} Mean;
+
+static Mean mean_of(const double *x, int n) {
+    double sum = 0;
+    double squares = 0;
+    for (int i = 0; i < n; i++)
+        sum += x[i];
+    for (int i = 0; i < n; i++)
+        squares += (x[i] - sum / n) * (x[i] - sum / n);
+    return (Mean){sum / n, n > 1 ? sqrt(squares / n / (n - 1)) : NAN};
+}
+
+// What a cell gains over the one without showers, seed by seed: nats a token that its text is
+// cheaper by. *n_better: in how many seeds that is more than nothing.
+static Mean shower_gain(const Cell *cell, const Cell *never, int n_seeds, int *n_better) {
+    double *gains = resize(NULL, n_seeds, sizeof *gains);
+    *n_better = 0;
+    for (int i = 0; i < n_seeds; i++) {
+        gains[i] = never->costs[i] - cell->costs[i];
+        *n_better += gains[i] > 0;
+    }
+    Mean gain = mean_of(gains, n_seeds);
+    free(gains);
+    return gain;
+}
+
+// The seed whose gain is nearest to the mean, so that what is read below the figures is neither the
+// luckiest one nor the worst; if possible one of which neither text ended early.
+static int typical_seed(const Cell *cell, const Cell *never, int n_seeds) {
+    int n_better;
+    double mean = shower_gain(cell, never, n_seeds, &n_better).mean;
+    int best = 0;
+    double nearest = INFINITY;
+    for (int i = 0; i < n_seeds; i++) {
+        double off = fabs(never->costs[i] - cell->costs[i] - mean);
+        int n_new = cell->lab->n_new;
+        if (cell->texts[i].n_tokens < n_new || never->texts[i].n_tokens < n_new)
+            off += DBL_MAX / 2;
+        if (off < nearest) {
+            nearest = off;
+            best = i;
+        }
+    }
+    return best;
+}
+
+// "never", or "every 10".
+static const char *shower_name(int every, char name[32]) {
+    snprintf(name, 32, every ? "every %d" : "never", every);
+    return name;
+}
+
+// A line for each of the cells, and two texts of a typical seed.
+static void print_showers(const Cell *cells, int n_seeds, uint64_t seed, const Cell *sober) {
+    const Model *m = cells->lab->run.model;
+    char name[32];
+    printf("How a sober model finds what was written, in nats a token: the less, the better.\n"
+           "Mean of %d seed%s from %llu; the sober text itself costs %.2f.\n\n"
+           "%-10s %15s %22s %12s\n", n_seeds, plural(n_seeds), (unsigned long long)seed,
+           sober->costs[0], "showers", "cost", "gain over never", "better");
+    for (int i = 0; i < N_EVERY; i++) {
+        int n_better;
+        Mean cost = mean_of(cells[i].costs, n_seeds);
+        Mean gain = shower_gain(&cells[i], &cells[0], n_seeds, &n_better);
+        printf("%-10s %7.2f +- %4.2f", shower_name(EVERY[i], name), cost.mean, cost.error);
+        if (i)
+            printf(" %14.2f +- %4.2f %5d of %d", gain.mean, gain.error, n_better, n_seeds);
+        puts("");
+    }
+    int typical = typical_seed(&cells[2], &cells[0], n_seeds);
+    printf("\nSeed %llu, whose gain with a shower after every %d tokens is nearest to the mean:\n",
+           (unsigned long long)seed + typical, EVERY[2]);
+    for (int i = 0; i < N_EVERY; i += 2) {
+        const Text *text = &cells[i].texts[typical];
+        char *written = text_of(m, text->tokens, text->n_tokens);
+        printf("\n--- %s, %.2f nats a token\n", shower_name(EVERY[i], name), cells[i].costs[typical]);
+        print_text(written);
+        free(written);
+    }
+}
+
+// All texts as CSV, each with what is said of its cell.
+//
+//     every      a shower after so many drugged tokens, 0: never
+//     seed       of this text
+//     cost       of this text, nats a token under the sober model
+//     mean       of all texts with as many showers
+//     error      its standard error; nan with one seed
+//     gain       over no showers, seed by seed, the mean
+//     gain error its standard error
+//     better     how many seeds are better with showers
+//     sober      what the sober text costs
+//     typical    1 for the seed whose gain is nearest to the mean, else 0
+//     ended      1 if this text ended before there were n_new tokens, else 0
+//     text       what was written behind the prompt
+static void shower_csv(FILE *to, const Cell *cells, int n_seeds, uint64_t seed, const Cell *sober) {
+    Table table = {.to = to};
+    int typical = typical_seed(&cells[2], &cells[0], n_seeds);
+    fputs("every,seed,cost,mean,error,gain,gain error,better,sober,typical,ended,text\n", to);
+    for (int i = 0; i < N_EVERY; i++) {
+        int n_better;
+        Mean cost = mean_of(cells[i].costs, n_seeds);
+        Mean gain = shower_gain(&cells[i], &cells[0], n_seeds, &n_better);
+        for (int k = 0; k < n_seeds; k++) {
+            const Text *text = &cells[i].texts[k];
+            const double numbers[] = {
+                cells[i].costs[k], cost.mean, cost.error, gain.mean, gain.error, n_better,
+                sober->costs[0], k == typical, text->n_tokens < cells->lab->n_new,
+            };
+            number_cell(&table, "%.9g", EVERY[i]);
+            number_cell(&table, "%.16g", (double)seed + k);
+            for (size_t j = 0; j < sizeof numbers / sizeof *numbers; j++)
+                number_cell(&table, "%.9g", numbers[j]);
+            char *written = text_of(cells->lab->run.model, text->tokens, text->n_tokens);
+            print_cell(&table, written, (int)strlen(written));
+            end_row(&table);
+            free(written);
+        }
+    }
+}
+
+// The whole experiment. Without a dose there is nothing that a shower could take away.
+static void shower(const Model *m, const LabOptions *options) {
+    enum { SOBER = N_EVERY, N_ALL }; // the sober text is one more cell, the last one
+    Lab lab;
+    Cell cells[N_ALL];
+    Noise noise = noise_of(&options->noise, m);
+    if (!noise.theta)
+        die(2, "a shower needs something to wash off: give a dose, -H .8 for instance");
+    Output output = output_open('o', options->out, ".csv", options->model);
+    lab_open(&lab, m, options, EXPLORE_ROWS);
+    Sober sober = sober_of(&lab);
+    ptrdiff_t n_doses = (ptrdiff_t)N_SITES * m->config.n_layers;
+    Text *texts = resize(NULL, N_ALL * options->n_seeds, sizeof *texts);
+    for (int i = 0; i < N_ALL; i++) {
+        sober_cell_init(&cells[i], &lab, texts + i * options->n_seeds);
+        if (i == SOBER)
+            continue;
+        cells[i].shower_every = EVERY[i];
+        cells[i].theta = resize(NULL, n_doses, sizeof(float));
+        memcpy(cells[i].theta, noise.theta, n_doses * sizeof(float));
+    }
+    progress_begin("shower", 2.0 * N_ALL * options->n_seeds * lab.n_new);
+    run_cells(&lab, cells, N_ALL, &sober);
+    progress_end();
+
+    print_showers(cells, options->n_seeds, noise.seed, &cells[SOBER]);
+    if (options->out)
+        shower_csv(output.to, cells, options->n_seeds, noise.seed, &cells[SOBER]);
+    output_close(&output);
+    for (int i = 0; i < N_ALL; i++)
+        cell_free(&cells[i]);
+    free(texts);
+    free((float *)noise.theta);
+    sober_free(&sober);
+    lab_close(&lab);
+}
+
+/* ================================================================================================
+ * 6  The command line
  */
 #ifndef LAB_LIBRARY
 static const char USAGE[] =
-    "usage: tests/lab <model.bin> trip|probe|explore [options]\n"
+    "usage: tests/lab <model.bin> trip|probe|explore|shower [options]\n"
     "  trip         how far does a glitch carry? 1 - cosine to a sober twin, at every level\n"
     "  probe        which tokens of an answer would drugged twins have written, too?\n"
     "  explore      all sites, temperature and noise on the logits, at many strengths\n"
+    "  shower       what a text costs with cold showers: never, and every 30, 10 and 3 tokens\n"
     "  -i <text>    prompt\n"
     "  -n <tokens>  how many to write, 0: until the text ends or the context is full (256)\n"
     "  -k <seeds>   how often all is repeated (5)\n"
@@ -1607,6 +1960,7 @@ static const struct {
     {"trip", trip},
     {"probe", probe},
     {"explore", explore},
+    {"shower", shower},
 };
 enum { N_EXPERIMENTS = sizeof EXPERIMENTS / sizeof *EXPERIMENTS };
 
@@ -1619,7 +1973,7 @@ int main(int argc, char **argv) {
     while (i < N_EXPERIMENTS && strcmp(argv[2], EXPERIMENTS[i].name))
         i++;
     if (i == N_EXPERIMENTS)
-        die(2, "behind the model comes trip, probe or explore, got '%s'", argv[2]);
+        die(2, "behind the model comes trip, probe, explore or shower, got '%s'", argv[2]);
 
     // what is wrong with the options is said before the model is opened
     const LabOptions options = parse_lab_options(argc, argv);

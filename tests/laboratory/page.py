@@ -5,8 +5,10 @@ with.
     tests/lab model.bin trip -i "..." -V 1 -o trip.csv
     tests/lab model.bin explore -i "..." -o explore.csv
     tests/lab model.bin probe -i "..." -V .5 -o probe.csv
+    tests/lab model.bin shower -i "..." -H .8 -o shower.csv
     train_step model.bin -t words.csv -a losses.csv
-    python3 tests/laboratory/page.py trip.csv explore.csv probe.csv words.csv losses.csv -o lab.html
+    python3 tests/laboratory/page.py trip.csv explore.csv probe.csv shower.csv words.csv losses.csv \
+        -o lab.html
 
 or `make page`, which does all of it. Any of these files will do, in any order and number: what a
 table is, its first line says. The page is one file that stands alone. It needs no network and no
@@ -17,14 +19,15 @@ The way of a number:
     CSV -> read_table -> tables of text -> trip_of, ... -> plain data -> JSON in the page -> script
 
 Nothing is computed on this way. The JSON has every number as the CSV has it, and what is drawn is
-drawn by the script at the end of this file, in the browser, each time a slider moves.
+drawn by the script at the end of this file, in the browser, each time something is chosen. Of many
+texts a page shows a few, to stay small.
 
 What comes out of a language model is any text at all, and some of it looks like HTML. So no text
 is ever put together with markup: in the page it is a string of the JSON, without a single `<`, and
 the script hands it to the browser as text.
 
     1  reading       tables, and what goes wrong with them
-    2  recognising   trip, explore, probe, words, losses
+    2  recognising   trip, explore, probe, shower, words, losses
     3  the page      its parts, and how they are joined
     4  the look      CSS
     5  the drawing   JavaScript
@@ -102,9 +105,20 @@ def check(condition):
 # All of them are strict. A ValueError says that the table is none of theirs after all.
 
 TRIP = "site kind place theta level distance token sober drugged".split()
-EXPLORE = "method strength seed distinct prefix angle diversity log-probability text".split()
-PROBE = "position token agreement probability".split()
+EXPLORE = ("method strength seed differ prefix angle diversity log-probability error gain ended "
+           "text").split()
+PROBE = "position token agreement probability said share".split()
+SHOWER = ["every", "seed", "cost", "mean", "error", "gain", "gain error", "better", "sober", "typical",
+          "ended", "text"]
 LOSSES = ["step size", "lesson", "first order", "its sequel", "other text"]
+SOURCES = ["lesson", "its sequel", "other text"]        # of words, behind the step sizes
+READ = 5                                # of so many seeds the texts of explore can be read
+
+
+def or_nothing(text):
+    """A number in a cell, or None where there is nothing to measure, which the programs call nan."""
+    value = number(text)
+    return None if math.isnan(value) else finite(text)
 
 
 def trip_of(header, rows):
@@ -144,19 +158,25 @@ def trip_of(header, rows):
 
 
 def explore_of(header, rows):
-    """The methods with their cells. Many texts are the same, so each is kept once, with a number.
+    """The methods with their cells. Many texts are the same, so each is kept once, with a number; of
+    the first seeds only. All seeds count in the numbers.
 
     A seed is a name, not an amount: it stays text.
     """
     texts = {}                          # text -> its number
     methods = {}                        # name -> {strength: cell}
-    for name, strength, seed, distinct, prefix, angle, diversity, log_p, text in rows:
+    gains = {}                          # name -> over temperature
+    for row in rows:
+        name, strength, seed, differ, prefix, angle, diversity, log_p, error, gain, ended, text = row
         cell = methods.setdefault(name, {}).setdefault(finite(strength), {
-            "strength": finite(strength), "distinct": finite(distinct), "prefix": finite(prefix),
+            "strength": finite(strength), "differ": finite(differ), "prefix": finite(prefix),
             "angle": finite(angle), "diversity": finite(diversity), "likelihood": finite(log_p),
-            "seeds": [], "texts": []})
+            "error": or_nothing(error), "ended": [], "seeds": [], "texts": []})
+        gains[name] = or_nothing(gain)
         cell["seeds"].append(seed)
-        cell["texts"].append(texts.setdefault(text, len(texts)))
+        cell["ended"].append(finite(ended))
+        if len(cell["texts"]) < READ:
+            cell["texts"].append(texts.setdefault(text, len(texts)))
     sober = list(methods.pop("sober", {}).values())
     check(len(sober) == 1 and methods)
     seeds = sober[0]["seeds"]
@@ -164,16 +184,40 @@ def explore_of(header, rows):
     for cell in cells:
         check(cell.pop("seeds") == seeds)
     return {"seeds": seeds, "texts": list(texts), "sober": sober[0],
-            "methods": [{"name": name, "cells": list(method.values())}
+            "methods": [{"name": name, "gain": gains[name], "cells": list(method.values())}
                         for name, method in methods.items()]}
 
 
 def probe_of(header, rows):
-    """A text, token by token."""
-    return {"position": [int(row[0]) for row in rows],
-            "tokens": [row[1] for row in rows],
-            "agreement": [finite(row[2]) for row in rows],
-            "probability": [finite(row[3]) for row in rows]}
+    """A text, token by token, and what the twins said in each place: [word, share], most first."""
+    tokens = {}                         # position -> what is known of it
+    for position, token, agreement, probability, said, share in rows:
+        one = tokens.setdefault(int(position), {
+            "position": int(position), "token": token, "agreement": finite(agreement),
+            "probability": finite(probability), "said": []})
+        check(one["token"] == token)
+        one["said"].append([said, finite(share)])
+    return list(tokens.values())
+
+
+def shower_of(header, rows):
+    """What each frequency of showers costs, and one text of each: that of the typical seed."""
+    cells = {}                          # every -> cell
+    for row in rows:
+        every, seed, cost, mean, error, gain, gain_error, better, sober, typical, ended, text = row
+        cell = cells.setdefault(finite(every), {
+            "every": finite(every), "mean": finite(mean), "error": or_nothing(error),
+            "gain": finite(gain), "gainError": or_nothing(gain_error), "better": finite(better),
+            "costs": [], "seeds": []})
+        cell["costs"].append(finite(cost))
+        cell["seeds"].append(seed)
+        if finite(typical):
+            cell.update(seed=seed, text=text, cost=finite(cost), ended=finite(ended))
+    cells = list(cells.values())
+    seeds = cells[0]["seeds"]
+    for cell in cells:
+        check("text" in cell and cell.pop("seeds") == seeds)
+    return {"sober": finite(rows[0][8]), "first": seeds[0], "cells": cells}
 
 
 def losses_of(header, rows):
@@ -189,9 +233,12 @@ def losses_of(header, rows):
 
 
 def words_of(header, rows):
-    """The words after each step size. Short columns end in empty cells, which are no words."""
-    return {"sizes": [finite(size) for size in header],
-            "words": [[row[i] for row in rows if row[i]] for i in range(len(header))]}
+    """The words after each step size, and those of the texts that they may come from. Short columns
+    end in empty cells, which are no words."""
+    words = [[row[i] for row in rows if row[i]] for i in range(len(header))]
+    n = len(header) - len(SOURCES)
+    check(n > 0 and header[n:] == SOURCES)
+    return {"sizes": [finite(size) for size in header[:n]], "words": words[:n], "sources": words[n:]}
 
 
 def recognise(path):
@@ -199,7 +246,8 @@ def recognise(path):
     all others have names."""
     header, rows = read_table(path)
     kinds = [(TRIP, "trip", trip_of), (EXPLORE, "explore", explore_of),
-             (PROBE, "probe", probe_of), (LOSSES, "losses", losses_of)]
+             (PROBE, "probe", probe_of), (SHOWER, "shower", shower_of),
+             (LOSSES, "losses", losses_of)]
     try:
         for names, kind, convert in kinds:
             if header == names:
@@ -233,7 +281,7 @@ def sections_of(paths):
                 losses.remove(other)
         sections.append(("step", names, data))
     sections += [("step", [name], data) for name, data in losses]
-    order = ["trip", "explore", "probe", "step"]
+    order = list(TITLES)
     return sorted(sections, key=lambda section: order.index(section[0]))
 
 
@@ -253,27 +301,22 @@ PAGE = """<!DOCTYPE html>
 <meta name="color-scheme" content="light dark">
 <title>A model on DRµGS</title>
 <style>@STYLE@</style>
+<noscript><style>.controls, figure { display: none; }</style></noscript>
 </head>
 <body>
-<svg class="patterns" width="0" height="0" aria-hidden="true">
-<pattern id="kept" width="7" height="14" patternUnits="userSpaceOnUse">
-<path d="M3.5 1V13"></path></pattern>
-<pattern id="lost" width="7" height="14" patternUnits="userSpaceOnUse">
-<path d="M1 7H6"></path></pattern>
-<pattern id="won" width="7" height="14" patternUnits="userSpaceOnUse">
-<path d="M.5 7H6.5M3.5 4V10"></path></pattern>
-</svg>
 <header>
 <h1>A model on DRµGS</h1>
 <p>What random turns of hidden vectors, and one gradient step, do to a Llama. Everything on this
-page was measured; move the sliders to look at it.</p>
+page was measured. Rows, marks and sliders can be chosen.</p>
 @NOTE@
-<nav aria-label="Experiments">@LINKS@</nav>
+<nav aria-label="Questions">@LINKS@</nav>
 <noscript><p>The pictures are drawn by a script in this file. Please allow it.</p></noscript>
 </header>
 <main>
 @SECTIONS@
 </main>
+<p class="status" role="status" aria-live="polite"></p>
+<svg width="0" height="0" aria-hidden="true"></svg>
 <script>@SCRIPT@</script>
 </body>
 </html>
@@ -281,8 +324,9 @@ page was measured; move the sliders to look at it.</p>
 
 SECTION = """<section class="@KIND@" id="@ID@" aria-labelledby="@ID@-title">
 <h2 id="@ID@-title">@TITLE@</h2>
-<p class="file">@FILES@</p>
+<p class="answer"></p>
 @BODY@
+<p class="file">@FILES@</p>
 <script type="application/json">@DATA@</script>
 </section>
 """
@@ -291,81 +335,88 @@ SECTION = """<section class="@KIND@" id="@ID@" aria-labelledby="@ID@-title">
 SLIDER = """<label class="slider" data-control="@NAME@"><span>@LABEL@</span>
 <input type="range" min="0" step="1" autocomplete="off"><output></output></label>"""
 
+# The questions, in the order of the page: one pass, one text that is read, texts that are written,
+# a text that is remembered, a model that is changed.
 TITLES = {
-    "trip": "The trip: how far does a glitch carry?",
-    "explore": "The explorer: what does a dose do to whole texts?",
-    "probe": "The probe: does the answer survive the noise?",
-    "step": "The step: what does one lesson teach, and what does it cost?",
+    "trip": "How far does a glitch carry?",
+    "probe": "Which words survive the noise?",
+    "explore": "What does a dose do to whole texts?",
+    "shower": "What is a cold shower worth?",
+    "step": "What does one lesson teach, and what does it cost?",
 }
 
 BODIES = {
     "trip": """\
 <p>One site, <b class="site"></b>, is dosed in a few layers; everything else is computed as
-always. At every level the hidden state of the last token is compared with that of a sober twin: 1
+always. At every level the last token's hidden state is compared with that of a sober twin: 1
 − cosine is 0 where nothing has arrived, and about half the square of the angle. Level 0 is the
-embedding, level l + 1 is what leaves layer l. Look for a peak behind the dosed layers, and
-whether the layers above calm it down.</p>
-<div class="controls">
-@place@
-@theta@
-<fieldset data-control="kind"><legend>dosed are</legend></fieldset>
-<fieldset data-control="scale"><legend>full shade is the largest</legend></fieldset>
+embedding, level l + 1 is what leaves layer l.</p>
+<div class="controls">@theta@
+<fieldset data-control="kind"><legend>dosed are</legend></fieldset></div>
+<div class="beside">
+<figure class="model"><figcaption>Where the dose acts</figcaption></figure>
+<figure class="wide"><figcaption>Each row is an injection, in shades of its own peak. Outlined: what
+leaves a dosed layer. On the right: how much of the peak is left at the end.</figcaption>
+<table class="stairs"></table></figure>
 </div>
 <div class="figures">
-<figure class="by-theta"><figcaption></figcaption></figure>
-<figure class="by-place"><figcaption></figcaption></figure>
 <figure class="profile"><figcaption></figcaption></figure>
-<figure class="next"><figcaption></figcaption></figure>
-</div>
-<p class="readout" aria-live="polite"></p>""",
-
-    "explore": """\
-<p>Each method makes texts different: a dose at one of the sites of the network, temperature, or
-plain noise on the logits. Every strength was tried with the same seeds.</p>
-<div class="controls">
-<fieldset data-control="method"><legend>method</legend></fieldset>
-@strength@
-@seed@
-</div>
-<div class="texts">
-<figure><figcaption>sober</figcaption><blockquote class="before"></blockquote></figure>
-<figure><figcaption class="what"></figcaption><blockquote class="after"></blockquote></figure>
-</div>
-<p class="key"><del>struck out</del>: only in the sober text. <ins>Underlined</ins>: only in the
-other one.</p>
-<p class="readout" aria-live="polite"></p>
-<figure class="curves"><figcaption>What makes texts more various makes them less likely. The
-honest comparison: at the same diversity, whose texts does the sober model find likelier? Higher
-is better. Each line is a method, each mark on it a strength.</figcaption></figure>""",
+<figure><figcaption>The next token, <span class="swatch kept"></span> kept, <span
+class="swatch lost"></span> lost, <span class="swatch won"></span> won. The most probable one is
+bold.</figcaption><table class="next"></table></figure>
+</div>""",
 
     "probe": """\
 <p>The sober model wrote this text. Drugged twins read it, too, and were asked at every token what
-they would have written. The stronger its shade, the fewer agree. Point at one, or walk through
-the text with the arrow keys.</p>
-<div class="controls">@token@</div>
-<blockquote class="tokens"></blockquote>
-<p class="readout" aria-live="polite"></p>
-<figure class="scatter"><figcaption>Agreement is not the same as probability: a token may be a
-close decision that no twin doubts. Each mark is a token.</figcaption></figure>""",
+they would have written. The stronger its shade, the fewer agree; the table has the words of those
+who do not. Agreement is not the same as probability: a token may be a close decision that no twin
+doubts.</p>
+<figure><blockquote class="tokens"></blockquote></figure>
+<figure><table class="doubts"></table></figure>""",
+
+    "explore": """\
+<p>Each method makes texts different: a dose at one of the sites of the network, temperature, or
+plain noise on the logits. Every strength was tried with the same <span class="seeds"></span>.</p>
+<div class="controls">
+<fieldset data-control="method"><legend>method</legend></fieldset>
+@seed@
+</div>
+<figure><figcaption>The sober text:</figcaption><blockquote class="before"></blockquote></figure>
+<figure><figcaption>All doses, each text from the first word that is not the sober one’s.
+<ins>Underlined</ins>: words that the sober text has not.</figcaption>
+<table class="ladder"></table></figure>
+<div class="beside">
+<figure class="curves wide"><figcaption>What makes texts more various makes them less likely. At the
+same diversity, whose texts does the sober model find likelier? Higher is better. Each line is a
+method, each mark on it a strength, with its standard error; † some of its texts ended
+early.</figcaption></figure>
+<figure><figcaption>Nats a token by which a method’s texts are likelier than those of temperature at
+the same diversity.</figcaption><table class="gains"></table></figure>
+</div>""",
+
+    "shower": """\
+<p>A drugged model also remembers the text so far as it saw it drugged. A cold shower computes that
+memory once more, soberly; what was written stays written. Cost is how surprised the sober model
+is by the text, in nats a token: the less, the better.</p>
+<div class="beside">
+<figure class="curve"><figcaption>Cost over how often a shower comes: each dot is a seed, the bars are
+the mean and its standard error.</figcaption></figure>
+<figure class="wide"><figcaption></figcaption><table class="ladder"></table></figure>
+</div>""",
 
     "step": """\
-<p>The model has seen one sentence, once, and took a single step down its gradient. How far a step
-goes is the step size: too small, and nothing is learned; too large, and nothing is left.</p>
-<div class="controls">@size@</div>
-<div class="texts">
-<figure><figcaption class="base"></figcaption><blockquote class="before"></blockquote></figure>
-<figure><figcaption class="what"></figcaption><blockquote class="after"></blockquote></figure>
-</div>
-<p class="key"><del>struck out</del>: only in the text on the left or above.
-<ins>Underlined</ins>: only in the other one.</p>
-<table class="readout" aria-live="polite"></table>
-<figure class="losses"><figcaption>Plasticity and stability. The lesson's loss should fall while
-the others stay where they are. The first order is what the slope had promised; it leaves the
-picture where it promises less than nothing.</figcaption></figure>""",
+<p>The model has seen one sentence, once, and took a single step down its gradient. A loss is how
+surprised it is by a text, in nats a token; a nat is a factor of e = 2.7 in a probability.</p>
+<dl class="sources"></dl>
+<figure class="texts"><figcaption>After each step size. Words with their neighbours <b
+class="lesson">from the lesson</b>, <b class="sequel">from its sequel</b>, and all others.</figcaption>
+<table class="ladder"></table></figure>
+<figure class="losses"><figcaption>The lesson’s loss should fall while the others stay where they are.
+The first order is what the slope had promised; it leaves the picture where it promises less than
+nothing. A size of 0 has no place on this axis and stands before the break.</figcaption></figure>""",
 }
 
-SLIDERS = {"place": "layer", "theta": "angle θ, radians", "strength": "strength", "seed": "seed",
-           "token": "token", "size": "step size"}
+SLIDERS = {"theta": "angle θ, radians", "seed": "seed of the texts"}
 
 
 def text_in_html(text):
@@ -402,15 +453,19 @@ def body_of(kind):
     return fill(BODIES[kind], **sliders)
 
 
-def page_of(sections, note):
-    """The whole page, as text."""
+def page_of(sections, note, prompts):
+    """The whole page, as text. prompts: those that are known, by kind."""
     links = []
     parts = []
     for i, (kind, files, data) in enumerate(sections):
         name = "%s-%d" % (kind, i + 1)
-        links.append('<a href="#%s">%s</a>' % (name, TITLES[kind].split(":")[0]))
+        links.append('<a href="#%s">%s</a>' % (name, TITLES[kind]))
+        body = body_of(kind)
+        if kind in prompts:
+            body = '<p class="prompt">The prompt: <q>%s</q></p>\n%s' % (
+                text_in_html(prompts[kind]), body)
         parts.append(fill(SECTION, KIND=kind, ID=name, TITLE=TITLES[kind],
-                          FILES=text_in_html(", ".join(files)), BODY=body_of(kind),
+                          FILES=text_in_html(", ".join(files)), BODY=body,
                           DATA=json_in_html(data)))
     return fill(PAGE, STYLE=STYLE, SCRIPT=SCRIPT, LINKS="\n".join(links),
                 SECTIONS="\n".join(parts),
@@ -432,12 +487,18 @@ def main():
     parser.add_argument("tables", nargs="+", metavar="table.csv")
     parser.add_argument("-o", dest="out", required=True, metavar="page.html")
     parser.add_argument("-n", dest="note", default="", metavar="note",
-                        help="a sentence for the top of the page: which model, which prompt")
+                        help="a sentence for the top of the page: which model")
+    parser.add_argument("-p", dest="prompts", default=[], action="append", metavar="kind=prompt",
+                        help="the prompt of a trip, explore, probe or shower")
     options = parser.parse_args()
+    prompts = dict(prompt.split("=", 1) for prompt in options.prompts if "=" in prompt)
+    if len(prompts) < len(options.prompts) or set(prompts) - set(TITLES):
+        parser.error("-p takes trip, explore, probe or shower, =, and a prompt; got %s"
+                     % " ".join(options.prompts))
     if not options.out.endswith(".html"):
         parser.error("-o takes a file that ends in .html; got '%s'" % options.out)
     try:
-        write_page(options.out, page_of(sections_of(options.tables), options.note))
+        write_page(options.out, page_of(sections_of(options.tables), options.note, prompts))
     except Wrong as wrong:
         print("page: " + " ".join(str(wrong).split()), file=sys.stderr)
         return 1
@@ -450,7 +511,7 @@ def main():
 # Two inks on one paper, and for dark rooms the same the other way round; in print both are black.
 # Shades are the second ink, more or less transparent: so they are right on any paper, and stronger
 # is always more. Nothing is said by colour alone: lines differ in their dashes and marks, words in
-# the lines under or through them.
+# the lines under them.
 
 STYLE = """
 /* paper and ink */
@@ -491,37 +552,21 @@ STYLE = """
 html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
 body {
     margin: 0 auto;
-    max-width: 70rem;
-    padding: 1.5rem 1.25rem 4rem;
+    max-width: 76rem;
+    padding: 1.5rem 1.25rem 2rem;
     background: var(--paper);
     color: var(--ink);
     font: 1rem/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
 }
-h1 {
-    font-size: 2rem;
-    line-height: 1.2;
-    margin: .5rem 0;
-    letter-spacing: -.01em;
-}
-h2 {
-    font-size: 1.35rem;
-    line-height: 1.25;
-    margin: 0;
-}
-p { max-width: 44rem; margin: .6rem 0; }
-nav {
-    display: flex;
-    flex-wrap: wrap;
-    gap: .25rem 1.25rem;
-}
+h1 { font-size: 2rem; line-height: 1.2; margin: .5rem 0; letter-spacing: -.01em; }
+h2 { font-size: 1.35rem; line-height: 1.25; margin: 0; }
+p { max-width: 46rem; margin: .6rem 0; }
+.answer { font-size: 1.1rem; font-weight: 600; margin: .4rem 0; }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
+nav a { padding: .2rem 0; }
 a { color: var(--strong); }
-.note, .file, .key { color: var(--soft); font-size: .875rem; }
-.file {
-    margin: 0;
-    font-family: ui-monospace, "DejaVu Sans Mono", monospace;
-    font-size: .8rem;
-}
-.patterns { position: absolute; }
+.note, .file, .prompt { color: var(--soft); font-size: .875rem; }
+.file { margin: 1rem 0 0; font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
 section {
     background: var(--panel);
     border: 1px solid var(--line);
@@ -529,19 +574,32 @@ section {
     margin: 1.5rem 0;
     padding: 1.25rem 1.5rem;
 }
-:focus-visible {
-    outline: 3px solid var(--strong);
-    outline-offset: 2px;
-    border-radius: 2px;
+:focus-visible { outline: 3px solid var(--strong); outline-offset: 2px; border-radius: 2px; }
+.status {
+    position: sticky;
+    bottom: 0;
+    margin: 0;
+    max-width: none;
+    padding: .35rem .75rem;
+    background: var(--ink);
+    color: var(--paper);
+    font-variant-numeric: tabular-nums;
 }
+.status:empty { visibility: hidden; }
 
 /* what can be moved */
 .controls {
+    position: sticky;
+    top: 0;
+    z-index: 1;
     display: flex;
     flex-wrap: wrap;
-    gap: .5rem 2rem;
+    gap: .25rem 2rem;
     align-items: flex-start;
-    margin: 1rem 0;
+    margin: .5rem 0;
+    padding: .4rem 0;
+    background: var(--panel);
+    border-bottom: 1px solid var(--line);
 }
 fieldset {
     border: 0;
@@ -554,12 +612,7 @@ fieldset {
 }
 legend { padding: 0; }
 legend, .slider span { font-size: .8rem; color: var(--soft); }
-fieldset label {
-    display: inline-flex;
-    gap: .3rem;
-    align-items: center;
-    white-space: nowrap;
-}
+fieldset label { display: inline-flex; gap: .3rem; align-items: center; white-space: nowrap; }
 .slider {
     display: grid;
     grid-template-columns: 1fr auto;
@@ -569,149 +622,161 @@ fieldset label {
     align-items: center;
 }
 .slider span { grid-column: 1 / 3; }
-.slider input { width: 100%; margin: .3rem 0; }
+.slider input, .rows { width: 100%; margin: .3rem 0; }
 input { accent-color: var(--strong); }
-output {
-    min-width: 4.5rem;
-    font-variant-numeric: tabular-nums;
-    font-weight: 600;
-}
+[type=radio] { width: 1.1rem; height: 1.1rem; margin: 0; flex: none; }
+output { min-width: 3.5rem; font-variant-numeric: tabular-nums; font-weight: 600; }
 
 /* pictures */
-.figures, .texts {
+.figures {
     display: grid;
     grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
     gap: 1.25rem 2rem;
 }
-figure { margin: 0; min-width: 0; }
-figcaption {
-    font-size: .875rem;
-    margin-bottom: .25rem;
-    max-width: 44rem;
-}
-figure svg {
-    display: block;
-    width: 100%;
-    height: auto;
-    overflow: visible;
-}
-svg text {
-    fill: var(--ink);
-    font-size: 12px;
-    font-variant-numeric: tabular-nums;
-}
+.beside { display: flex; flex-wrap: wrap; gap: 1.25rem 2rem; }
+.beside figure { flex: 1 1 14rem; }
+.beside .wide { flex: 4 1 32rem; }
+.beside .curve { flex: 1 1 22rem; }
+figure { margin: .5rem 0; min-width: 0; }
+figcaption { font-size: .875rem; margin-bottom: .25rem; max-width: 46rem; }
+figure svg { display: block; width: 100%; height: auto; overflow: visible; }
+.model svg { max-width: 15rem; }
+svg text { fill: var(--ink); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .soft { fill: var(--soft); }
 svg .axis { stroke: var(--line); fill: none; }
-svg .cell { fill: var(--strong); }
 svg .frame { stroke: var(--soft); fill: none; }
-svg .chosen {
-    stroke: var(--ink);
-    stroke-width: 2;
-    fill: none;
-}
-svg .halo {
-    stroke: var(--panel);
-    stroke-width: 4;
-    fill: none;
-}
+svg .paper { fill: var(--panel); }
+svg .chosen { stroke: var(--ink); stroke-width: 2; fill: none; }
 svg .dosed { fill: var(--ink); fill-opacity: .09; }
-svg .curve {
-    fill: none;
-    stroke: var(--soft);
-    stroke-width: 1.25;
-}
-svg .mark {
-    fill: var(--panel);
-    stroke: var(--soft);
-    stroke-width: 1.25;
-}
+svg .curve { fill: none; stroke: var(--soft); stroke-width: 1.25; }
+svg .mark { fill: var(--panel); stroke: var(--soft); stroke-width: 1.25; }
 svg .here.curve { stroke: var(--strong); stroke-width: 2.75; }
 svg .here.mark { stroke: var(--strong); stroke-width: 2; }
 svg .base { stroke: var(--ink); }
-svg .solid { fill: var(--strong); stroke: none; }
-.pickable { cursor: pointer; touch-action: manipulation; }
-.patterns path {
-    stroke: var(--ink);
-    stroke-width: 1.6;
-    fill: none;
+svg .seed { fill: var(--soft); fill-opacity: .45; }
+svg .hit { fill: transparent; stroke: none; cursor: pointer; }
+svg .lit { fill: var(--strong); stroke: var(--strong); }
+svg .lit + text { fill: var(--panel); font-weight: 700; }
+.sample { width: 2.2rem; height: 1rem; flex: none; }
+.lines { display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; font-size: .875rem; margin: .4rem 0; }
+.lines span { display: inline-flex; gap: .4rem; align-items: center; }
+
+/* tables */
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line); }
+th { font-weight: 400; color: var(--soft); }
+th:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
+th label { display: inline-flex; gap: .4rem; align-items: center; cursor: pointer; }
+.chosen > th { color: var(--ink); font-weight: 700; }
+.stairs { width: 100%; table-layout: fixed; border-spacing: 0; }
+.stairs th:first-child { width: 4.2rem; }
+.stairs th:last-child, .stairs td:last-child { width: 4rem; padding-right: 0; }
+.stairs th, .stairs td { border: 0; }
+.stairs th { text-align: center; padding: .1rem 0; }
+.stairs th:last-child { text-align: right; }
+.stairs .cell {
+    padding: 0;
+    height: 1.7rem;
+    border-bottom: 2px solid var(--panel);
+    --shade: 0;
+    background: rgba(var(--strong-rgb), var(--shade));
 }
-#kept path, #won path { stroke: var(--strong); }
-#kept path { stroke-width: 3; }
-.sample {
-    width: 2.2rem;
-    height: 1rem;
-    flex: none;
+.stairs .dosed { box-shadow: inset 0 2px var(--ink), inset 0 -2px var(--ink); }
+.stairs .dosed.first { box-shadow: inset 2px 2px var(--ink), inset 0 -2px var(--ink); }
+.stairs .dosed.last { box-shadow: inset 0 2px var(--ink), inset -2px -2px var(--ink); }
+.stairs .dosed.first.last { box-shadow: inset 2px 2px var(--ink), inset -2px -2px var(--ink); }
+.stairs .chosen td:last-child { font-weight: 700; }
+.stairs span {
+    position: absolute;
+    width: 1px;
+    height: 1px;
+    overflow: hidden;
+    clip-path: inset(50%);
 }
-.lines {
-    display: flex;
-    flex-wrap: wrap;
-    gap: .1rem 1.25rem;
-    font-size: .875rem;
-    margin: .4rem 0;
+.next { width: 100%; }
+.next td { white-space: nowrap; }
+.next td:last-child { width: 45%; text-align: left; }
+.doubts td:last-child, .doubts th:last-child { text-align: left; overflow-wrap: anywhere; }
+.next .winner { font-weight: 700; }
+.bar, .swatch { display: inline-block; height: .8rem; vertical-align: middle; }
+.swatch { width: 1.2rem; }
+.kept { background: var(--strong); }
+.lost { border: 1.5px dashed var(--ink); }
+.won { background: repeating-linear-gradient(135deg, var(--strong) 0 2px, transparent 2px 5px); }
+.ladder { width: 100%; }
+.ladder th, .ladder td { vertical-align: top; padding-top: .3rem; padding-bottom: .3rem; }
+.ladder td { white-space: nowrap; }
+.ladder td:last-child {
+    width: 100%;
+    text-align: left;
+    white-space: pre-wrap;
+    overflow-wrap: anywhere;
+    unicode-bidi: isolate;
+    font-family: Georgia, "DejaVu Serif", serif;
+    padding-right: 0;
 }
-.lines span {
-    display: inline-flex;
-    gap: .4rem;
-    align-items: center;
-}
+.ladder th:last-child { text-align: left; }
+.ladder .chosen td, .ladder .chosen th { background: rgba(var(--strong-rgb), .08); }
+.ladder small { display: block; color: var(--soft); font: .8rem system-ui, sans-serif; }
 
 /* texts */
 blockquote {
     margin: 0;
-    padding: .6rem .8rem;
+    padding: .4rem .8rem;
     border-left: 3px solid var(--line);
     white-space: pre-wrap;
     overflow-wrap: anywhere;
     unicode-bidi: isolate;
     font-family: Georgia, "DejaVu Serif", serif;
 }
-.texts figcaption { font-weight: 600; }
-del { color: var(--soft); text-decoration: line-through; }
 ins {
     text-decoration: underline;
     text-decoration-thickness: 2px;
     text-underline-offset: 3px;
     color: var(--strong);
-    font-weight: 600;
 }
-.readout { font-variant-numeric: tabular-nums; min-height: 1.5em; }
-table.readout { border-collapse: collapse; margin: .6rem 0; }
-.readout th, .readout td {
-    text-align: right;
-    padding: .1rem .75rem;
-    border-bottom: 1px solid var(--line);
+b.lesson { color: var(--strong); }
+b.sequel {
+    font-weight: 400;
+    color: var(--strong);
+    text-decoration: underline;
+    text-underline-offset: 3px;
 }
-.readout th { font-weight: 400; color: var(--soft); }
-.readout th:first-child { text-align: left; padding-left: 0; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1rem; margin: .5rem 0; }
+dt { color: var(--soft); font-size: .875rem; }
+dd { margin: 0; font-family: Georgia, "DejaVu Serif", serif; max-width: 46rem; }
 .tokens { font-size: 1.1rem; line-height: 2; }
 .tokens span {
-    position: relative;
     padding: .15em 0;
-    cursor: default;
-    border-radius: 2px;
     --doubt: 0;
-    background: rgba(var(--strong-rgb), calc(.62 * var(--doubt)));
 }
-.tokens .chosen { outline: 2px solid var(--ink); outline-offset: 1px; }
+.tokens .torn {
+    border-bottom: 2px solid var(--strong);
+    background: rgba(var(--strong-rgb), calc(.1 + .65 * var(--doubt)));
+}
 
 /* telephones and paper */
 @media (max-width: 40rem) {
-    body { padding: .75rem .5rem 3rem; }
+    body { padding: .75rem .5rem 2rem; }
     section { padding: 1rem .75rem; }
     h1 { font-size: 1.6rem; }
     .slider { flex-basis: 100%; max-width: none; }
+    .slider span, legend { display: none; }
+    .ladder td, .ladder th, .doubts td, .doubts th, .next td, .next th { padding-left: .2rem; }
+    .next td:last-child { width: 25%; }
+    .stairs th label input { display: none; }
+    .stairs th:first-child { width: 2.4rem; }
+    thead th { font-size: .75rem; }
+    dl { display: block; }
 }
 @media print {
-    body {
-        max-width: none;
-        padding: 0;
-        font-size: 10pt;
-    }
-    nav { display: none; }
+    body { max-width: none; padding: 0; font-size: 10pt; }
+    nav, .status, .slider input, .rows { display: none; }
+    .controls { position: static; border: 0; }
     section { border: 0; padding: 0; }
-    section + section { break-before: page; }
-    .slider input { display: none; }
-    figure, table { break-inside: avoid; }
+    figure, tr, dl { break-inside: avoid; }
+    figure:has(.ladder) { break-inside: auto; }
+    h2, .answer { break-after: avoid; }
     * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
@@ -719,9 +784,9 @@ table.readout { border-collapse: collapse; margin: .6rem 0; }
 # =================================================================================================
 # 5  The drawing
 #
-# One function for each kind of section reads its JSON, sets up its controls, and draws. Whatever
-# moves, the whole section is drawn anew, but for maps that are there already: so what is shown can
-# only be what the controls say. The controls are the only memory there is.
+# One function for each kind of section reads its JSON, sets up its controls, and draws. Whatever is
+# chosen, the whole section is drawn anew: so what is shown can only be what the controls say. The
+# controls are the only memory there is.
 
 SCRIPT = r"""
 "use strict";
@@ -770,6 +835,26 @@ function short(x) {
 }
 
 const percent = p => (100 * p).toFixed(1) + " %";
+const whole = p => Math.round(100 * p) + " %";
+const withError = (x, error) => x.toFixed(2).replace("-", "−") +
+    (error === null ? "" : " ± " + error.toFixed(2));
+const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+
+// The line at the bottom of the window: what is read where the pointer or the keyboard is.
+const say = text => { document.querySelector(".status").textContent = text; };
+
+// A cell of a table that shows a number, and knows it whole.
+function numberCell(x, shown = short(x)) {
+    const node = html("td", {}, shown);
+    node.dataset.value = x;
+    return node;
+}
+
+function heading(table, names) {
+    table.replaceChildren(html("thead", {}, html("tr", {}, ...names.map(name =>
+        html("th", {scope: "col"}, name)))), html("tbody"));
+    return table.lastChild;
+}
 
 // ---- controls
 
@@ -790,29 +875,74 @@ function slider(section, name, n, nameOf, first, changed) {
 }
 
 // A group of buttons of which one is pressed. Each may have a drawing before its name.
-function choice(section, name, labels, first, changed, sample = () => "") {
-    const field = section.querySelector(`[data-control="${name}"]`);
-    labels.forEach((label, i) => {
-        const input = html("input", {type: "radio", name: `${section.id}-${name}`, value: i,
-                                     autocomplete: "off"});
+let nGroups = 0;
+function buttons(n, first, changed) {
+    const name = `group-${++nGroups}`;
+    return Array.from({length: n}, (_, i) => {
+        const input = html("input", {type: "radio", name, value: i, autocomplete: "off"});
         input.checked = i === first;
         input.addEventListener("change", changed);
-        field.append(html("label", {}, input, sample(i), label));
+        return input;
     });
-    return {get value() { return Number(field.querySelector(":checked").value); },
-            set value(i) { field.querySelectorAll("input")[i].checked = true; }};
 }
 
-function moveTo(input, value) {
-    input.value = value;
-    input.dispatchEvent(new Event("input"));
+function choice(section, name, labels, first, changed, sample = () => "") {
+    const inputs = buttons(labels.length, first, changed);
+    section.querySelector(`[data-control="${name}"]`).append(...labels.map((label, i) =>
+        html("label", {}, inputs[i], sample(i), label)));
+    return {get value() { return inputs.findIndex(input => input.checked); },
+            set value(i) { inputs[i].checked = true; }};
+}
+
+// A table of n rows of which one is chosen, by the button in its first cell or by a click anywhere
+// in it. Where there are more than `most`, those around the chosen one are shown, and a slider above
+// the table moves through all.
+function rowsOf(table, heads, n, first, changed, most = 12) {
+    const inputs = buttons(n, first, changed);
+    const rows = inputs.map(input => html("tr", {}, html("th", {scope: "row"},
+        html("label", {}, input, ""))));
+    heading(table, heads).append(...rows);
+    const range = n > most && html("input", {type: "range", min: 0, max: n - 1, class: "rows",
+                                             "aria-label": heads[0], autocomplete: "off"});
+    const chosen = {
+        get value() { return inputs.findIndex(input => input.checked); },
+        set value(i) {
+            inputs[i].checked = true;
+            changed();
+        },
+        // The name of row i, and its other cells.
+        fill(i, name, ...cells) {
+            const [head, ...others] = rows[i].children;
+            others.forEach(cell => cell.remove());
+            head.firstChild.lastChild.data = name;
+            rows[i].append(...cells);
+        },
+        // Shows which row is chosen.
+        show() {
+            const from = Math.max(0, Math.min(this.value - most / 2, n - most));
+            rows.forEach((row, i) => {
+                row.classList.toggle("chosen", i === this.value);
+                row.hidden = n > most && (i < from || i >= from + most);
+            });
+            range && (range.value = this.value);
+        },
+    };
+    rows.forEach((row, i) => row.addEventListener("click", event => {
+        if (!event.target.closest("label"))
+            chosen.value = i;
+    }));
+    if (range) {
+        range.addEventListener("input", () => { chosen.value = range.valueAsNumber; });
+        table.before(range);
+    }
+    return chosen;
 }
 
 // ---- charts
 
 // A scale is where a value stands, from 0 to 1, and the values that are written at the axis.
 function bands(n, name) {           // n fields of one width
-    const step = Math.max(1, Math.ceil(n / 8));
+    const step = Math.max(1, Math.ceil(n / 12));
     const ticks = [...Array(n).keys()].filter(i => i % step === 0);
     return {at: i => (i + .5) / n, ticks: ticks.map(i => [i, name(i)])};
 }
@@ -849,7 +979,7 @@ function downward(scale) {          // 0 at the bottom
 // comes with two functions that say where on the paper a value stands.
 function chart(figure, height, x, y, xTitle, yTitle) {
     const width = Math.max(280, figure.clientWidth || 480);
-    const box = {left: 54, top: 8, right: width - 10, bottom: height - 40};
+    const box = {left: 62, top: 8, right: width - 14, bottom: height - 40};
     const wide = box.right - box.left, high = box.bottom - box.top;
     const node = svg("svg", {class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img",
                              "aria-label": `${yTitle} over ${xTitle}`});
@@ -917,80 +1047,27 @@ function mark(shape, x, y, size, kind) {
                         transform: `translate(${x} ${y})`});
 }
 
+// A wide, invisible disc around a mark, for pointers and fingers: it is read, and may be picked.
+function hit(x, y, reading, pick) {
+    const disc = svg("circle", {class: "hit", cx: x, cy: y, r: 11});
+    disc.append(svg("title", {}, reading));
+    for (const event of ["pointerenter", "click"])
+        disc.addEventListener(event, () => say(reading));
+    if (pick)
+        disc.addEventListener("click", pick);
+    return disc;
+}
+
+// A mean with its error, from below to above.
+function errorBar(c, x, low, high, kind) {
+    return svg("path", {class: kind + " curve", d: `M${x - 4} ${c.Y(low)}h8m-4 0V${c.Y(high)}m-4 0h8`});
+}
+
 // A short piece of line number i, for a legend.
 function sample(i, kind) {
     return svg("svg", {class: "sample", viewBox: "0 0 36 16", "aria-hidden": "true"},
         svg("path", {class: kind + " curve", d: "M0 8H36", "stroke-dasharray": DASHES[i % 8]}),
         mark(i, 18, 8, 4, kind + " mark"));
-}
-
-// A map of shades, columns across and rows down, one of them chosen. Shade is the square root of
-// value / peak: as 1 - cosine is about angle² / 2, twice as strong is twice the angle. Exactly 0
-// has no shade. A map with the same key as the last one, in a figure of the same width, is still
-// there, and only another row is chosen.
-function shades(figure, map) {
-    const {rows, chosen} = map;
-    const key = `${map.key} ${figure.clientWidth}`;
-    if (figure.map?.key !== key)
-        figure.map = {key, c: fillShades(figure, map)};
-    const c = figure.map.c, h = c.high / rows.length;
-    c.node.querySelectorAll(".halo, .chosen").forEach(line => line.remove());
-    for (const line of ["halo", "chosen"])      // the halo parts it from strong shades
-        c.node.append(svg("rect", {class: line, x: c.box.left - 1, width: c.wide + 2,
-                                   y: c.box.top + chosen * h - 1, height: h + 2}));
-}
-
-function fillShades(figure, map) {
-    const {rows, columns, value, peak} = map;
-    const c = chart(figure, 300, bands(columns, String), bands(rows.length, i => rows[i]),
-                    "level", map.title);
-    const w = c.wide / columns, h = c.high / rows.length;
-    for (let row = 0; row < rows.length; row++)
-        for (let column = 0; column < columns; column++) {
-            const x = value(row, column);
-            if (x > 0)
-                c.clip.append(svg("rect", {class: "cell", "shape-rendering": "crispEdges",
-                    x: (c.box.left + column * w).toFixed(2), y: (c.box.top + row * h).toFixed(2),
-                    width: w.toFixed(2), height: h.toFixed(2),
-                    "fill-opacity": Math.min(1, Math.sqrt(x / peak)).toFixed(3)}));
-        }
-    shadeKey(c, peak);
-    listen(c, map);
-    return c;
-}
-
-// A click on a map picks a row; where the pointer is, the map's owner says the number.
-function listen(c, {rows, columns, pick, point}) {
-    c.node.classList.add("pickable");
-    const where = event => {
-        const frame = c.node.getBoundingClientRect();
-        const scale = c.node.viewBox.baseVal.width / frame.width;
-        const x = ((event.clientX - frame.left) * scale - c.box.left) / c.wide;
-        const y = ((event.clientY - frame.top) * scale - c.box.top) / c.high;
-        return [Math.floor(y * rows.length), Math.floor(x * columns)];
-    };
-    c.node.addEventListener("click", event => {
-        const [row] = where(event);
-        if (row >= 0 && row < rows.length)
-            pick(row);
-    });
-    c.node.addEventListener("pointermove", event => {
-        const [row, column] = where(event);
-        if (row >= 0 && row < rows.length && column >= 0 && column < columns)
-            point(row, column);
-    });
-}
-
-// What the shades mean, below a map: some of them with their values.
-function shadeKey(c, peak) {
-    const n = c.wide > 330 ? 5 : 3;
-    for (let i = 1; i <= n; i++) {
-        const x = c.box.left + (i - 1) * (c.wide - 40) / n, y = c.box.bottom + 25;
-        c.node.append(
-            svg("rect", {class: "cell", x, y, width: 14, height: 11, "fill-opacity": i / n}),
-            svg("rect", {class: "frame", x, y, width: 14, height: 11}),
-            svg("text", {class: "soft", x: x + 19, y: y + 10}, short(peak * (i / n) ** 2)));
-    }
 }
 
 // ---- the trip
@@ -999,148 +1076,176 @@ const SITES = {H: "H, the input of attention", Q: "Q, the queries", K: "K, the k
                V: "V, the values that attention reads", A: "A, the output of attention"};
 const WINDOW = 0, STACK = 1;
 
+// The drawing of section 1 of drugs.c: the layers, and what happens in one of them. Lit are the site
+// that is dosed and the layers it is dosed in.
+function drawModel(figure, layers, site, isDosed) {
+    const box = (x, y, width, text) => [svg("rect", {class: "frame", x, y, width, height: 18}),
+        svg("text", {x: x + width / 2, y: y + 13, "text-anchor": "middle"}, text)];
+    const place = (name, x, y) => [
+        svg("circle", {class: name === site ? "mark lit" : "mark", cx: x, cy: y, r: 9}),
+        svg("text", {x, y: y + 4, "text-anchor": "middle"}, name)];
+    const all = [...Array(layers).keys()];
+    const high = 300 / layers;
+    const node = svg("svg", {class: "drawing", viewBox: "0 0 240 316", role: "img", "aria-label":
+            `A layer. Dosed is ${site}, in the layers ${all.filter(isDosed).join(", ")}.`},
+        ...all.map(l => svg("rect", {class: isDosed(l) ? "frame lit" : "frame", x: 2,
+            y: 8 + l * high, width: 24, height: Math.max(1, high - 2)})),
+        svg("path", {class: "curve", d: "M52 8V308M52 26h38M120 35v24M80 66h115M80 66v10m56-10v10" +
+            "m56-10v10M80 94v62M136 94v62M192 94v96M110 174v16M136 208v26M120 234v28H52" +
+            "M52 282h14M142 291v11H52"}),
+        svg("text", {x: 56, y: 12}, "x"),
+        ...box(90, 17, 70, "RMSNorm"), ...place("H", 120, 50),
+        ...box(66, 76, 28, "wq"), ...box(122, 76, 28, "wk"), ...box(178, 76, 28, "wv"),
+        ...place("Q", 80, 112), ...box(120, 104, 88, "cache"),
+        ...place("K", 136, 140), ...place("V", 192, 140),
+        ...box(66, 156, 84, "q·k, softmax"), ...box(90, 190, 116, "weighted sum"),
+        ...place("A", 136, 222), ...box(100, 238, 44, "wo"),
+        svg("text", {x: 40, y: 266}, "+"), ...box(66, 273, 152, "norm, w1 w3, silu, w2"),
+        svg("text", {x: 40, y: 306}, "+"));
+    node.querySelectorAll("rect.frame:not(.lit)").forEach(one => one.classList.add("paper"));
+    figure.querySelector(".drawing")?.remove();
+    figure.append(node);
+}
+
 // Where the numbers of a trip are in its long lists.
 function tripNumbers(data) {
     const kinds = ["window", "stack"];
     const levels = data.layers + 1, thetas = data.thetas.length, tokens = data.tokens.length;
-    const largest = list => list.reduce((a, b) => Math.max(a, b), 1e-30);   // shades divide by it
-    return {
-        distance: (kind, place, theta, level) =>
-            data.distance[kinds[kind]][(place * thetas + theta) * levels + level],
-        drugged: (kind, place, theta, token) =>
-            data.drugged[kinds[kind]][(place * thetas + theta) * tokens + token],
-        peakAt: (kind, place, theta) => {
-            const first = (place * thetas + theta) * levels;
-            return largest(data.distance[kinds[kind]].slice(first, first + levels));
-        },
-        peaks: kinds.map(kind => largest(data.distance[kind])),
-        highest: largest([...data.sober, ...data.drugged.window, ...data.drugged.stack]),
+    const part = (list, kind, place, theta, n) => {
+        const first = (place * thetas + theta) * n;
+        return list[kinds[kind]].slice(first, first + n);
     };
-}
-
-// One bar of signs, as the terminal shows it: what both have is kept, the rest is lost or won.
-// wide() is the width of a probability.
-function nextBar(token, sober, drugged, wide, left, right, top, weight) {
-    const kept = wide(Math.min(sober, drugged));
-    const rest = wide(Math.max(sober, drugged)) - kept;
-    const bar = (x, width, pattern) => svg("rect", {width, height: 14, fill: `url(#${pattern})`,
-                                                    transform: `translate(${x} ${top})`});
-    const text = (x, words) => svg("text", {x, y: top + 11, "text-anchor": "end",
-                                            "font-weight": weight}, words);
-    const name = tokenName(token);
-    const row = svg("g", {class: "token"},
-        text(left - 8, name.length > 16 ? name.slice(0, 15) + "…" : name),
-        bar(left, kept, "kept"),
-        bar(left + kept, rest, drugged > sober ? "won" : "lost"),
-        text(right, `${percent(sober)} → ${percent(drugged)}`));
-    Object.assign(row.dataset, {token, sober, drugged});
-    return row;
+    return {distances: (kind, place, theta) => part(data.distance, kind, place, theta, levels),
+            drugged: (kind, place, theta) => part(data.drugged, kind, place, theta, tokens)};
 }
 
 function trip(section, data) {
     const levels = data.layers + 1;
     const thetas = data.thetas.map(short);
-    const places = [...Array(data.layers).keys()].map(String);
     const find = name => section.querySelector(name);
-    const {distance, drugged, peakAt, peaks, highest} = tripNumbers(data);
-
-    // Begin where there is most to see: the best window at two thirds of the largest angle.
-    const first = Math.round((thetas.length - 1) * 2 / 3);
-    let best = 0;
-    for (let place = 1; place < data.layers; place++)
-        if (peakAt(WINDOW, place, first) > peakAt(WINDOW, best, first))
-            best = place;
-
+    const {distances, drugged} = tripNumbers(data);
     find(".site").textContent = SITES[data.site] || data.site;
-    const dosed = ["it and its neighbours", "all layers up to it"];
-    const kind = choice(section, "kind", dosed, WINDOW, draw);
-    const place = slider(section, "place", data.layers, String, best, draw);
-    const theta = slider(section, "theta", thetas.length, i => thetas[i], first, draw);
-    const scale = choice(section, "scale", ["of the whole trip", "of each picture"], 0, draw);
 
-    const isDosed = (k, p, layer) => k === STACK ? layer <= p : Math.abs(layer - p) <= 1;
-    const say = (p, t, level) => {
-        const x = distance(kind.value, p, t, level);
-        find("p.readout").textContent = `Around layer ${p}, θ = ${thetas[t]}, level ${level}: ` +
-            (x ? `1 − cosine = ${short(x)}` : "exactly the sober twin");
-    };
+    // Begin at two thirds of the largest angle, and with a window that has layers below and above.
+    const theta = slider(section, "theta", thetas.length, i => thetas[i],
+                         Math.round((thetas.length - 1) * 2 / 3), draw);
+    const kind = choice(section, "kind", ["a layer and its neighbours", "all layers up to it"],
+                        WINDOW, draw);
+    const every = Math.ceil(levels / 16);
+    const heads = [...Array(levels).keys()].map(level => level % every ? "" : level);
+    const table = find(".stairs");
+    const place = rowsOf(table, ["layer", ...heads, "left"], data.layers,
+                         Math.floor(data.layers / 3), draw, Infinity);
+    const isDosed = (p, layer) => kind.value === STACK ? layer <= p : Math.abs(layer - p) <= 1;
+    const around = p => kind.value === WINDOW ? `around layer ${p}` : `in layers 0 to ${p}`;
+
+    // The cells stay, so that the keyboard may stand on one; each draw gives them other shades.
+    const cells = heads.length && Array.from({length: data.layers}, (_, p) =>
+        Array.from({length: levels}, (_, level) => {
+            const cell = html("td", {class: "cell", tabindex: p || level ? -1 : 0}, html("span"));
+            for (const event of ["pointerenter", "focus"])
+                cell.addEventListener(event, () => say(`Dosed ${around(p)}, level ${level}: ` +
+                    cell.textContent));
+            cell.addEventListener("keydown", event => {
+                const [down, right] = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1],
+                                       ArrowRight: [0, 1]}[event.key] || [0, 0];
+                const next = cells[p + down]?.[level + right];
+                if (next && next !== cell) {
+                    event.preventDefault();
+                    cell.tabIndex = -1;
+                    next.tabIndex = 0;
+                    next.focus();
+                }
+            });
+            return cell;
+        }));
+    cells.forEach((row, p) => place.fill(p, String(p), ...row, html("td")));
+
+    // How much of a row's peak is left at the end; nothing where there is no peak.
+    const leftOf = x => Math.max(...x) ? x[x.length - 1] / Math.max(...x) : null;
 
     function draw() {
-        const k = kind.value, p = place.valueAsNumber, t = theta.valueAsNumber;
-        const whole = scale.value === 0;
-        const around = k === WINDOW ? `the window around layer ${p}` : `layers 0 to ${p}`;
-        place.say();
+        const p = place.value, t = theta.valueAsNumber;
         theta.say();
-        const here = whole ? peaks[k] : Math.max(...thetas.map((_, i) => peakAt(k, p, i)));
-        const all = whole ? peaks[k] : Math.max(...places.map((_, i) => peakAt(k, i, t)));
-        find(".by-theta figcaption").textContent = `All angles in ${around}.`;
-        shades(find(".by-theta"), {
-            rows: thetas, columns: levels, title: "angle θ", chosen: t, peak: here,
-            key: `${k} ${p} ${here}`,
-            value: (i, level) => distance(k, p, i, level),
-            pick: i => moveTo(theta, i),
-            point: (i, level) => say(p, i, level)});
-        find(".by-place figcaption").textContent = `All places at θ = ${thetas[t]}.`;
-        shades(find(".by-place"), {
-            rows: places, columns: levels, chosen: p, peak: all, key: `${k} ${t} ${all}`,
-            title: k === WINDOW ? "around layer" : "layers up to",
-            value: (i, level) => distance(k, i, t, level),
-            pick: i => moveTo(place, i),
-            point: (i, level) => say(i, t, level)});
-        drawProfile(k, p, t, here, around);
-        drawNext(k, p, t);
-        find("p.readout").textContent = "";
+        place.show();
+        cells.forEach((row, q) => drawRow(row, q, distances(kind.value, q, t)));
+        const [first, last] = [0, data.layers - 1].map(q => leftOf(distances(kind.value, q, t)));
+        find(".answer").textContent = first === null || last === null
+            ? "Without a dose the twins are the same to the last bit."
+            : `At θ = ${thetas[t]}, ${whole(first)} of the peak is left at the end when the dose is ` +
+              `${around(0)}, and ${whole(last)} when it is ${around(data.layers - 1)}: ` +
+              (first < last * .75 ? "early glitches are corrected, late ones cannot be."
+                                  : "here early glitches are not corrected.");
+        drawModel(find(".model"), data.layers, data.site, layer => isDosed(p, layer));
+        drawProfile(p, t);
+        drawNext(drugged(kind.value, p, t));
     }
 
-    // The chosen line of both maps, as a curve. The layers that are dosed are shaded: layer l
-    // lies between levels l and l + 1.
-    function drawProfile(k, p, t, peak, around) {
+    // Shade is the square root of value / peak: as 1 - cosine is about angle² / 2, twice as strong is
+    // twice the angle. Exactly 0 has no shade. Column l + 1 is what left layer l.
+    function drawRow(row, p, x) {
+        const peak = Math.max(...x);
+        row.forEach((cell, level) => {
+            const dosed = l => l >= 0 && l < data.layers && isDosed(p, l);
+            cell.style.setProperty("--shade", peak ? Math.sqrt(x[level] / peak).toFixed(3) : 0);
+            cell.classList.toggle("dosed", dosed(level - 1));
+            cell.classList.toggle("first", !dosed(level - 2));
+            cell.classList.toggle("last", !dosed(level));
+            cell.firstChild.textContent = x[level]
+                ? `1 − cosine = ${short(x[level])}, ${whole(x[level] / peak)} of the peak`
+                : "exactly the sober twin";
+        });
+        const left = leftOf(x);
+        const end = row[0].parentNode.lastChild;
+        end.textContent = left === null ? "–" : whole(left);
+        end.title = `peak ${short(peak)}`;
+    }
+
+    // The chosen row, as a curve. The layers that are dosed are shaded: layer l lies between levels
+    // l and l + 1. The axis is the same for all angles.
+    function drawProfile(p, t) {
         const figure = find(".profile");
+        const points = distances(kind.value, p, t);
+        const highest = Math.max(...distances(kind.value, p, thetas.length - 1), ...points, 1e-30);
         const x = {at: level => (level + .25) / (levels - .5), ticks: bands(levels, String).ticks};
-        const y = downward(straight(0, peak * 1.05));
-        const c = chart(figure, 250, x, y, "level", "1 − cosine");
+        const c = chart(figure, 280, x, downward(straight(0, highest * 1.05)), "level", "1 − cosine");
         figure.querySelector("figcaption").textContent =
-            `The chosen line: ${around} at θ = ${thetas[t]}. Shaded are the dosed layers.`;
+            `The chosen row in numbers: dosed ${around(p)}, shaded, at θ = ${thetas[t]}.`;
         for (let layer = 0; layer < data.layers; layer++)
-            if (isDosed(k, p, layer))
+            if (isDosed(p, layer))
                 c.clip.append(svg("rect", {class: "dosed", x: c.X(layer), y: c.box.top,
                                            width: c.X(1) - c.X(0), height: c.high}));
-        const points = [...Array(levels).keys()].map(level => distance(k, p, t, level));
         c.node.append(svg("path", {class: "here curve", d: path(points.map((y, level) =>
             [c.X(level), c.Y(y)]))}));
         points.forEach((y, level) => {
             const dot = mark(4, c.X(level), c.Y(y), 3.5, "here mark point");
             dot.dataset.value = y;
-            dot.append(svg("title", {}, `level ${level}: ${y}`));
-            c.node.append(dot);
+            c.node.append(dot, hit(c.X(level), c.Y(y), `level ${level}: 1 − cosine = ${short(y)}`));
         });
     }
 
-    // The next tokens, a bar of signs for each.
-    function drawNext(k, p, t) {
-        const figure = find(".next");
-        const width = Math.max(280, figure.clientWidth || 480);
-        const left = 118, sign = 7;
-        const room = Math.floor((width - left - 108) / sign);   // signs for the highest
-        const wide = p => sign * Math.round(room * p / highest);
-        const chances = data.tokens.map((_, i) => drugged(k, p, t, i));
+    // The next tokens: a row for each, and a bar of what it keeps, loses or wins.
+    function drawNext(chances) {
+        const body = heading(find(".next"), ["token", "sober", "drugged", ""]);
+        const highest = Math.max(...data.sober, ...chances);
         const winner = chances.indexOf(Math.max(...chances));
-        const node = svg("svg", {class: "chart", role: "img",
-            viewBox: `0 0 ${width} ${22 * chances.length + 4}`,
-            "aria-label": "probabilities of the next token"},
-            ...chances.map((q, i) => nextBar(data.tokens[i], data.sober[i], q, wide, left, width,
-                                             22 * i + 4, i === winner ? 700 : 400)));
-        figure.querySelector(".chart")?.remove();
-        figure.append(node);
-        figure.querySelector("figcaption").textContent = "The next token, sober → drugged: " +
-            "| kept, - lost, + won. The most probable one is bold.";
+        chances.forEach((q, i) => {
+            const p = data.sober[i];
+            const bar = (kind, share) => html("span", {class: "bar " + kind,
+                style: `width: ${(100 * share / highest).toFixed(1)}%`});
+            body.append(html("tr", {class: i === winner ? "winner" : ""},
+                html("th", {scope: "row"}, tokenName(data.tokens[i])),
+                numberCell(p, percent(p)), numberCell(q, percent(q)),
+                html("td", {"aria-hidden": "true"}, bar("kept", Math.min(p, q)),
+                     bar(q > p ? "won" : "lost", Math.abs(q - p)))));
+        });
     }
     return draw;
 }
 
-// ---- texts side by side
+// ---- texts
 
-// Which words (any list of strings) of a and b are in both, in the same order: the longest such
+// Which words (any list of strings) of b are in a as well, in the same order: the longest such
 // list, found from the end. length[i][j] is how long it is for what is left of a from i and of b
 // from j.
 function common(a, b) {
@@ -1149,30 +1254,70 @@ function common(a, b) {
         for (let j = b.length - 1; j >= 0; j--)
             length[i][j] = a[i] === b[j] ? length[i + 1][j + 1] + 1
                                          : Math.max(length[i + 1][j], length[i][j + 1]);
-    const inA = a.map(() => false), inB = b.map(() => false);
+    const inB = b.map(() => false);
     for (let i = 0, j = 0; i < a.length && j < b.length;) {
         if (a[i] === b[j])
-            inA[i++] = inB[j++] = true;
+            inB[i++, j++] = true;
         else if (length[i + 1][j] >= length[i][j + 1])
             i++;
         else
             j++;
     }
-    return [inA, inB];
+    return inB;
 }
 
-// Shows two texts with their differences marked. White space is kept and never compared.
-function compare(before, after, a, b) {
-    const wordsOf = text => text.match(/\S+/g) || [];
-    const same = common(wordsOf(a), wordsOf(b));
-    [[before, a, "del"], [after, b, "ins"]].forEach(([node, text, tag], side) => {
-        let word = 0;
-        const pieces = (text.match(/\S+|\s+/g) || []).map(piece => {
-            const marked = /\S/.test(piece) && !same[side][word++];
-            return marked ? html(tag, {}, visible(piece)) : visible(piece);
-        });
-        node.replaceChildren(...pieces);
-    });
+// The cell of a text in a ladder, from the first word on that is not that of `base`; words that base
+// does not have, or not in this order, are marked. White space is kept and never compared.
+function textCell(text, base, ended) {
+    const wordsOf = one => one.match(/\S+/g) || [];
+    const cell = html("td", {});
+    cell.dataset.text = text;
+    if (text === base) {
+        cell.append("the same");
+        return cell;
+    }
+    const words = wordsOf(text), others = wordsOf(base);
+    const same = common(others, words);
+    let first = 0;
+    while (first < words.length && words[first] === others[first])
+        first++;
+    if (first)
+        cell.append("… ");
+    let word = 0;
+    for (const piece of text.match(/\S+|\s+/g) || []) {
+        const i = /\S/.test(piece) ? word++ : word - 1;
+        if (i >= first)
+            cell.append(/\S/.test(piece) && !same[i] ? html("ins", {}, visible(piece))
+                                                     : visible(piece));
+    }
+    if (ended)
+        cell.append(" † it ended here");
+    return cell;
+}
+
+// ---- the probe
+
+function probe(section, data) {
+    const find = name => section.querySelector(name);
+    const plain = token => visible(token.replace(/\\n/g, "\n"));    // as tests/lab spells a new line
+    const torn = data.filter(one => one.agreement < 1);
+    find(".tokens").append(...data.map(one => html("span", {
+        style: `--doubt: ${1 - one.agreement}`, class: one.agreement < 1 ? "torn" : ""},
+        plain(one.token))));
+    const least = torn.reduce((a, b) => b.agreement < a.agreement ? b : a, torn[0]);
+    find(".answer").textContent = !torn.length ? `All ${data.length} tokens: no twin says anything else.`
+        : `All twins would have written ${data.length - torn.length} of ${data.length} tokens, too; ` +
+          `they waver most at ${tokenName(least.token)}, which ${whole(least.agreement)} would have ` +
+          "written.";
+    const body = heading(find(".doubts"), ["token", "position", "probability", "twins that agree",
+                                           "the others said"]);
+    for (const one of torn)
+        body.append(html("tr", {}, html("th", {scope: "row"}, tokenName(one.token)),
+            numberCell(one.position), numberCell(one.probability),
+            numberCell(one.agreement, whole(one.agreement)),
+            html("td", {}, one.said.filter(([word]) => word !== one.token).map(([word, share]) =>
+                `${tokenName(word)} ${whole(share)}`).join(", "))));
+    return () => {};
 }
 
 // ---- the explorer
@@ -1181,35 +1326,47 @@ function explore(section, data) {
     const find = name => section.querySelector(name);
     const names = data.methods.map(method => method.name);
     const start = Math.max(0, names.indexOf("V"));
-    // Begin with the lightest dose that makes all texts different.
+    // Begin with the lightest dose of which most texts are other ones.
     const doses = data.methods[start].cells;
-    const several = doses.findIndex(cell => cell.distinct === data.seeds.length);
+    const several = doses.findIndex(cell => 2 * cell.differ > data.seeds.length);
     const first = several < 0 ? doses.length - 1 : several;
-    const method = choice(section, "method", names, start, draw, 
+    const method = choice(section, "method", names, start, draw,
         i => sample(i, names[i] === "temperature" ? "base" : ""));
-    const cellOf = i => data.methods[method.value].cells[i];
-    const strength = slider(section, "strength", doses.length, i => cellOf(i).strength, first,
-                            draw);
-    const seed = slider(section, "seed", data.seeds.length, i => data.seeds[i], 0, draw);
+    const seed = slider(section, "seed", data.sober.texts.length, i => data.seeds[i], 0, draw);
+    const most = Math.max(...data.methods.map(one => one.cells.length));
+    const strength = rowsOf(find(".ladder"), ["dose", "differ", "text"], most, first, draw);
+    const endings = cell => cell.ended.reduce((a, b) => a + b, 0);
+    const label = cell => cell.strength + (endings(cell) ? "†" : "");
+    const share = cell => `${cell.differ} of ${data.seeds.length}`;
+    find(".seeds").textContent = plural(data.seeds.length, "seed");
+
+    // What a method is worth against temperature, in a table of all.
+    const body = heading(find(".gains"), ["method", "nats a token"]);
+    for (const one of data.methods)
+        if (one.gain !== null)
+            body.append(html("tr", {}, html("th", {scope: "row"}, one.name),
+                             numberCell(one.gain, one.gain.toFixed(2).replace("-", "−"))));
 
     // What a token costs in nats; a logarithm wants more than 0.
     const cost = cell => Math.max(1e-5, -cell.likelihood);
+    const reading = (one, cell) => `${one.name} ${cell.strength}: ${share(cell)} texts differ from ` +
+        `the sober one, diversity ${short(cell.diversity)}, ` +
+        `${withError(cell.likelihood, cell.error)} nats a token, ` +
+        `turned by ${short(cell.angle)} radians, ${endings(cell)} ended early`;
 
     function draw() {
-        const one = data.methods[method.value];
-        strength.max = one.cells.length - 1;
-        strength.say();
+        const one = data.methods[method.value], i = seed.valueAsNumber;
+        const sober = data.texts[data.sober.texts[i]];
         seed.say();
-        const cell = cellOf(strength.valueAsNumber);
-        const i = seed.valueAsNumber;
-        compare(find(".before"), find(".after"), data.texts[data.sober.texts[i]],
-                data.texts[cell.texts[i]]);
-        find(".what").textContent = `${one.name} ${cell.strength}, seed ${data.seeds[i]}`;
-        find("p.readout").textContent = `${one.name} ${cell.strength}: ${cell.distinct} of ` +
-            `${data.seeds.length} texts differ. They follow the sober one for ` +
-            `${short(cell.prefix)} bytes, their diversity is ${short(cell.diversity)}, and the ` +
-            `sober model gives them ${short(cell.likelihood)} nats a token. What left the layers ` +
-            `had been turned by ${short(cell.angle)} radians.`;
+        find(".before").textContent = visible(sober);
+        one.cells.forEach((cell, j) => strength.fill(j, label(cell), numberCell(cell.differ, share(cell)),
+            textCell(data.texts[cell.texts[i]], sober, cell.ended[i])));
+        strength.show();
+        const cell = one.cells[strength.value];
+        find(".answer").textContent = `${one.name} ${cell.strength}: ${share(cell)} texts differ from ` +
+            "the sober one" + (one.gain === null ? "." : "; at the same diversity the sober model " +
+            `finds ${one.name}’s texts ${short(Math.abs(Number(one.gain.toFixed(2))))} nats a token ` +
+            `${one.gain < 0 ? "less likely" : "likelier"} than those of temperature.`);
         drawCurves(one, cell);
     }
 
@@ -1220,10 +1377,10 @@ function explore(section, data) {
         const range = (values, least) => [Math.min(...values, 1e9), Math.max(...values, least)];
         const [few, many] = range(cells.map(cell => cell.diversity), .01);
         const [likely, unlikely] = range(cells.map(cell => cost(cell)), 1e-4);
-        const x = straight(few - .03 * many, many * 1.03);
+        const x = straight(few - .03 * many, many * 1.06);
         const y = logarithmic(likely / 1.15, unlikely * 1.15);
         y.ticks = y.ticks.map(([value, name]) => [value, "−" + name]);
-        const c = chart(find(".curves"), 380, x, y, "diversity: share of different pairs of tokens",
+        const c = chart(find(".curves"), 420, x, y, "diversity: share of different pairs of tokens",
                         "nats a token, logarithmic");
         c.node.append(svg("path", {class: "chosen", "stroke-dasharray": "1 4",
             d: `M${c.X(chosenCell.diversity)} ${c.box.top}V${c.box.bottom}`}));
@@ -1236,67 +1393,72 @@ function explore(section, data) {
                                        "stroke-dasharray": DASHES[i % 8]}));
             points.forEach(([px, py], j) => {
                 const cell = one.cells[j];
-                const dot = mark(i, px, py, one === chosen ? 5 : 3.5, here + "mark pickable");
-                dot.append(svg("title", {}, `${one.name} ${cell.strength}: diversity ` +
-                    `${short(cell.diversity)}, ${short(cell.likelihood)} nats a token`));
-                dot.addEventListener("click", () => {
+                if (one === chosen && cell.error)
+                    c.clip.append(errorBar(c, px, Math.max(likely / 2, cost(cell) - cell.error),
+                                           cost(cell) + cell.error, here));
+                c.node.append(mark(i, px, py, one === chosen ? 5 : 3.5, here + "mark"));
+                if (one === chosen && !points.slice(0, j).some(([a, b]) =>
+                        Math.hypot(a - px, b - py) < 14))
+                    c.node.append(svg("text", {class: "dose", x: px + 8, y: py - 7}, label(cell)));
+                c.node.append(hit(px, py, reading(one, cell), () => {
                     method.value = i;
-                    moveTo(strength, j);
-                });
-                c.node.append(dot);
+                    strength.value = j;
+                }));
             });
         }
         c.node.append(svg("circle", {class: "chosen", cx: c.X(chosenCell.diversity), r: 10,
-                                     cy: c.Y(cost(chosenCell))}));
+                                     cy: c.Y(cost(chosenCell)), "pointer-events": "none"}));
     }
     return draw;
 }
 
-// ---- the probe
+// ---- the shower
 
-function probe(section, data) {
+function shower(section, data) {
     const find = name => section.querySelector(name);
-    const names = data.tokens.map(tokenName);
-    const first = Math.max(0, data.agreement.indexOf(Math.min(...data.agreement)));
-    const token = slider(section, "token", names.length, i => names[i], first, draw);
-    const spans = data.tokens.map((one, i) => {
-        const text = visible(one.replace(/\\n/g, "\n"));    // as tests/lab spells a new line
-        const span = html("span", {style: `--doubt: ${1 - data.agreement[i]}`, tabindex: -1}, text);
-        for (const event of ["pointerenter", "focus", "click"])
-            span.addEventListener(event, () => moveTo(token, i));
-        return span;
-    });
-    find(".tokens").append(...spans);
-    find(".tokens").addEventListener("keydown", event => {
-        const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-        if (step) {
-            spans[Math.min(spans.length - 1, Math.max(0, token.valueAsNumber + step))].focus();
-            event.preventDefault();
-        }
-    });
+    const cells = data.cells;
+    const name = cell => cell.every ? `every ${cell.every}` : "never";
+    const n = cells[0].costs.length;
+    const gains = cells.filter(cell => cell.every).map(cell => `every ${cell.every} tokens it gains ` +
+        `${withError(cell.gain, cell.gainError)}, in ${cell.better} of ${n} seeds`);
+    find(".answer").textContent = `In nats a token, ${gains.join("; ")}.`;
+    find(".wide figcaption").textContent = `The texts of seed ${cells[0].seed}, whose gain is nearest ` +
+        "to the mean, each from the first word that differs. Underlined: words that the first one " +
+        "has not.";
+    const row = rowsOf(find(".ladder"), ["showers", "cost", "text"], cells.length,
+                       Math.min(2, cells.length - 1), draw);
+    cells.forEach((cell, i) => row.fill(i, name(cell), numberCell(cell.cost, cell.cost.toFixed(2)),
+        i ? textCell(cell.text, cells[0].text, cell.ended)
+          : html("td", {}, visible(cell.text), cell.ended ? " † it ended here" : "")));
 
     function draw() {
-        const i = token.valueAsNumber;
-        token.say();
-        spans.forEach((span, j) => {
-            span.classList.toggle("chosen", i === j);
-            span.tabIndex = i === j ? 0 : -1;
+        row.show();
+        const most = Math.max(...cells.flatMap(cell => cell.costs));
+        const x = bands(cells.length, i => name(cells[i]));
+        const c = chart(find(".curve"), 380, x, downward(straight(0, most * 1.04)),
+                        `a shower after so many tokens; ${plural(n, "seed")}`, "cost, nats a token");
+        c.node.append(svg("path", {class: "base curve", "stroke-dasharray": "1 4",
+                                   d: `M${c.box.left} ${c.Y(data.sober)}H${c.box.right}`}),
+            svg("text", {class: "soft", x: c.box.left + 6, y: c.Y(data.sober) - 5},
+                `the sober text, ${data.sober.toFixed(2)}`));
+        cells.forEach((cell, i) => {
+            // dots stand side by side, so that each can be seen: a place for each seed
+            cell.costs.forEach((cost, k) => c.node.append(svg("circle", {class: "seed", r: 2,
+                cx: c.X(i) + (k * 7 % n / n - .5) * .6 * c.wide / cells.length, cy: c.Y(cost)})));
         });
-        find("p.readout").textContent = `${names[i]} at position ${data.position[i]}: ` +
-            `${percent(data.agreement[i])} of the twins would have written it; the sober model ` +
-            `gave it a probability of ${short(data.probability[i])}.`;
-        const c = chart(find(".scatter"), 300, straight(0, 1.04), downward(straight(0, 1.04)),
-                        "probability", "agreement");
-        data.tokens.forEach((_, j) => {
-            const dot = mark(4, c.X(data.probability[j]), c.Y(data.agreement[j]), i === j ? 6 : 4,
-                             i === j ? "solid" : "mark pickable");
-            dot.append(svg("title", {}, names[j]));
-            dot.addEventListener("click", () => moveTo(token, j));
-            c.node.append(dot);
+        c.node.append(svg("path", {class: "here curve",
+            d: path(cells.map((cell, i) => [c.X(i), c.Y(cell.mean)]))}));
+        cells.forEach((cell, i) => {
+            const dot = mark(4, c.X(i), c.Y(cell.mean), i === row.value ? 6 : 4, "here mark point");
+            Object.assign(dot.dataset, {value: cell.mean, error: cell.error});
+            if (cell.error)
+                c.node.append(errorBar(c, c.X(i), cell.mean - cell.error, cell.mean + cell.error,
+                                       "here"));
+            c.node.append(dot, svg("text", {x: c.X(i) + 10, y: c.Y(cell.mean) - 8},
+                                   cell.mean.toFixed(2)),
+                hit(c.X(i), c.Y(cell.mean), `showers ${name(cell)}: ` +
+                    `${withError(cell.mean, cell.error)} nats a token`, () => { row.value = i; }));
         });
-        const near = data.probability[i] > .7;
-        c.node.append(svg("text", {x: c.X(data.probability[i]) + (near ? -10 : 10),
-            y: c.Y(data.agreement[i]) + 18, "text-anchor": near ? "end" : "start"}, names[i]));
     }
     return draw;
 }
@@ -1305,58 +1467,85 @@ function probe(section, data) {
 
 const LOSSES = ["lesson", "first order", "its sequel", "other text"];
 
+// Where each word comes from: number i if it stands, with two words beside it, in sources[i] just so;
+// -1 if in none. Single words and pairs are everywhere.
+function origins(words, sources) {
+    const runs = (list, n) => list.slice(n - 1).map((_, i) => list.slice(i, i + n).join(" "));
+    const from = words.map(() => -1);
+    sources.forEach((source, i) => {
+        const n = Math.min(3, source.length);
+        const known = new Set(runs(source, n));
+        if (n)
+            runs(words, n).forEach((run, j) => {
+                for (let k = j; known.has(run) && k < j + n; k++)
+                    from[k] = from[k] < 0 ? i : from[k];
+            });
+    });
+    return from;
+}
+
 function step(section, data) {
     const find = name => section.querySelector(name);
-    const names = data.sizes.map(String);
-    const middle = Math.floor((names.length - 1) / 2);
-    const size = slider(section, "size", names.length, i => names[i], middle, draw);
     const zero = Math.max(0, data.sizes.indexOf(0));    // what all others are compared with
-    if (!data.words)
-        for (const part of section.querySelectorAll(".texts, .key"))
-            part.remove();
+    // Begin with the size after which lesson, sequel and other text together are expected best.
+    const total = i => [0, 2, 3].reduce((sum, j) => sum + (Number(data.losses[j][i]) || 0), 0);
+    const best = data.losses ? data.sizes.reduce((a, _, i) => total(i) < total(a) ? i : a, 0)
+                             : Math.floor((data.sizes.length - 1) / 2);
+    const size = rowsOf(find(".ladder"), ["step size", "text and losses"], data.sizes.length, best, draw);
+    if (data.words) {
+        ["the lesson", "its sequel, not taught", "other text, not taught"].forEach((name, i) => {
+            if (data.sources[i].length)
+                find(".sources").append(html("dt", {}, name),
+                                        html("dd", {}, visible(data.sources[i].join(" "))));
+        });
+    } else {
+        find(".texts figcaption").textContent = "After each step size.";
+    }
     if (!data.losses)
-        for (const part of section.querySelectorAll(".losses, .readout"))
-            part.remove();
+        find(".losses").remove();
     else
         find(".losses").append(html("div", {class: "lines"}, ...LOSSES.map((name, i) =>
             html("span", {}, sample(i, i === 0 ? "here" : ""), name))));
+    data.sizes.forEach((one, i) => size.fill(i, String(one), html("td", {}, ...wordsOf(i), lossesOf(i))));
+
+    // The words of a column, those of the lesson and of its sequel marked.
+    function wordsOf(i) {
+        if (!data.words)
+            return [];
+        const words = data.words[i];
+        const from = origins(words, data.sources.slice(0, 2));
+        return words.flatMap((word, j) => [from[j] < 0 ? visible(word) :
+            html("b", {class: ["lesson", "sequel"][from[j]]}, visible(word)), " "]);
+    }
+
+    // The losses of a size, in one line.
+    function lossesOf(i) {
+        const line = html("small");
+        (data.losses ? LOSSES : []).forEach((name, j) => {
+            const one = html("span", {class: "loss"}, short(data.losses[j][i]));
+            one.dataset.value = data.losses[j][i];
+            line.append(j ? ", " : "", name + " ", one);
+        });
+        return line;
+    }
 
     function draw() {
-        const i = size.valueAsNumber;
-        size.say();
-        if (data.words) {
-            compare(find(".before"), find(".after"), data.words[zero].join(" "),
-                    data.words[i].join(" "));
-            find(".base").textContent = `step size ${names[zero]}`;
-            find(".what").textContent = `step size ${names[i]}`;
-        }
-        if (data.losses) {
-            fillTable(i);
+        const i = size.value;
+        size.show();
+        find(".answer").textContent = !data.losses ? "" :
+            `With a step of ${data.sizes[i]} the lesson’s loss goes from ` +
+            `${short(data.losses[0][zero])} to ${short(data.losses[0][i])} nats a token, that of other ` +
+            `text from ${short(data.losses[3][zero])} to ${short(data.losses[3][i])}.`;
+        if (data.losses)
             drawLosses(i);
-        }
     }
 
-    // Losses before the step and after it.
-    function fillTable(i) {
-        const cell = x => {
-            const node = html("td", {}, short(x));
-            node.dataset.value = x;
-            return node;
-        };
-        const heads = ["nats a token", names[zero], names[i]];
-        find(".readout").replaceChildren(
-            html("thead", {}, html("tr", {}, ...heads.map(name =>
-                html("th", {scope: "col"}, name)))),
-            html("tbody", {}, ...LOSSES.map((name, j) => html("tr", {},
-                html("th", {scope: "row"}, name),
-                cell(data.losses[j][zero]), cell(data.losses[j][i])))));
-    }
-
-    // Both axes are logarithmic. A step of 0 has no logarithm: it stands by itself, at the left.
+    // Both axes are logarithmic. A step of 0 has no logarithm: it stands before the break, and no line
+    // leads there.
     function drawLosses(chosen) {
         const steps = data.sizes.filter(x => x > 0);
         const low = Math.log10(Math.min(...steps, 1)), high = Math.log10(Math.max(...steps, 1e-9));
-        const place = v => v > 0 ? .2 + .74 * (Math.log10(v) - low) / (high - low || 1) : .05;
+        const place = v => v > 0 ? .16 + .8 * (Math.log10(v) - low) / (high - low || 1) : .05;
         const ticks = [...new Set(data.sizes)].filter(v => v === 0 || powerOfTen(v));
         const x = {at: place, ticks: ticks.map(v => [v, String(v)])};
 
@@ -1367,18 +1556,26 @@ function step(section, data) {
         const c = chart(find(".losses"), 340, x, y, "step size", "loss, nats a token");
         c.node.append(svg("path", {class: "chosen", "stroke-dasharray": "1 3",
             d: `M${c.X(data.sizes[chosen])} ${c.box.top}V${c.box.bottom}`}));
-
+        if (data.sizes.includes(0)) {       // the break, through both sides of the frame
+            const at = c.box.left + .1 * c.wide;
+            for (const side of [c.box.top, c.box.bottom])
+                c.node.append(svg("rect", {class: "paper", x: at - 3, y: side - 5, width: 6, height: 10}),
+                    svg("path", {class: "frame", d: `M${at - 6} ${side + 6}l6 -12m0 12l6 -12`}));
+        }
         const order = data.sizes.map((_, i) => i).sort((a, b) => data.sizes[a] - data.sizes[b]);
         data.losses.forEach((column, i) => {
             const here = i === 0 ? "here " : "";
             const numeric = order.filter(j => typeof column[j] === "number");
             const points = i === 1 ? slope(column, low, high)
-                                   : numeric.map(j => [data.sizes[j], column[j]]);
+                : numeric.filter(j => data.sizes[j] > 0).map(j => [data.sizes[j], column[j]]);
             c.clip.append(svg("path", {class: here + "curve", "stroke-dasharray": DASHES[i],
                 d: path(points.map(([a, b]) => [c.X(a), c.Y(b)]))}));
-            for (const j of numeric)
-                c.clip.append(mark(i, c.X(data.sizes[j]), c.Y(column[j]), j === chosen ? 6 : 4,
-                                   here + "mark"));
+            for (const j of numeric) {
+                const at = [c.X(data.sizes[j]), c.Y(column[j])];
+                c.clip.append(mark(i, ...at, j === chosen ? 6 : 4, here + "mark"),
+                    hit(...at, `step size ${data.sizes[j]}, ${LOSSES[i]}: ${short(column[j])} nats a token`,
+                        () => { size.value = j; }));
+            }
         });
     }
 
@@ -1392,19 +1589,17 @@ function step(section, data) {
         const first = data.sizes.indexOf(Math.min(...data.sizes));
         const last = data.sizes.indexOf(Math.max(...data.sizes));
         const rise = (column[last] - column[first]) / (data.sizes[last] - data.sizes[first]);
-        const points = data.sizes.includes(0) ? [[0, column[first]]] : [];
-        for (let i = 0; i <= 200; i++) {
+        return Array.from({length: 201}, (_, i) => {
             const v = 10 ** (low + (high - low) * i / 200);
-            points.push([v, column[first] + rise * (v - data.sizes[first])]);
-        }
-        return points;
+            return [v, column[first] + rise * (v - data.sizes[first])];
+        });
     }
     return draw;
 }
 
 // ---- all of them
 
-const KINDS = {trip, explore, probe, step};
+const KINDS = {trip, probe, explore, shower, step};
 const draws = [];
 for (const section of document.querySelectorAll("section")) {
     const data = JSON.parse(section.querySelector("script").textContent);

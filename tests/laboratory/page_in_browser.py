@@ -15,7 +15,9 @@ import contextlib
 import csv
 import glob
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
 TABLES = os.path.join(TOP, "lab")
 PAGE = os.path.join(TOP, "lab.html")
+NAMES = "trip", "explore", "probe", "shower", "words", "losses"
 RIGHT, HOME = "\ue014", "\ue011"        # how the protocol spells these keys
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"     # and what it calls an element
 SWITCHES = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
@@ -147,117 +150,261 @@ def button(section, name, i):
     return '.%s [data-control="%s"] label:nth-of-type(%d) input' % (section, name, i + 1)
 
 
+def row(section, table, i):
+    return ".%s .%s tbody tr:nth-child(%d) th" % (section, table, i + 1)
+
+
+def answer(browser, section):
+    return browser.run("return document.querySelector(arguments[0]).textContent",
+                       ".%s .answer" % section)
+
+
+def whole_percent(share):
+    """As the page rounds it."""
+    return "%d %%" % math.floor(100 * share + .5)
+
+
 def check_trip(browser):
-    """Every kind, place and angle: the curve of distances, and the next tokens."""
+    """Every kind, angle and place: shades and what is left of each row's own peak, the curve of
+    distances, the dosed cells, and the next tokens."""
     distance, tokens = {}, {}
-    for row in table("trip.csv"):
-        key = row["kind"], int(row["place"]), float(row["theta"])
-        if row["level"]:
-            distance.setdefault(key, []).append(float(row["distance"]))
+    for line in table("trip.csv"):
+        key = line["kind"], int(line["place"]), float(line["theta"])
+        if line["level"]:
+            distance.setdefault(key, []).append(float(line["distance"]))
         else:
-            one = [row["token"], float(row["sober"]), float(row["drugged"])]
+            one = [line["token"], float(line["sober"]), float(line["drugged"])]
             tokens.setdefault(key, []).append(one)
     thetas = sorted({theta for _, _, theta in distance})
+    n = 1 + max(place for _, place, _ in distance)
     for number, kind in enumerate(["window", "stack"]):
         browser.click(button("trip", "kind", number))
-        for place in browser.stops(slider("trip", "place")):
-            for i in browser.stops(slider("trip", "theta")):
+        for i in browser.stops(slider("trip", "theta")):
+            check_stairs(browser, kind, [distance[kind, place, thetas[i]] for place in range(n)])
+            for place in range(n):
                 key = kind, place, thetas[i]
+                browser.run("document.querySelector(arguments[0]).click()",
+                            row("trip", "stairs", place))
                 points, bars = browser.run("""
                     return [[...document.querySelectorAll(".trip .point")].map(
                                 point => Number(point.dataset.value)),
-                            [...document.querySelectorAll(".trip .token")].map(
-                                ({dataset: {token, sober, drugged}}) =>
-                                [token, Number(sober), Number(drugged)])];""")
+                            [...document.querySelectorAll(".next tbody tr")].map(one =>
+                                [...one.children].slice(0, 3).map(cell =>
+                                cell.dataset.value ? Number(cell.dataset.value)
+                                                   : cell.textContent.replace(/␣/g, " ")))];""")
                 equal(points, distance.pop(key), key)
                 equal(bars, tokens.pop(key), key)
     equal((distance, tokens), ({}, {}), "all of the trip")
-    check_shades(browser)
+    check_keys(browser)
 
 
-def check_shades(browser):
-    """The shades of the last map that was drawn: the square root of a share of the largest."""
-    rows = [row for row in table("trip.csv") if row["kind"] == "stack" and row["level"]]
-    largest = max(float(row["distance"]) for row in rows)
-    last = [float(row["distance"]) for row in rows if row["place"] == rows[-1]["place"]]
-    want = ["%.3f" % (x / largest) ** .5 for x in last if x]
-    got = browser.run("""
-        return [...document.querySelectorAll(".by-theta .chart g .cell")].map(
-            cell => cell.getAttribute("fill-opacity"));""")
-    equal(len(got), len(want), "cells")
-    for one, other in zip(got, want):
-        equal(abs(float(one) - float(other)) < .0011, True, "shade %s, %s" % (one, other))
+def check_stairs(browser, kind, distances):
+    """A row for each place: the square root of a share of its own peak, and what is left of that."""
+    rows = browser.run("""
+        return [...document.querySelectorAll(".stairs tbody tr")].map(row =>
+            [[...row.querySelectorAll(".cell")].map(cell =>
+                [Number(cell.style.getPropertyValue("--shade")), cell.classList.contains("dosed")]),
+             row.lastChild.textContent]);""")
+    equal(len(rows), len(distances), "rows")
+    for place, ((cells, left), want) in enumerate(zip(rows, distances)):
+        peak = max(want)
+        equal(left, whole_percent(want[-1] / peak) if peak else "–", ("left", kind, place))
+        for level, ((shade, dosed), x) in enumerate(zip(cells, want)):
+            equal(abs(shade - (x / peak if peak else 0) ** .5) < .0006, True, (kind, place, level))
+            layer = level - 1
+            equal(dosed, 0 <= layer <= place if kind == "stack" else
+                  layer >= 0 and abs(layer - place) <= 1, ("dosed", kind, place, level))
+    if max(distances[0]):
+        ends = [whole_percent(want[-1] / max(want)) for want in (distances[0], distances[-1])]
+        said = answer(browser, "trip")
+        equal([end in said for end in ends], [True, True], said)
 
 
-TEXTS = """
-    const section = document.querySelector(arguments[0]);
-    return [".before", ".after"].map(name => {
-        const node = section.querySelector(name);
-        const kept = node.cloneNode(true);
-        kept.querySelectorAll("ins, del").forEach(word => word.remove());
-        return [node.textContent, kept.textContent];
+def check_keys(browser):
+    """A cell can be reached and read without a pointer, and so can a row be chosen."""
+    browser.press(".stairs .cell[tabindex='0']", RIGHT)
+    read = browser.run("return document.querySelector('.status').textContent")
+    equal("level 1: " in read, True, read)
+    browser.press(".stairs tbody tr:nth-child(1) input", "\ue015")       # arrow down
+    equal(browser.run("return document.querySelector('.stairs .chosen th').textContent"), "1",
+          "the row below")
+
+
+def words_after(text, base):
+    """The words of a text from the first on that is not the one of base."""
+    words, others = text.split(), base.split()
+    first = len(os.path.commonprefix([words, others]))
+    return words[first:]
+
+
+LADDER = """
+    return [...document.querySelectorAll(arguments[0] + " .ladder tbody tr")].map(row => {
+        const cell = row.lastChild.cloneNode(true);
+        const marked = [...cell.querySelectorAll("ins")].length;
+        return [row.firstChild.textContent, row.children[1].textContent, cell.dataset.text || "",
+                cell.textContent, marked];
     });"""
 
 
-def check_texts(browser, section, before, after, where):
-    """Two texts are shown, and without the marked words both are the same."""
-    (left, left_kept), (right, right_kept) = browser.run(TEXTS, section)
-    equal([left, right], [shown(before), shown(after)], where)
-    equal(left_kept.split(), right_kept.split(), where)
+def check_ladder(shown, text, base, ended, where):
+    """A text stands there from its first word that differs; an early end is said."""
+    whole, visible, marked = shown
+    equal(whole, text, where)
+    if text == base:
+        equal(visible, "the same", where)
+        return
+    equal(visible.endswith("† it ended here"), ended, where)
+    words = visible.replace("† it ended here", "").split()
+    equal([word for word in words if word != "…"], words_after(text, base), where)
+    equal(marked > 0 or len(text.split()) < len(base.split()), True, where)
 
 
 def check_explore(browser):
-    """Every text of every method, strength and seed."""
+    """Every method, strength and seed: what differs from the sober text is counted from the texts
+    themselves, and each of them is shown from there on."""
     rows = table("explore.csv")
-    sober = [row["text"] for row in rows if row["method"] == "sober"]
+    sober = [line["text"] for line in rows if line["method"] == "sober"]
+    equal(len(set(sober)), 1, "one sober text")
     cells = {}
-    for row in rows:
-        if row["method"] != "sober":
-            cells.setdefault(row["method"], {}).setdefault(row["strength"], []).append(row)
+    for line in rows:
+        if line["method"] != "sober":
+            cells.setdefault(line["method"], {}).setdefault(line["strength"], []).append(line)
+    gains = {}
     for i, (method, strengths) in enumerate(cells.items()):
         browser.click(button("explore", "method", i))
-        for j in browser.stops(slider("explore", "strength")):
-            strength = list(strengths)[j]
-            for k in browser.stops(slider("explore", "seed")):
-                row = strengths[strength][k]
-                where = "%s %s, seed %s" % (method, strength, row["seed"])
-                check_texts(browser, ".explore", sober[k], row["text"], where)
-                caption, readout = browser.run("""
-                    return [".what", "p.readout"].map(name =>
-                        document.querySelector(".explore " + name).textContent);""")
-                equal(caption, where, where)
-                equal("%s of %d texts" % (row["distinct"], len(sober)) in readout, True, where)
+        lines = list(strengths.values())
+        gains[method] = float(lines[0][0]["gain"])
+        for k in browser.stops(slider("explore", "seed")):
+            shown = browser.run(LADDER, ".explore")
+            equal(len(shown), len(lines), method)
+            for (name, differ, *rest), texts in zip(shown, lines):
+                where = "%s %s, seed %s" % (method, name, texts[k]["seed"])
+                n = sum(one["text"] != sober[0] for one in texts)
+                equal(differ, "%d of %d" % (n, len(sober)), where)
+                ended = [one["ended"] == "1" for one in texts]
+                equal(name, texts[0]["strength"] + ("†" if any(ended) else ""), where)
+                check_ladder(rest, texts[k]["text"], sober[0], ended[k], where)
+        for j, texts in enumerate(lines):
+            browser.run("document.querySelector(arguments[0]).click()", row("explore", "ladder", j))
+            n = sum(one["text"] != sober[0] for one in texts)
+            said = answer(browser, "explore")
+            equal("%s %s: %d of %d texts differ" % (method, texts[0]["strength"], n, len(sober))
+                  in said, True, said)
+    marks, table_of_gains = browser.run("""
+        return [document.querySelectorAll(".curves .hit").length,
+                [...document.querySelectorAll(".gains tbody tr")].map(row =>
+                    [row.firstChild.textContent, Number(row.lastChild.dataset.value)])];""")
+    equal(marks, sum(map(len, cells.values())), "marks that can be picked")
+    equal(table_of_gains, [[name, gain] for name, gain in gains.items() if not math.isnan(gain)],
+          "gains")
 
 
 def check_probe(browser):
-    """Every token, its shade, and what is said of it."""
-    rows = table("probe.csv")
-    spans = browser.run("""
-        return [...document.querySelectorAll(".tokens span")].map(
-            span => [span.textContent, Number(span.style.getPropertyValue("--doubt"))]);""")
-    equal(len(spans), len(rows), "tokens")
-    for (text, doubt), row in zip(spans, rows):
-        equal(text, shown(row["token"].replace("\\n", "\n")), row)
-        equal(abs(1 - doubt - float(row["agreement"])) < 1e-12, True, row)
-    for i in browser.stops(slider("probe", "token")):
-        readout = browser.run("return document.querySelector('.probe .readout').textContent")
-        percent = "position %s: %.1f %%" % (rows[i]["position"], 100 * float(rows[i]["agreement"]))
-        equal(percent in readout, True, (readout, percent))
+    """Every token and its shade; and in the table what the twins said that would have written
+    something else."""
+    tokens = {}
+    for line in table("probe.csv"):
+        tokens.setdefault(line["position"], []).append(line)
+    spans, doubts = browser.run("""
+        return [[...document.querySelectorAll(".tokens span")].map(
+                    span => [span.textContent, Number(span.style.getPropertyValue("--doubt"))]),
+                [...document.querySelectorAll(".doubts tbody tr")].map(row =>
+                    [...row.children].map(cell => cell.textContent))];""")
+    equal(len(spans), len(tokens), "tokens")
+    want = []
+    for (text, doubt), lines in zip(spans, tokens.values()):
+        token, agreement = lines[0]["token"], float(lines[0]["agreement"])
+        equal(text, shown(token.replace("\\n", "\n")), token)
+        equal(abs(1 - doubt - agreement) < 1e-12, True, token)
+        named = [(one["said"].replace(" ", "␣"), float(one["share"])) for one in lines
+                 if one["said"] != token]
+        equal(abs(agreement + sum(share for _, share in named) - 1) < 1e-6, True, token)
+        if agreement < 1:
+            want.append((lines[0]["position"], ", ".join("%s %s" % (word, whole_percent(share))
+                                                         for word, share in named)))
+    equal([(cells[1], cells[-1]) for cells in doubts], want, "what others said")
+    firm = "%d of %d tokens" % (len(tokens) - len(want), len(tokens))
+    equal(firm in answer(browser, "probe"), True, firm)
+
+
+def check_shower(browser):
+    """The curve and its error bars, a dot for each seed, the gains, and the texts of one seed."""
+    cells = {}
+    for line in table("shower.csv"):
+        cells.setdefault(line["every"], []).append(line)
+    points, n_dots = browser.run("""
+        return [[...document.querySelectorAll(".shower .point")].map(({dataset}) =>
+                    [Number(dataset.value), Number(dataset.error)]),
+                document.querySelectorAll(".shower .seed").length];""")
+    equal(points, [[float(lines[0]["mean"]), float(lines[0]["error"])] for lines in cells.values()],
+          "means and errors")
+    equal(n_dots, sum(map(len, cells.values())), "dots")
+    ladder = browser.run(LADDER, ".shower")
+    base = None
+    for (name, cost, *rest), (every, lines) in zip(ladder, cells.items()):
+        costs = [float(line["cost"]) for line in lines]
+        equal(abs(sum(costs) / len(costs) - float(lines[0]["mean"])) < 1e-6, True, name)
+        one, = (line for line in lines if line["typical"] == "1")
+        equal((name, cost), ("every " + every if every != "0" else "never",
+                             "%.2f" % float(one["cost"])), name)
+        if base is None:
+            base = one["text"]
+            equal(rest[1].replace(" † it ended here", ""), base, name)
+        else:
+            check_ladder(rest, one["text"], base, one["ended"] == "1", name)
+            gain = "%.2f ± %.2f, in %s of %d seeds" % (
+                float(lines[0]["gain"]), float(lines[0]["gain error"]), lines[0]["better"], len(lines))
+            equal(gain in answer(browser, "shower"), True, gain)
 
 
 def check_step(browser):
-    """Every step size: its text and its losses."""
+    """Every step size: its text, which words are marked as the lesson's, and its losses. The page
+    opens where lesson, sequel and other text are best together."""
     with open(os.path.join(TABLES, "words.csv"), newline="", encoding="utf-8") as stream:
-        sizes, *words = csv.reader(stream)
+        names, *words = csv.reader(stream)
     losses = table("losses.csv")
-    columns = [" ".join(row[i] for row in words if row[i]) for i in range(len(sizes))]
-    for i in browser.stops(slider("step", "size")):
-        check_texts(browser, ".step", columns[0], columns[i], sizes[i])
-        cells = browser.run("""
-            return [...document.querySelectorAll(".step tbody td:last-child")].map(
-                cell => cell.dataset.value);""")
-        want = list(losses[i].values())[1:]
-        equal([float(cell) for cell in cells], [float(loss) for loss in want], sizes[i])
+    columns = [[line[i] for line in words if line[i]] for i in range(len(names))]
+    *texts, lesson, sequel, _ = columns
+    rows = browser.run("""
+        return [...document.querySelectorAll(".step .ladder tbody tr")].map(row => {
+            const text = row.lastChild.cloneNode(true);
+            text.querySelector("small").remove();
+            return [row.firstChild.textContent, text.textContent,
+                    ["lesson", "sequel"].map(kind =>
+                        [...text.querySelectorAll("." + kind)].map(word => word.textContent)),
+                    [...row.querySelectorAll(".loss")].map(loss => loss.dataset.value)];
+        });""")
+    equal([one[0] for one in rows], names[:-3], "step sizes")
+    for (name, text, (from_lesson, from_sequel), numbers), words_here, line in zip(rows, texts, losses):
+        equal(text.split(), shown(" ".join(words_here)).split(), name)
+        equal([float(x) for x in numbers], [float(x) for x in list(line.values())[1:]], name)
+        equal(set(from_lesson) <= set(lesson) and set(from_sequel) <= set(sequel), True, name)
+        if words_here[:len(lesson)] == lesson:      # learned: then all of it is marked, in order
+            equal(from_lesson[:len(lesson)], lesson, name)
+    total = [sum(float(line[name]) for name in ("lesson", "its sequel", "other text"))
+             for line in losses]
+    best = losses[total.index(min(total))]["step size"]
+    equal(browser.run("return document.querySelector('.step .chosen th').textContent"), best, "opens")
+    for i, line in enumerate(losses):
+        browser.run("document.querySelector(arguments[0]).click()", row("step", "ladder", i))
+        equal("a step of %s " % line["step size"] in answer(browser, "step"), True, line)
+
+
+def check_readme():
+    """The README's gains over temperature and its table of showers are those of these tables. (Of
+    another model they are not.)"""
+    with open(os.path.join(TOP, "README.md"), encoding="utf-8") as stream:
+        text = stream.read()
+    gains = {line["method"]: float(line["gain"]) for line in table("explore.csv")}
+    rows = re.findall(r"^\| (noise on the logits|[HQKVA]) \| ([-+]\.\d\d) \|", text, re.M)
+    equal(len(rows), 6, "gains in the README")
+    for name, gain in rows:
+        want = "%+.2f" % gains["logit noise" if " " in name else name]
+        equal(gain, want.replace("0.", "."), "the README's gain of " + name)
+    with open(os.path.join(TABLES, "shower.txt"), encoding="utf-8") as stream:
+        printed = stream.read()
+    shown, = re.findall(r"```\n(showers .*?)```", text, re.S)
+    equal(shown in printed, True, "the README's table of showers")
 
 
 def draw(tables, page, note=""):
@@ -269,7 +416,7 @@ def check_alone(browser, folder):
     """A page may have only one of the tables, or several of a kind; ruin is drawn, too."""
     page, ruin = os.path.join(folder, "alone.html"), os.path.join(folder, "ruin.csv")
     tables = [os.path.join(TABLES, name + ".csv")
-              for name in ("trip", "explore", "probe", "words", "losses")]
+              for name in NAMES]
     with open(ruin, "w", encoding="utf-8") as stream:
         stream.write("step size,lesson,first order,its sequel,other text\n"
                      "0.1,0.5,0.5,nan,2\n1,inf,-9,nan,7\n")
@@ -278,14 +425,11 @@ def check_alone(browser, folder):
         browser.open(page)
         pictures = browser.run("""
             return [...document.querySelectorAll("section")].every(
-                section => section.querySelector(".chart, ins"));""")
+                section => section.querySelector(".chart, .doubts tr, .ladder td"));""")
         equal(pictures, True, some)
         check_quiet(browser)
-    shown = browser.run("return [...document.querySelectorAll('td')].map(td => td.textContent)")
-    equal(shown, ["0.5", "0.5", "0.5", "0.5", "–", "–", "2", "2"], "losses")
-    browser.press(slider("step", "size"), RIGHT)
-    shown = browser.run("return [...document.querySelectorAll('td')].map(td => td.textContent)")
-    equal(shown, ["0.5", "infinite", "0.5", "−9", "–", "–", "2", "7"], "losses")
+    shown = browser.run("return [...document.querySelectorAll('.loss')].map(x => x.textContent)")
+    equal(shown, ["0.5", "0.5", "–", "2", "infinite", "−9", "–", "7"], "losses")
 
 
 def check_hostile(browser, folder):
@@ -293,8 +437,8 @@ def check_hostile(browser, folder):
     words = ["</script><script>document.title = 'broken'</script>", "<img src=x onerror=alert(1)>",
              "&lt;b&gt; \"quotes\" 'all' `${1}` @KIND@ \\u003c", "<!-- <script>", "]]>",
              "\x1b[31mred", "\x01\x7f", "\u202eturned", "\U0001f600", "half \ufffd"]
-    names = "position token agreement probability".split()
-    rows = [[str(i), word, "0.5", "0.25"] for i, word in enumerate(words)]
+    names = "position token agreement probability said share".split()
+    rows = [[str(i), word, "0.5", "0.25", words[0], "0.5"] for i, word in enumerate(words)]
     path, page = os.path.join(folder, "probe.csv"), os.path.join(folder, "hostile.html")
     with open(path, "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([names, *rows])
@@ -320,9 +464,12 @@ def check_quiet(browser):
 
 def check(browser, folder):
     browser.open(PAGE)
+    if "tests/hamlet.bin" in browser.run("return document.querySelector('.note').textContent"):
+        check_readme()
     check_trip(browser)
     check_explore(browser)
     check_probe(browser)
+    check_shower(browser)
     check_step(browser)
     check_quiet(browser)
     for width, theme in (360, "dark"), (800, "light"), (1600, "dark"):
@@ -336,9 +483,9 @@ def check(browser, folder):
 
 def pictures(browser):
     """The two of the README: the trip and the step, as they look at first."""
-    browser.media(860, 3000, color_scheme="light")
+    browser.media(860, 5000, color_scheme="light")
     browser.open(PAGE)
-    for section, part in ("trip", ".figures"), ("step", ".losses"):
+    for section, part in ("trip", ".beside"), ("step", ".losses"):
         browser.run("""                 // a margin, and a drawing that fits into it
             const section = document.querySelector("." + arguments[0]);
             section.querySelector(arguments[1]).style.padding = "12px";
@@ -347,7 +494,7 @@ def pictures(browser):
 
 
 def main():
-    missing = [name for name in ("trip", "explore", "probe", "words", "losses")
+    missing = [name for name in NAMES
                if not glob.glob(os.path.join(TABLES, name + ".csv"))]
     if missing or not os.path.exists(PAGE):
         raise SystemExit("page_in_browser: there is no page yet; run make page")

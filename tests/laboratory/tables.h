@@ -1,13 +1,15 @@
-/* tables.h - files that appear whole or not at all, and tables, for train_step.c and lab.c.
+/* tables.h - files that appear whole or not at all, tables, texts and progress on a terminal, for
+ * train_step.c and lab.c.
  *
  * A table can be printed in three ways, of the same cells:
  *
- *     terminal     To          be,         or
+ *     terminal     To          be,         or         a word that is too long ends in "…"
  *     CSV          "To","be,","or"            quotes inside a cell are doubled
  *     Markdown     | To | be, | or |          bars inside a cell are escaped
  */
 
 #include <ctype.h>
+#include <sys/ioctl.h>
 
 // A file that is being written beside its place and moved there when it is whole.
 // So a full disk or a crash loses nothing that was there before.
@@ -135,9 +137,18 @@ static void print_cell_byte(const Table *table, char byte) {
         fputc(byte, table->to);
 }
 
+// How many characters there are in n bytes of text. A byte that begins a character counts, the
+// others of it do not.
+static int count_characters(const char *text, int n) {
+    int n_characters = 0;
+    for (int i = 0; i < n; i++)
+        n_characters += !continues_character(text[i]);
+    return n_characters;
+}
+
 // The next cell of a row, n bytes of text.
-// A terminal's cell is cut to its width, counted in characters, with a space at least between
-// two of them.
+// A terminal's cell has its width, counted in characters, with a space at least between two of
+// them: what is longer is cut, and ends in "…" to say so.
 static void print_cell(Table *table, const char *text, int n) {
     bool csv = !table->width && !table->markdown;
     const char *quote = csv ? "\"" : "";
@@ -145,12 +156,16 @@ static void print_cell(Table *table, const char *text, int n) {
     if (csv && table->n_cells)
         before = ",";
     fprintf(table->to, "%*s%s%s", table->padding, "", before, quote);
-    int n_shown = 0; // characters
+    int room = table->width ? table->width - 1 : INT_MAX; // for characters
+    bool cut = count_characters(text, n) > room;
+    int n_shown = 0;
     for (int i = 0; i < n; i++) {
-        // A byte that begins a character counts; the others of it do not.
         if (!continues_character(text[i])) {
-            if (table->width && n_shown == table->width - 1)
+            if (cut && n_shown == room - 1) {
+                fputs("…", table->to);
+                n_shown++;
                 break;
+            }
             n_shown++;
         }
         print_cell_byte(table, text[i]);
@@ -196,4 +211,97 @@ static char *visible(const Model *m, int token) {
             to += sprintf(to, "<%02X>", byte);
     }
     return text;
+}
+
+// Prints a text in a column of so many characters, at least 2, on stdout: what is longer is cut as
+// in a table, what is shorter is padded with spaces.
+static void print_column(const char *text, int width) {
+    Table table = {.to = stdout, .width = width + 1};
+    print_cell(&table, text, (int)strlen(text));
+    printf("%*s", table.padding - 1, "");
+}
+
+// How many columns the terminal has on which stdout is shown; `otherwise` where there is none, or
+// one that does not say.
+static int terminal_width(int otherwise) {
+    struct winsize window;
+    bool known = !ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) && window.ws_col;
+    return known ? window.ws_col : otherwise;
+}
+
+// Prints a text and a line feed. On a terminal no word is broken: a line ends where the next word
+// does not fit. Elsewhere, and where a word is longer than a line, the text is left as it is.
+static void print_text(const char *text) {
+    int width = terminal_width(0); // 0: no line is too long
+    int column = 0;
+    while (*text) {
+        // up to the next word: line feeds begin a line, spaces may become one
+        int n_space = (int)strspn(text, " \n");
+        int n_word = (int)strcspn(text + n_space, " \n");
+        int n_characters = count_characters(text + n_space, n_word);
+        for (int i = 0; i < n_space; i++)
+            column = text[i] == '\n' ? 0 : column + 1;
+        if (width && column > n_space && column + n_characters > width) {
+            puts("");
+            column = 0;
+        } else {
+            printf("%.*s", n_space, text);
+        }
+        printf("%.*s", n_word, text + n_space);
+        column += n_characters;
+        text += n_space + n_word;
+    }
+    puts("");
+}
+
+// "s" after the name of n things, unless it is one.
+static const char *plural(int n) {
+    return n == 1 ? "" : "s";
+}
+
+// Work that takes a while, counted in tokens. On a terminal one line of stderr says how far it is
+// and how long it will take, at most five times a second. Elsewhere nothing is said.
+static struct {
+    const char *what;    // the name of the work, NULL: none is going on, or nobody looks
+    double done, of;     // tokens
+    double began, shown; // seconds: when the work began, when it was shown last
+} task;
+
+// Says how far the work is. The numbers have fixed widths, so that each line covers the one before.
+static void show_progress(double time) {
+    double left = task.done > 0 ? (time - task.began) * (task.of - task.done) / task.done : 0;
+    fprintf(stderr, "\r%s: %7.0f of %.0f tokens", task.what, task.done, task.of);
+    if (task.done > 0)
+        fprintf(stderr, ", %4.0f s left", left);
+    fflush(stderr);
+    task.shown = time;
+}
+
+// So many tokens are to be computed.
+static void progress_begin(const char *what, double of) {
+    if (!isatty(STDERR_FILENO))
+        return;
+    task.what = what;
+    task.done = 0;
+    task.of = of;
+    task.began = now();
+    show_progress(task.began);
+}
+
+// So many of them are done.
+static void progress(double n) {
+    task.done += n;
+    if (!task.what)
+        return;
+    double time = now();
+    if (time - task.shown >= .2)
+        show_progress(time);
+}
+
+// All is done: the line is wiped.
+static void progress_end(void) {
+    if (task.what)
+        fputs("\r\033[K", stderr);
+    fflush(stderr);
+    task.what = NULL;
 }

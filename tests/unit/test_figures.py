@@ -234,7 +234,8 @@ class TestStep(test_step_cli.Case):
                 self.assertEqual(line[:width].strip(), line[:width - 1].strip())
             words = [line[:width].strip() for line in lines[1:]]
             full = output(test_cli.DRUGS, MODEL, "-i", "To be", "-n", "12").split()
-            self.assertEqual(words[:len(full)], [word[:width - 1] for word in full])
+            self.assertEqual(words[:len(full)], [
+                word if len(word) < width else word[:width - 2] + "…" for word in full])
 
 
 class TestDrugs(test_cli.Case):
@@ -324,46 +325,52 @@ class TestLab(unittest.TestCase):
         self.assertEqual(len(set(shown)), len(shown))
         self.assertEqual(shown, [probe("1@" + shape) for _, shape in SHAPES])
 
-    def test_the_maps_stand_below_their_headings(self):
-        """Every level has its columns: the heading ends where the shades do, in both maps."""
+    def test_the_map_stands_below_its_heading(self):
+        """Every level has its columns: the heading ends where the shades do."""
         lines = output(LAB, MODEL, "trip", "-i", LESSON, "-k", "1", "-V", "1").splitlines()
-        self.assertEqual(lines[3], "window of 3 around                         full stack up to")
-        self.assertEqual(lines[4], "layer  level 0                        10   layer  level 0                        10")
-        for place, line in enumerate(lines[5:15]):
-            self.assertRegex(line, r"\A {4}%d │[ ░▒▓█]{33}│  {4} %d │[ ░▒▓█]{33}│\Z" % (place, place))
-        at = lines.index("The window around layer 5 at all doses, each line in shades of its own "
-                         "largest")
-        self.assertEqual(lines[at + 1],
-                         "theta  level 0                        10   largest  at level  in the end")
-        for i, line in enumerate(lines[at + 2:at + 13]):
-            self.assertRegex(line, r"\A %.2f │[ ░▒▓█]{33}│ [ \d.e-]{10} {8}\d [ \d.e-]{11}\Z"
-                             % (.15 * i))
+        heading = lines[6]
+        self.assertEqual(heading.split(), ["around", *map(str, range(11)), "largest", "level", "left"])
+        for line in lines[7:17]:
+            self.assertEqual((line.index("│"), line.rindex("│")), (7, 52))
+        at = [match.start() for match in re.finditer(r"\d+", heading)]
+        self.assertEqual(at, [8 + 4 * level for level in range(11)])
+        for place, line in enumerate(lines[7:17]):          # brackets stand beside dosed levels
+            self.assertEqual(line.index("["), 7 + 4 * max(1, place))
+            self.assertEqual(line.index("]"), 11 + 4 * min(10, place + 2))
 
     def test_the_nearest_dose_is_shown(self):
-        """Of 0.05, 0.1 ... 1.5 the one that is nearest to what was asked for."""
-        for asked, shown in ((1, "1"), (1.5, "1.5"), (.62, "0.6"), (.63, "0.65"), (.01, "0.05")):
+        """Of 0.1, 0.2 ... 1.5 the one that is nearest to what was asked for."""
+        for asked, shown in ((1, "1"), (1.5, "1.5"), (.64, "0.6"), (.66, "0.7"), (.01, "0.1")):
             out = output(LAB, MODEL, "trip", "-i", LESSON[:18], "-k", "1", "-V",
                          str(asked))
-            self.assertIn("-V %s, mean of 1 seed from 420.\n" % shown, out)
+            self.assertIn("-V %s in a window of 3 layers around each, between brackets.\n"
+                          "Mean of 1 seed from 420.\n" % shown, out)
             self.assertIn("\nThe next token, theta %s in that window" % shown, out)
 
     def test_progress_on_a_terminal(self):
-        """It comes on one line, is wiped when all is done, and the rest is as without a terminal."""
-        for mode, what in ("trip", "theta"), ("probe", "twin"), ("explore", "cell"):
-            more = {"trip": ["-V", "1"], "probe": ["-n", "4", "-V", "1"], "explore": ["-n", "4"]}
-            command = [LAB, MODEL, mode, "-i", LESSON, "-k", "1", *more[mode]]
+        """It comes on one line, is wiped when all is done, and the rest is as without a terminal but
+        for lines that end between words. Tokens are counted to the end."""
+        for mode, n, more in (("trip", 22 * 16, ["-V", "1"]), ("probe", 8, ["-n", "4", "-V", "1"]),
+                              ("explore", 512, ["-n", "4"]), ("shower", 40, ["-n", "4", "-V", "1"])):
+            command = [LAB, MODEL, mode, "-i", LESSON, "-k", "1", *more]
             shown = on_a_terminal(80, *command, stderr=True)[1]
-            progress, rest = shown.split("\r\033[K")
-            self.assertRegex(progress, r"\A([^\r]*\n)?(\r%s \d+ of \d+)+\Z" % what)
+            *progress, rest = shown.split("\r\033[K")
+            lines = re.findall(r"\r(%s|sober text): +(\d+) of (\d+) tokens(?:, +\d+ s left)?" % mode,
+                               "".join(progress))
+            self.assertEqual(lines[-1][0], mode)
+            self.assertEqual([int(line[1]) for line in lines if line[0] == mode][0], 0)
+            if mode != "trip":
+                self.assertEqual(int(lines[-1][2]), n)
             if mode != "probe":                     # which shows its text once more, in gray
-                self.assertEqual(rest, output(*command))
+                self.assertEqual(rest.split(), output(*command).split())
+            self.assertLessEqual(max(map(len, rest.splitlines())), 80 if mode != "probe" else 999)
 
     def test_strengths(self):
         """Those of the sites, of temperature and of noise on the logits; above them stands what the
         sober model writes."""
         out = output(LAB, MODEL, "explore", "-i", "To be", "-k", "1", "-n", "2")
         written = output(test_cli.DRUGS, MODEL, "-i", "To be", "-n", "2")[len("To be "):]
-        self.assertTrue(out.startswith("sober: %s\n" % written))
+        self.assertTrue(out.startswith("The sober text:\n\n%s\n" % written))
         found = {}
         for line in out.split("log-probability\n")[1].split("\n\n")[0].splitlines():
             found.setdefault(line[:12].strip(), []).append(float(line[12:21]))
@@ -542,7 +549,7 @@ class TestSentences(test_step_cli.Case):
                 ("-K 2 is beyond the trip's largest angle, -x 1.5", "-K", "2"),
                 ("-o takes a file that ends in one of: .csv; got 'x.svg'", "-o", "x.svg")):
             self.said(2, sentence, LAB, MODEL, "trip", "-i", LESSON, *arguments)
-        self.said(2, "behind the model comes trip, probe or explore, got 'trap'", LAB, MODEL, "trap")
+        self.said(2, "behind the model comes trip, probe, explore or shower, got 'trap'", LAB, MODEL, "trap")
         self.said(2, "the model file comes first; lab -h lists what follows",
                   LAB, "-k", "trip")
 

@@ -17,7 +17,8 @@ from test_cli import CONTEXT, HERE, MODEL, Done, on_a_terminal, run as run_drugs
 LAB = os.path.join(HERE, "lab")
 LAYERS = 10                             # of this model
 PROMPT = "To be, or not to be"
-MODES = {"trip": ["-k", "2"], "probe": ["-n", "12", "-A", "1.6"], "explore": ["-n", "8", "-k", "2"]}
+MODES = {"trip": ["-k", "2"], "probe": ["-n", "12", "-A", "1.6"], "explore": ["-n", "8", "-k", "2"],
+         "shower": ["-n", "40", "-k", "4", "-H", ".8"]}
 
 
 def run(*arguments):
@@ -97,34 +98,52 @@ class TestModes(LabCase):
 
 class TestProbe(LabCase):
     def test_numbers(self):
-        """The file has what is shown, agreement is a share of the twins, and the text is what the
-        sober model writes."""
+        """The file has what is shown, agreement is a share of the twins, what they said adds up to
+        all of them, and the text is what the sober model writes."""
         shown, rows = self.table("probe", "-k", "7")
         lines = shown.splitlines()
-        self.assertEqual([list(rows[0]), len(rows)],
-                         [["position", "token", "agreement", "probability"], 12])
-        self.assertEqual(lines.pop(0).split(), ["token", "agreement", "probability"])
-        for i, (row, line) in enumerate(zip(rows, lines)):
+        self.assertEqual(list(rows[0]), "position token agreement probability said share".split())
+        self.assertEqual(lines.pop(0).split(), "token agreement probability others said".split())
+        self.assertEqual(len(lines), 12)
+        places = {}
+        for row in rows:
+            places.setdefault(int(row["position"]), []).append(row)
+        first = int(rows[0]["position"])
+        self.assertEqual(list(places), list(range(first, first + 12)))
+        for said, line in zip(places.values(), lines):
+            row = said[0]
             agreement, probability = float(row["agreement"]), float(row["probability"])
-            self.assertEqual(line, "%-20s %9.0f%% %12.4f" % (row["token"], 100 * agreement,
-                                                             probability))
-            self.assertEqual(int(row["position"]), int(rows[0]["position"]) + i)
+            shares = {one["said"]: float(one["share"]) for one in said}
+            others = "".join(" %s%s %.0f%%" % ("" if word[:1] == " " else " ", word, 100 * share)
+                             for word, share in shares.items() if word != row["token"])
+            start = "%-20s %9.0f%% %12.4f" % (row["token"], 100 * agreement, probability)
+            self.assertEqual(line[:44], start)
+            if line.endswith(" …"):
+                self.assertTrue(others.startswith(line[44:-2]) and len(others) > 33, (line, others))
+            else:
+                self.assertEqual(line[44:], others)
+            self.assertLessEqual(len(line), 80)
+            self.assertEqual(len(shares), len(said))
+            self.assertAlmostEqual(sum(shares.values()), 1, 6)
+            self.assertEqual(shares.get(row["token"], 0), agreement)
+            self.assertEqual(list(shares.values()), sorted(shares.values(), reverse=True))
             self.assertAlmostEqual(7 * agreement, round(7 * agreement), 6)
             self.assertTrue(0 < probability <= 1 and 0 <= agreement <= 1, row)
-        self.assertEqual(len(lines), 12)
         self.assertTrue(any(0 < float(row["agreement"]) < 1 for row in rows), shown)
-        text = "".join(row["token"].replace("\\n", "\n") for row in rows)
+        text = "".join(said[0]["token"].replace("\\n", "\n") for said in places.values())
         done = run_drugs(MODEL, "-i", PROMPT, "-n", "12")
         self.assertEqual(done.out.decode(), PROMPT + text + "\n")
         self.assertIn("read %s tokens" % rows[0]["position"], done.err)
 
     def test_sober(self):
         """Without a dose all agree; twins change nothing about the probability."""
+        def each(rows):
+            return list(dict.fromkeys((row["position"], row["probability"]) for row in rows))
         _, rows = self.table("probe")
         for sober in (["-A", "0"], ["-A", "0", "-s", "7", "-k", "1"]):
             _, same = self.table("probe", *sober)
             self.assertEqual({row["agreement"] for row in same}, {"1"})
-            self.assertEqual(*([row["probability"] for row in table] for table in (same, rows)))
+            self.assertEqual(each(same), each(rows))
 
     def test_terminal(self):
         """On a terminal the text stands above, each token in the gray of its agreement, and the
@@ -133,11 +152,13 @@ class TestProbe(LabCase):
         status, shown = on_a_terminal(0, LAB, MODEL, "probe", "-i", PROMPT, *MODES["probe"],
                                       stderr=True)
         self.assertEqual(status, 0)
-        progress, rest = shown.split("\r\033[K")
-        self.assertEqual(progress, "".join("\rtwin %d of 5" % i for i in range(5)))
+        writing, probing, rest = shown.split("\r\033[K")
+        self.assertIn("\rsober text:       0 of 12 tokens", writing)
+        self.assertIn("\rprobe:       0 of 72 tokens", probing)      # the sober model, and five twins
         text, rest = rest.split("\033[0m\n\n")
         self.assertEqual(rest, plain)
         shades = re.findall(r"\033\[38;5;(\d+)m([^\033]*)", text)
+        rows = {row["position"]: row for row in rows}.values()
         self.assertEqual([(236 + int(19 * float(row["agreement"])),
                            row["token"].replace("\\n", "\n")) for row in rows],
                          [(int(shade), token) for shade, token in shades])
@@ -152,29 +173,33 @@ class TestTrip(LabCase):
         tokens = [row for row in rows if row["token"]]
         rows = [row for row in rows if row["level"]]
         self.assertEqual({row["site"] for row in rows + tokens}, {"K"})
-        self.assertEqual(len(rows), 2 * LAYERS * 31 * (LAYERS + 1))
-        self.assertEqual(len(tokens), 2 * LAYERS * 31 * 10)
+        self.assertEqual(len(rows), 2 * LAYERS * 16 * (LAYERS + 1))
+        self.assertEqual(len(tokens), 2 * LAYERS * 16 * 10)
         here = [row for row in tokens if row["theta"] == "0.6" and row["kind"] == "window"
                 and row["place"] == str(LAYERS // 2)]
         bars = re.findall(r"^(.{16}) +(\S+) %  +(\S+) %", shown.split("The next token")[1], re.M)
         self.assertEqual(bars, [("%-16s" % row["token"], "%.1f" % (100 * float(row["sober"])),
                                  "%.1f" % (100 * float(row["drugged"]))) for row in here])
-        middle = {}
+        middle, windows = {}, {}
         for row in rows:
             place, level, theta = int(row["place"]), int(row["level"]), float(row["theta"])
             first = max(place - 1, 0) if row["kind"] == "window" else 0
             self.assertEqual(row["distance"] == "0", theta == 0 or level <= first, row)
             if row["kind"] == "window" and place == LAYERS // 2:
-                middle.setdefault("%5.2f" % theta, []).append(float(row["distance"]))
-        lines = re.findall(r"^( \d\.\d\d) │.*│ +(\S+) +(\d+) +(\S+)$", shown, re.M)
-        self.assertEqual(lines, [
-            (theta, "%.3g" % max(x), str(x.index(max(x))), "%.3g" % x[-1])
-            for theta, x in list(middle.items())[::3]])
-        self.assertIn("-K 0.6, mean of 2 seeds from 420", shown)
-        for kind in "window", "full stack":
-            peak = max(float(row["distance"]) for row in rows
-                       if row["theta"] == "0.6" and row["kind"] in kind)
-            self.assertRegex(shown, r"\n%s .* %s\n" % (kind, re.escape("%.3g" % peak)))
+                middle.setdefault("%.2f" % theta, []).append(float(row["distance"]))
+            if row["kind"] == "window" and row["theta"] == "0.6":
+                windows.setdefault(str(place), []).append(float(row["distance"]))
+        lines = re.findall(r"^ *(\S+) │.*│ +(\S+) +(\d+) +(\S+)(?: %)?$", shown, re.M)
+        want = [(name, "%.3g" % max(x), str(x.index(max(x))),
+                 "%.0f" % (100 * x[-1] / max(x)) if max(x) else "-")
+                for name, x in [*windows.items(), *list(middle.items())[::3]]]
+        self.assertEqual(lines, want)
+        ends = [want[0][3], want[LAYERS - 1][3]]
+        self.assertIn("Of the first window's peak %s %% is left at the end, of the last one's %s %%:"
+                      % tuple(ends), shown)
+        self.assertIn("-K 0.6 in a window of 3 layers around each, between brackets.\n"
+                      "Mean of 2 seeds from 420.\n", shown)
+        self.assertLessEqual(max(map(len, shown.splitlines())), 80)
 
     def test_default_dose(self):
         """Without a dose it is the attention output's, half the largest angle; one of 0 is none."""
@@ -192,24 +217,29 @@ class TestExplore(LabCase):
                          ["H", "Q", "K", "V", "A", "temperature", "logit noise", "sober"])
         self.assertEqual(len(rows), ((len(methods) - 1) * 9 + 1) * 2)   # strengths, seeds
         sober, table, verdict = re.fullmatch(
-            r"sober: (.*?)\n\nmethod [^\n]*\n(.*)\n\nAt the [^\n]*\n[^\n]*\n\n(.*)\n", shown,
-            re.S).groups()
+            r"The sober text:\n\n(.*?)\n\nmethod [^\n]*\n(.*)\n\nAt the [^:]*:\n\n(.*)\n",
+            shown, re.S).groups()
+        self.assertLessEqual(max(map(len, table.splitlines())), 80)
         cells = {}
         for i, row in enumerate(rows):
             numbers = [float(row[name]) for name in ("strength", "prefix", "angle", "diversity",
                                                      "log-probability")]
-            line = "%-12s %8g %5d/2  %8.0f %8.3f %10.3f %16.4f" % (
-                row["method"], numbers[0], int(row["distinct"]), *numbers[1:])
+            both = rows[i - i % 2:][:2]
+            line = "%-11s %8g %5d/2   %5d %6.0f %6.3f %9.3f %8.4f +- %.4f" % (
+                row["method"], numbers[0], int(row["differ"]),
+                sum(one["ended"] == "1" for one in both), *numbers[1:], float(row["error"]))
             self.assertEqual(line, table.splitlines()[i // 2])
             self.assertEqual(int(row["seed"]), 420 + i % 2)
             cells.setdefault(row["method"], {})[numbers[0]] = numbers[3:]
-            texts = [one["text"] for one in rows[i - i % 2:][:2]]
-            self.assertEqual(len(set(texts)), int(row["distinct"]), row)
+            texts = [one["text"] for one in both]
+            self.assertEqual(sum(text != sober for text in texts), int(row["differ"]), row)
             prefix = sum(len(os.path.commonprefix([sober, text])) for text in texts) / 2
             self.assertAlmostEqual(numbers[1], prefix)
         self.assertEqual({row["text"] for row in rows if row["strength"] in ("0.01", "0.1")
                           and row["method"] != "H"}, {sober})
         self.assertEqual({row["text"] for row in rows if row["method"] == "sober"}, {sober})
+        in_file = {row["method"]: row["gain"] for row in rows}
+        self.assertEqual((in_file.pop("sober"), in_file.pop("temperature")), ("nan", "nan"))
         del cells["sober"]
         chance = list(cells.pop("temperature").values())
         want = []
@@ -222,7 +252,9 @@ class TestExplore(LabCase):
                 gains += [likelihood - max(there)] if there else []
             if gains:
                 want.append((method, "%+.4f" % (sum(gains) / len(gains)), str(len(gains))))
-        self.assertEqual(re.findall(r"^(\S.*?) +([-+]\S+)  \((\d+) doses\)$", verdict, re.M), want)
+        self.assertEqual(re.findall(r"^(\S.*?) +([-+]\S+)  \((\d+) doses?\)$", verdict, re.M), want)
+        self.assertEqual([(name, "%+.4f" % float(gain)) for name, gain in in_file.items()
+                          if gain != "nan"], [row[:2] for row in want])
         self.assertGreater(len(want), 3)
 
     def test_markdown(self):
@@ -243,6 +275,48 @@ class TestExplore(LabCase):
             sober = row["method"] in ("V", "temperature", "logit noise", "sober")
             self.assertEqual(row["angle"] == "0", sober, row)
             self.assertTrue(row["method"] == "V" or row == other, row)
+
+
+class TestShower(LabCase):
+    def test_numbers(self):
+        """Means, errors and gains follow from the costs of the texts; the texts are what drugs writes
+        with the same seed and showers; and what is shown is what is in the file."""
+        shown, rows = self.table("shower", "-s", "2")
+        cells = {}
+        for row in rows:
+            cells.setdefault(row["every"], []).append(row)
+        self.assertEqual(list(cells), ["0", "30", "10", "3"])
+        never = [float(row["cost"]) for row in cells["0"]]
+        lines = dict(re.findall(r"^(never|every \d+) +(\d.*)$", shown, re.M))
+        for every, mine in cells.items():
+            self.assertEqual([row["seed"] for row in mine], ["2", "3", "4", "5"])
+            costs = [float(row["cost"]) for row in mine]
+            gains = [a - b for a, b in zip(never, costs)]
+            mean, error, gain, gain_error = (float(mine[0][name]) for name in
+                                             ("mean", "error", "gain", "gain error"))
+            for got, numbers in ((mean, error), costs), ((gain, gain_error), gains):
+                want = sum(numbers) / 4
+                self.assertAlmostEqual(got[0], want, 7)
+                self.assertAlmostEqual(got[1], (sum((x - want) ** 2 for x in numbers) / 12) ** .5, 7)
+            better = sum(x > 0 for x in gains)
+            self.assertEqual(int(mine[0]["better"]), better)
+            line = "%.2f +- %.2f" % (mean, error)
+            if every != "0":
+                line += " %.2f +- %.2f %d of 4" % (gain, gain_error, better)
+            name = "every " + every if every != "0" else "never"
+            self.assertEqual(lines[name].split(), line.split(), shown)
+            for row in mine:
+                done = run_drugs(MODEL, "-i", PROMPT, "-n", "40", "-H", ".8", "-s", row["seed"], "-c",
+                                 every)
+                self.assertEqual(done.out.decode(), "%s%s\n" % (PROMPT, row["text"]))
+                self.assertEqual("until -n" not in done.err, row["ended"] == "1")
+        self.assertGreater(len({row["text"] for row in rows}), 8)
+        typical, = {row["seed"] for row in rows if row["typical"] == "1"}
+        self.assertIn("\nSeed %s, " % typical, shown)
+        self.assertIn("the sober text itself costs %.2f" % float(rows[0]["sober"]), shown)
+
+    def test_a_dose_is_needed(self):
+        self.bad(2, MODEL, "shower", "-i", PROMPT, words=["a shower needs", "-H .8"])
 
 
 class TestErrors(LabCase):
@@ -309,7 +383,7 @@ class TestErrors(LabCase):
     def test_endings(self):
         """Each experiment writes its own kinds of files."""
         for mode, endings in {"trip": (".svg", ".md", ""), "probe": (".svg", ".md", ""),
-                              "explore": (".svg", ".txt", "")}.items():
+                              "explore": (".svg", ".txt", ""), "shower": (".md", "")}.items():
             for name in *("x" + ending for ending in endings), "csv":
                 path = self.path(name)
                 self.bad(2, MODEL, mode, "-i", PROMPT, *MODES[mode], "-o", path,
@@ -331,7 +405,8 @@ class TestErrors(LabCase):
         for mode in MODES:
             with self.subTest(mode):
                 path = self.path(mode + ".csv")
-                self.bad(1, MODEL, mode, "-o", path, "-i", "x y " * CONTEXT, words=["-i"])
+                dose = [] if mode == "explore" else ["-H", ".8"]
+                self.bad(1, MODEL, mode, "-o", path, *dose, "-i", "x y " * CONTEXT, words=["-i"])
                 self.assertEqual([name for name in os.listdir(self.folder) if mode in name], [])
 
     def test_a_model_that_is_not_in_order(self):

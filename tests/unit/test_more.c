@@ -50,7 +50,8 @@ Test(table, three_ways) {
         {{0}, "\"a\"\"b\",\"é|\n\"\n\"é|\n\",\"a\"\"b\"\n"},
         {{.markdown = true}, "| a\"b | é\\|  |\n|---|---|\n| é\\|  | a\"b |\n"},
         {{.width = 6}, "a\"b   é|\n\né|\n   a\"b\n"},
-        {{.width = 3}, "a\" é|\né| a\"\n"},
+        {{.width = 4}, "a\"b é|\n\né|\n a\"b\n"},
+        {{.width = 3}, "a… é…\né… a…\n"}, // what is cut says so
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char *row = row_of(cases[i].table, "a\"b", "é|\n");

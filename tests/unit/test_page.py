@@ -125,12 +125,14 @@ class TestData(PageCase):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         cls.files = {name: os.path.join(folder.name, name + ".csv")
-                     for name in ("trip", "explore", "probe", "words", "losses")}
+                     for name in ("trip", "explore", "probe", "shower", "words", "losses")}
         for arguments in (
                 [LAB, MODEL, "trip", "-k", "2", "-K", "1", "-i", PROMPT, "-o", cls.files["trip"]],
-                [LAB, MODEL, "explore", "-k", "2", "-n", "8", "-i", PROMPT, "-o",
+                [LAB, MODEL, "explore", "-k", "7", "-n", "8", "-i", PROMPT, "-o",
                  cls.files["explore"]],
                 [LAB, MODEL, "probe", "-n", "12", "-A", "1.6", "-o", cls.files["probe"]],
+                [LAB, MODEL, "shower", "-k", "3", "-n", "30", "-H", ".8", "-o",
+                 cls.files["shower"]],
                 [STEP, MODEL, "-n", "12", "-t", cls.files["words"], "-a", cls.files["losses"]]):
             subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL, timeout=120)
@@ -160,25 +162,52 @@ class TestData(PageCase):
     def test_explore(self):
         data, rows = self.only("explore")
         seeds = data["seeds"]
-        self.assertEqual(seeds, [row["seed"] for row in rows[:2]])
+        self.assertEqual(seeds, [row["seed"] for row in rows[:7]])
         cells = [(method["name"], cell) for method in data["methods"] for cell in method["cells"]]
         cells.append(("sober", data["sober"]))
         self.assertEqual(len(cells) * len(seeds), len(rows))
         for i, (name, cell) in enumerate(cells):
-            for k, row in enumerate(rows[2 * i:2 * i + 2]):
-                self.assertEqual((name, seeds[k]), (row["method"], row["seed"]))
-                self.assertEqual(data["texts"][cell["texts"][k]], row["text"])
-                self.assertEqual([cell[key] for key in ("strength", "distinct", "prefix", "angle",
-                                                        "diversity", "likelihood")],
-                                 numbers([row], "strength", "distinct", "prefix", "angle",
-                                         "diversity", "log-probability")[0])
+            mine = rows[7 * i:7 * i + 7]
+            self.assertEqual(cell["ended"], [int(row["ended"]) for row in mine])
+            self.assertEqual([data["texts"][text] for text in cell["texts"]],
+                             [row["text"] for row in mine[:5]])
+            for seed, row in zip(seeds, mine):
+                self.assertEqual((name, seed), (row["method"], row["seed"]))
+                self.assertEqual([cell[key] for key in ("strength", "differ", "prefix", "angle",
+                                                        "diversity", "likelihood", "error")],
+                                 numbers([row], "strength", "differ", "prefix", "angle",
+                                         "diversity", "log-probability", "error")[0])
+        for method in data["methods"]:
+            gain, = {row["gain"] for row in rows if row["method"] == method["name"]}
+            self.assertEqual(method["gain"], None if gain == "nan" else float(gain))
+        self.assertEqual([method["name"] for method in data["methods"] if method["gain"] is None],
+                         ["temperature"])
 
     def test_probe(self):
         data, rows = self.only("probe")
-        self.assertEqual(data["tokens"], [row["token"] for row in rows])
-        self.assertEqual([list(x) for x in zip(data["position"], data["agreement"],
-                                               data["probability"])],
-                         numbers(rows, "position", "agreement", "probability"))
+        said = [(one["position"], one["token"], one["agreement"], one["probability"], *other)
+                for one in data for other in one["said"]]
+        self.assertEqual(said, [(int(row["position"]), row["token"], float(row["agreement"]),
+                                 float(row["probability"]), row["said"], float(row["share"]))
+                                for row in rows])
+        self.assertGreater(len(said), len(data))
+        self.assertEqual(len(data), 12)
+
+    def test_shower(self):
+        """All costs, and the text of one seed."""
+        data, rows = self.only("shower")
+        self.assertEqual([cell["every"] for cell in data["cells"]], [0, 30, 10, 3])
+        for i, cell in enumerate(data["cells"]):
+            mine = rows[3 * i:3 * i + 3]
+            self.assertEqual([[cost] for cost in cell["costs"]], numbers(mine, "cost"))
+            self.assertEqual([cell[key] for key in ("every", "mean", "error", "gain", "gainError",
+                                                    "better")],
+                             numbers(mine, "every", "mean", "error", "gain", "gain error",
+                                     "better")[0])
+            one, = (row for row in mine if row["typical"] == "1")
+            self.assertEqual((cell["text"], cell["seed"], cell["cost"]),
+                             (one["text"], one["seed"], float(one["cost"])))
+        self.assertEqual({float(row["sober"]) for row in rows}, {data["sober"]})
 
     def test_step(self):
         """Words and losses of the same step sizes are one section, in whatever order they come."""
@@ -187,9 +216,11 @@ class TestData(PageCase):
         self.assertEqual([(kind, data)], self.sections(losses, words))
         with open(words, newline="", encoding="utf-8") as stream:
             sizes, *rows = csv.reader(stream)
-        self.assertEqual(data["sizes"], [float(size) for size in sizes])
-        self.assertEqual(data["words"], [[row[i] for row in rows if row[i]]
-                                         for i in range(len(sizes))])
+        self.assertEqual(sizes[-3:], ["lesson", "its sequel", "other text"])
+        self.assertEqual(data["sizes"], [float(size) for size in sizes[:-3]])
+        self.assertEqual(data["words"] + data["sources"],
+                         [[row[i] for row in rows if row[i]] for i in range(len(sizes))])
+        self.assertEqual(" ".join(data["sources"][0]), "To be, or not to be, that is the question:")
         self.assertEqual([list(x) for x in zip(*data["losses"])],
                          numbers(rows_of(losses), "lesson", "first order", "its sequel",
                                  "other text"))
@@ -203,7 +234,8 @@ class TestData(PageCase):
         """The order of the sections is the page's. Nothing in it leads outside, and a browser is
         told to load nothing."""
         text, page = self.page(*reversed(list(self.files.values())))
-        self.assertEqual([kind for kind, _ in page.sections], ["trip", "explore", "probe", "step"])
+        self.assertEqual([kind for kind, _ in page.sections],
+                         ["trip", "probe", "explore", "shower", "step"])
         self.assertFalse(re.search(r"https?:|\bsrc=|@import|\bfetch\b|\bimport\b|url\((?!#)", text))
         self.assertIn("default-src 'none'", text)
         names = [value for name, value in page.attributes if name == "id"]
@@ -219,8 +251,10 @@ class TestData(PageCase):
 
 def explore_rows(texts):
     """A table of explore with these texts, of one method and of the sober model."""
-    header = "method strength seed distinct prefix angle diversity log-probability text".split()
-    return [header] + [[method, "0.5", str(seed), "2", "3", ".25", ".5", "-1.5", text]
+    header = ("method strength seed differ prefix angle diversity log-probability error gain ended "
+              "text").split()
+    return [header] + [[method, "0.5", str(seed), "2", "3", ".25", ".5", "-1.5", "nan", "-.5", "0",
+                        text]
                        for method in ("V", "sober") for seed, text in enumerate(texts)]
 
 
@@ -230,22 +264,30 @@ class TestTexts(PageCase):
         name = "<b onclick='x'>&amp;\"@NOTE@.csv"
         table = self.table(name, explore_rows(HOSTILE))
         note = "".join(HOSTILE)
-        text, page = self.page(table, "-n", note)
+        text, page = self.page(table, "-n", note, "-p", "explore=" + note)
         (_, data), = page.sections
-        self.assertEqual(json.loads(data)["texts"], HOSTILE)
+        self.assertEqual(json.loads(data)["texts"], HOSTILE[:5])     # of the first seeds
         self.assertNotRegex(data, r"[<>&]|[^\x20-\x7e]")
         self.assertEqual(len(re.findall("<script", text)), 2)       # of the section, of the page
         self.assertEqual(len(re.findall("</script", text, re.I)), 2)
+        rows = ["position token agreement probability said share".split()]
+        rows += [[str(i), text, ".5", ".5", text, ".5"] for i, text in enumerate(HOSTILE)]
+        (_, data), = self.sections(self.table("x.csv", rows))
+        self.assertEqual([one["token"] for one in data], HOSTILE)
+        self.assertEqual([one["said"] for one in data], [[[text, .5]] for text in HOSTILE])
         self.assertIn(name, page.texts)
-        self.assertIn(note, "".join(page.texts))
+        self.assertEqual("".join(page.texts).count(note), 2)
 
     def test_half_characters(self):
         """Bytes that are no text become the sign for that, each where it was."""
-        path = self.path("probe.csv", b"position,token,agreement,probability\n"
-                                      b'7,"a\xc3",1,0.5\n8,"\xff\x00b",0.25,1e-09\n')
+        path = self.path("probe.csv", b"position,token,agreement,probability,said,share\n"
+                                      b'7,"a\xc3",1,0.5,"a\xc3",1\n'
+                                      b'8,"\xff\x00b",0.25,1e-09,"\xc3",.75\n')
         (kind, data), = self.sections(path)
-        self.assertEqual((kind, data["tokens"]), ("probe", ["a\ufffd", "\ufffd\ufffdb"]))
-        self.assertEqual(data["probability"], [.5, 1e-9])
+        self.assertEqual((kind, [one["token"] for one in data]),
+                         ("probe", ["a\ufffd", "\ufffd\ufffdb"]))
+        self.assertEqual(data[1]["said"], [["\ufffd", .75]])
+        self.assertEqual([one["probability"] for one in data], [.5, 1e-9])
 
     def test_ruin(self):
         """A loss may be infinite, or missing."""
@@ -272,19 +314,20 @@ class TestErrors(PageCase):
         self.bad(self.path("missing.csv"), "cannot be read")
         self.bad(self.folder, "cannot be read")
         self.bad(self.path("empty.csv", b""), "no rows")
-        self.bad(self.path("head.csv", b"position,token,agreement,probability\n"), "no rows")
+        self.bad(self.path("head.csv", b"position,token,agreement,probability,said,share\n"), "no rows")
         self.bad(self.path("open.csv", b'a,b\n1,"2\n'), "not a CSV file")
         self.bad(self.path("model.csv", bytes(range(256)) * 9))
 
     def test_foreign_tables(self):
         for rows in ([["a", "b"], ["1", "2"]], [["kind", "place"], ["x", "1"]],
-                     [["position", "token"], ["0", "x"]]):
+                     [["position", "token"], ["0", "x"]], [["0", "0.001"], ["To", "To"]],
+                     [["lesson", "its sequel", "other text"], ["a", "b", "c"]]):
             self.bad(self.table("x.csv", rows), "tests/lab or train_step")
 
     def test_tables_from_a_spreadsheet(self):
         """With a mark in front and other ends of lines they are drawn as they were; semicolons are
         named."""
-        text = "position,token,agreement,probability\n0,a,1,.5\n1,b,1,.25\n"
+        text = "position,token,agreement,probability,said,share\n0,a,1,.5,a,1\n1,b,1,.25,b,1\n"
         marked = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
         self.assertEqual(self.sections(self.path("x.csv", marked)),
                          self.sections(self.path("x.csv", text.encode())))
@@ -294,13 +337,14 @@ class TestErrors(PageCase):
 
     def test_tables_that_are_not_whole(self):
         """A row that is cut off, one that is missing, and a cell without its number."""
-        cut = b"position,token,agreement,probability\n0,a,1,1\n1,b\n"
+        cut = b"position,token,agreement,probability,said,share\n0,a,1,1,a,1\n1,b\n"
         self.bad(self.path("x.csv", cut), "row 2")
         self.bad(self.table("x.csv", explore_rows("ab")[:-1]), "cannot be drawn")
         self.bad(self.table("x.csv", explore_rows("ab")[:3]), "cannot be drawn")
         for number in "", "x", "nan", "inf":
-            self.bad(self.table("x.csv", [["position", "token", "agreement", "probability"],
-                                          ["0", "a", number, "1"]]), "cannot be drawn")
+            self.bad(self.table("x.csv", [
+                "position token agreement probability said share".split(),
+                ["0", "a", number, "1", "b", "1"]]), "cannot be drawn")
         trip = ["site kind place theta level distance token sober drugged".split()]
         for kind in "window", "stack":
             for level in "0", "1":
@@ -319,6 +363,8 @@ class TestErrors(PageCase):
         self.assertRegex(done.stderr.decode(), r"\Apage: [^\n]*x.html cannot be written[^\n]*\n\Z")
         self.assertEqual(self.draw(table, "-o", table).returncode, 2)
         self.assertEqual(self.draw(table).returncode, 2)
+        for prompt in "explore", "nothing=x":
+            self.assertEqual(self.draw(table, "-o", self.path("x.html"), "-p", prompt).returncode, 2)
 
 
 if __name__ == "__main__":

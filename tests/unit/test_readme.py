@@ -50,5 +50,19 @@ class TestReadme(unittest.TestCase):
             self.holds(self.lesson, row.split(), "train_step")
 
 
+    def test_laboratory(self):
+        """Rows of the trip and the probe, as make prints them. What takes longer is compared after
+        `make page`, in page_in_browser.py."""
+        parts = re.findall(r"```\n((?:around|token  ) .*?)```", self.text, re.S)
+        self.assertEqual(len(parts), 2)
+        for experiment, part in zip(("trip", "probe"), parts):
+            done = subprocess.run(["make", "-n", experiment], cwd=ROOT, check=True,
+                                  capture_output=True, text=True)
+            command, = (line for line in done.stdout.splitlines() if line.startswith("tests/lab "))
+            words = printed(command)
+            for row in part.splitlines():
+                self.holds(words, row.split(), experiment)
+
+
 if __name__ == "__main__":
     unittest.main()

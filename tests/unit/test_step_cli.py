@@ -20,6 +20,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DRUGS, STEP = (os.path.join(os.path.dirname(HERE), name) for name in ("drugs", "train_step"))
 MODEL = os.path.join(HERE, "hamlet.bin")
 STEP_SIZES = ["0", "0.0001", "0.001", "0.002", "0.003", "0.005", "0.01", "0.1"]
+SOURCES = ["lesson", "its sequel", "other text"]    # in files, behind the step sizes
 
 Done = collections.namedtuple("Done", "status out err")
 
@@ -123,22 +124,36 @@ class TestExperiment(Case):
         for text in "be, or not to be, that is the question:", "slings and arrows":
             self.assertIn(text, out.split("The untouched model, with a prompt")[1])
 
+    def test_sizes_to_look_near(self):
+        """One digit of .69 / |g|²: for the default lesson .001, for others what promises as much."""
+        for lesson, more in (None, []), ("You need to be", ["-l", "You need to be"]):
+            out = self.good("-e", "0", "-n", "1", *more)
+            near = re.search(r"^Look for step sizes near (\S+): ", out, re.M).group(1)
+            self.assertEqual(near, "%.1g" % (.69 / float(norm(out)) ** 2))
+            self.assertEqual(near == "0.001", lesson is None, out)
+
     def test_tables_in_files(self):
         path, markdown = self.path("table.csv"), self.path("table.md")
         out = self.good("-n", "20", "-t", path)
         with open(path, newline="", encoding="utf-8") as stream:
             rows = list(csv.reader(stream))
-        self.assertEqual(rows[0], STEP_SIZES)
-        self.assertEqual({len(row) for row in rows}, {len(STEP_SIZES)})
+        self.assertEqual(rows[0], STEP_SIZES + SOURCES)
+        self.assertEqual({len(row) for row in rows}, {len(STEP_SIZES) + 3})
         shown = table(out)
-        self.assertEqual(len(rows), len(shown))
+        n_words = max(i for i, row in enumerate(rows) if any(row[:8])) + 1  # sources may be longer
+        self.assertEqual(n_words, len(shown))
         for row, cells in zip(rows, shown):                 # the terminal may cut long words
             for word, cell in zip(row, cells):
-                self.assertTrue(word.startswith(cell) and bool(cell) == bool(word), (word, cell))
+                whole = cell.endswith("…") and word.startswith(cell[:-1]) or word == cell
+                self.assertTrue(whole and bool(cell) == bool(word), (word, cell))
+        lesson, sequel, other = ([row[i] for row in rows[1:] if row[i]] for i in (8, 9, 10))
+        self.assertEqual(" ".join(lesson), "To be, or not to be, that is the question:")
+        self.assertEqual((sequel[:3], sequel[-1], other[:3]),
+                         (["Whether", "'tis", "nobler"], "come.", ["You", "need", "to"]))
         self.good("-n", "20", "-t", markdown)
         with open(markdown, encoding="utf-8") as stream:
             lines = stream.read().splitlines()
-        self.assertEqual(lines.pop(1).count("---"), len(STEP_SIZES))
+        self.assertEqual(lines.pop(1).count("---"), len(STEP_SIZES) + 3)
         self.assertEqual([[c.strip() for c in line[1:-1].split("|")] for line in lines], rows)
 
     def test_losses_in_a_file(self):
@@ -217,7 +232,9 @@ class TestExperiment(Case):
         one = ["-e", "0,1e-3", "-n", "3"]
         self.assertEqual(self.good(*one, "-l", "@" + lesson), self.good(*one, "-l", text))
         out = self.good(*one, "-l", "be", "-f", lesson, "-y", "")
-        self.assertNotIn("cure", out)
+        self.assertNotIn("untouched model, with", out)
+        self.assertNotIn("untouched model, with", self.good(*one, "-l", text))   # no lesson has another one's cure
+        self.assertIn("untouched model, with", self.good(*one, "-l", text, "-y", text))
         self.assertNotEqual(losses(out)["0"][3], losses(self.good(*one))["0"][3])
         for option in "-i", "-g", "-y":
             self.assertEqual(self.good(*one, option, "@" + lesson), self.good(*one, option, text))
@@ -285,7 +302,7 @@ class TestSteppedFile(Case):
             self.assertEqual(os.path.getsize(path), os.path.getsize(MODEL))
             self.assertNotEqual(self.digest(path), self.model)
             with open(words, newline="", encoding="utf-8") as stream:
-                column = [row[0] for row in csv.reader(stream)][1:]
+                column = [row[0] for row in csv.reader(stream) if row[0]][1:]
             text = run(path, "-i", "To be", "-n", "40", program=DRUGS).out
             self.assertEqual(text.split(), column)
         self.good("-e", "0", "-n", "1", "-o", path)
@@ -381,8 +398,10 @@ class TestSteppedFile(Case):
         path = self.path("table.csv", "old " * 1000)
         self.good("-e", "0", "-n", "3", "-t", path)
         with open(path, newline="", encoding="utf-8") as stream:
-            self.assertEqual(list(csv.reader(stream)), [["0"], ["To"], ["be"], ["a"],
-                                                        ["successful"], ["business"]])
+            rows = list(csv.reader(stream))
+        self.assertEqual([row[0] for row in rows if row[0]],
+                         ["0", "To", "be", "a", "successful", "business"])
+        self.assertEqual(rows[0][1:], SOURCES)
         self.assertEqual(os.listdir(self.folder), ["table.csv"])
 
 
