@@ -2838,13 +2838,12 @@ int main(int argc, char **argv) {
     else
         generate(&talk);
     flush_output(); // first the text, then the figures
+    double read = talk.n_prompt / fmax(talk.prompt_seconds, 1e-9); // tokens a second
+    double wrote = talk.n_new / fmax(talk.new_seconds, 1e-9);
     fprintf(stderr,
-            "read %d tokens at %.0f/s, wrote %d at %.0f/s until %s; seed %llu; %d cold shower%s\n",
-            talk.n_prompt, talk.n_prompt / fmax(talk.prompt_seconds, 1e-9),
-            talk.n_new, talk.n_new / fmax(talk.new_seconds, 1e-9),
-            talk.stopped_at,
-            (unsigned long long)noise.seed,
-            talk.n_showers, talk.n_showers == 1 ? "" : "s");
+            "read %d tokens at %.*f/s, wrote %d at %.*f/s until %s; seed %llu; %d cold shower%s\n",
+            talk.n_prompt, read < 10, read, talk.n_new, wrote < 10, wrote, talk.stopped_at,
+            (unsigned long long)noise.seed, talk.n_showers, talk.n_showers == 1 ? "" : "s");
     run_free(&talk.run);
     sequence_free(&model, &talk.sequence);
     free((float *)noise.theta); // which noise_of made

@@ -40,6 +40,8 @@ answer 'memcpy(s.tokens, lab->prompt'
 
 # cppcheck takes a register of floats for one float
 answer 'memcpy(half, sum'
+# a prompt has a token at least, and a question's last one asks for logits
+answer 'logits[argmax(logits, n)]'
 # the heap holds merges that have a pair, and nothing else
 answer 'pair->rank'
 answer 'pair->left'
