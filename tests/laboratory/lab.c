@@ -632,10 +632,10 @@ static void print_shades(const Map *map, const float *x, int place) {
             fputs(shades[min(shade, N_SHADES - 1)], stdout);
         if (map->width == 1)
             continue;
-        bool before = is_dosed(WINDOW, place, i - 1); // column i is what layer i - 1 left
-        bool after = i + 1 < map->n_columns && is_dosed(WINDOW, place, i);
-        bool inside = i > 0 && before;
-        putchar(inside == after ? ' ' : after ? '[' : ']');
+        bool dosed = i > 0 && is_dosed(WINDOW, place, i - 1); // column i is what layer i - 1 left
+        bool next = i + 1 < map->n_columns && is_dosed(WINDOW, place, i);
+        char bracket = next ? '[' : ']';
+        putchar(dosed == next ? ' ' : bracket);
     }
     fputs("│", stdout);
 }
@@ -918,20 +918,6 @@ static void probe_measure(Lab *lab, Noise noise, Probe *probe) {
         probe->agreement[i] /= n_twins;
 }
 
-// On a terminal: the text, the darker the less agreement. 236 to 255 are the grays of a
-// terminal, from dark to light: ESC [ 38;5;236 m switches to the first of them, ESC [ 0 m back
-// to the usual colour.
-static void print_shaded_text(const Model *m, const Probe *probe) {
-    if (!probe->n_tokens || !isatty(STDOUT_FILENO))
-        return;
-    for (int i = 0; i < probe->n_tokens; i++) {
-        const Span piece = string_at(m, probe->tokens[i]);
-        int gray = 236 + (int)(19 * probe->agreement[i]);
-        printf("\033[38;5;%dm%.*s", gray, (int)piece.length, piece.bytes);
-    }
-    puts("\033[0m\n");
-}
-
 // A token that some twins would have written, and how many of them.
 typedef struct {
     int token, n;
@@ -1035,7 +1021,6 @@ static void probe(const Model *m, const LabOptions *options) {
     probe.said = resize(NULL, (ptrdiff_t)probe.n_tokens * options->n_seeds, sizeof *probe.said);
     probe_measure(&lab, noise, &probe);
 
-    print_shaded_text(m, &probe);
     print_probe(m, &probe, options->n_seeds);
     if (options->out)
         probe_csv(output.to, m, &probe, options->n_seeds, lab.n_prompt);

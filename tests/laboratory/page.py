@@ -344,7 +344,7 @@ TITLES = {
 
 BODIES = {
     "trip": """\
-<p>One site, <b class="site"></b>, is dosed in a few layers; everything else is computed as
+<p>One site, <b class="site">H, Q, K, V or A</b>, is dosed in a few layers; everything else is computed as
 always. At every level the last token's hidden state is compared with that of a sober twin: 1
 − cosine is 0 where nothing has arrived, and about half the square of the angle. Level 0 is the
 embedding, level l + 1 is what leaves layer l.</p>
@@ -373,7 +373,7 @@ doubts.</p>
 
     "explore": """\
 <p>Each method makes texts different: a dose at one of the sites of the network, temperature, or
-plain noise on the logits. Every strength was tried with the same <span class="seeds"></span>.</p>
+plain noise on the logits. Every strength was tried with the same <span class="seeds">seeds</span>.</p>
 <div class="controls">
 <fieldset data-control="method"><legend>method</legend></fieldset>
 @seed@
@@ -662,7 +662,8 @@ svg .lit + text { fill: var(--panel); font-weight: 700; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line); }
 th { font-weight: 400; color: var(--soft); }
-th:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; }
+.ladder th:first-child, .stairs th:first-child { white-space: nowrap; }
 th label { display: inline-flex; gap: .4rem; align-items: center; cursor: pointer; }
 .chosen > th { color: var(--ink); font-weight: 700; }
 .stairs { width: 100%; table-layout: fixed; border-spacing: 0; }
@@ -694,6 +695,7 @@ th label { display: inline-flex; gap: .4rem; align-items: center; cursor: pointe
 .next td { white-space: nowrap; }
 .next td:last-child { width: 45%; text-align: left; }
 .doubts td:last-child, .doubts th:last-child { text-align: left; overflow-wrap: anywhere; }
+.doubts tbody th, .next tbody th { overflow-wrap: anywhere; }
 .next .winner { font-weight: 700; }
 .bar, .swatch { display: inline-block; height: .8rem; vertical-align: middle; }
 .swatch { width: 1.2rem; }
@@ -837,8 +839,16 @@ const withError = (x, error) => x.toFixed(2).replace("-", "−") +
     (error === null ? "" : " ± " + error.toFixed(2));
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
-// The line at the bottom of the window: what is read where the pointer or the keyboard is.
+// The line at the bottom of the window: what is read where the pointer or the keyboard is, as long as
+// it is there.
 const say = text => { document.querySelector(".status").textContent = text; };
+function readable(node, reading) {
+    for (const event of ["pointerenter", "focus", "click"])
+        node.addEventListener(event, () => say(reading()));
+    for (const event of ["pointerleave", "blur"])
+        node.addEventListener(event, () => say(""));
+    return node;
+}
 
 // A cell of a table that shows a number, and knows it whole.
 function numberCell(x, shown = short(x)) {
@@ -1046,10 +1056,8 @@ function mark(shape, x, y, size, kind) {
 
 // A wide, invisible disc around a mark, for pointers and fingers: it is read, and may be picked.
 function hit(x, y, reading, pick) {
-    const disc = svg("circle", {class: "hit", cx: x, cy: y, r: 11});
-    disc.append(svg("title", {}, reading));
-    for (const event of ["pointerenter", "click"])
-        disc.addEventListener(event, () => say(reading));
+    const disc = readable(svg("circle", {class: "hit", cx: x, cy: y, r: 11},
+                              svg("title", {}, reading)), () => reading);
     if (pick)
         disc.addEventListener("click", pick);
     return disc;
@@ -1137,12 +1145,11 @@ function trip(section, data) {
     const around = p => kind.value === WINDOW ? `around layer ${p}` : `in layers 0 to ${p}`;
 
     // The cells stay, so that the keyboard may stand on one; each draw gives them other shades.
-    const cells = heads.length && Array.from({length: data.layers}, (_, p) =>
+    const cells = Array.from({length: data.layers}, (_, p) =>
         Array.from({length: levels}, (_, level) => {
-            const cell = html("td", {class: "cell", tabindex: p || level ? -1 : 0}, html("span"));
-            for (const event of ["pointerenter", "focus"])
-                cell.addEventListener(event, () => say(`Dosed ${around(p)}, level ${level}: ` +
-                    cell.textContent));
+            const cell = readable(
+                html("td", {class: "cell", tabindex: p || level ? -1 : 0}, html("span")),
+                () => `Dosed ${around(p)}, level ${level}: ${cell.textContent}`);
             cell.addEventListener("keydown", event => {
                 const [down, right] = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1],
                                        ArrowRight: [0, 1]}[event.key] || [0, 0];
@@ -1304,8 +1311,8 @@ function probe(section, data) {
     const least = torn.reduce((a, b) => b.agreement < a.agreement ? b : a, torn[0]);
     find(".answer").textContent = !torn.length ? `All ${data.length} tokens: no twin says anything else.`
         : `All twins would have written ${data.length - torn.length} of ${data.length} tokens, too; ` +
-          `they waver most at ${tokenName(least.token)}, which ${whole(least.agreement)} would have ` +
-          "written.";
+          `they waver most at “${plain(least.token).trim()}”, which ${whole(least.agreement)} would ` +
+          "have written.";
     const body = heading(find(".doubts"), ["token", "position", "probability", "twins that agree",
                                            "the others said"]);
     for (const one of torn)

@@ -432,6 +432,36 @@ def check_alone(browser, folder):
     equal(shown, ["0.5", "0.5", "–", "2", "infinite", "−9", "–", "7"], "losses")
 
 
+def check_large(browser, folder):
+    """A model of 40 layers fits on a telephone. Of 30 step sizes those around the chosen one are shown,
+    and a slider leads through all."""
+    paths = [os.path.join(folder, name) for name in ("many.csv", "deep.csv")]
+    page = os.path.join(folder, "large.html")
+    with open(paths[0], "w", encoding="utf-8") as stream:
+        sizes = ["%g" % (i / 1000) for i in range(30)]
+        stream.write(",".join(sizes + ["lesson", "its sequel", "other text"]) + "\n")
+        stream.write(",".join(["a"] * 30 + ["a", "", "b"]) + "\n")
+    with open(paths[1], "w", encoding="utf-8") as stream:
+        stream.write("site,kind,place,theta,level,distance,token,sober,drugged\n")
+        for kind in "window", "stack":
+            for place in range(40):
+                name = "V,%s,%d,1" % (kind, place)
+                for level in range(41):
+                    stream.write("%s,%d,%g,,,\n" % (name, level, max(0, level - place)))
+                stream.write(name + ",,,x,.5,.25\n")
+    browser.media(360, 900, color_scheme="light")
+    draw(paths, page)
+    browser.open(page)
+    check_quiet(browser)
+    equal(browser.run("return document.querySelectorAll('.stairs tbody tr').length"), 40, "rows")
+    shown = """return [...document.querySelectorAll(".step .ladder tbody tr")].filter(
+        row => !row.hidden).map(row => row.firstChild.textContent);"""
+    equal(len(browser.run(shown)), 12, "rows that are shown")
+    browser.press(".step .rows", HOME)
+    equal(browser.run(shown), sizes[:12], "the first ones")
+    equal(browser.run("return document.querySelector('.step .chosen th').textContent"), "0", "chosen")
+
+
 def check_hostile(browser, folder):
     """Text that looks like markup, or cannot be seen, is shown as it is, and nothing of it runs."""
     words = ["</script><script>document.title = 'broken'</script>", "<img src=x onerror=alert(1)>",
@@ -477,6 +507,7 @@ def check(browser, folder):
         browser.open(PAGE)
         check_quiet(browser)
     check_alone(browser, folder)
+    check_large(browser, folder)
     check_hostile(browser, folder)
     print("page_in_browser: %d comparisons, all equal" % n_compared)
 
