@@ -1593,7 +1593,7 @@ static void explore_table(FILE *to, bool markdown, const Cell *cells, int n_seed
 
 // ---- the experiment
 
-// How many cells are written at once: as many as 1 GB of keys, values and states hold, but
+// How many of n_cells are written at once: as many as 1 GB of keys, values and states hold, but
 // one at least.
 // Says so on stderr.
 //
@@ -1601,15 +1601,15 @@ static void explore_table(FILE *to, bool markdown, const Cell *cells, int n_seed
 // and one state.
 // A model of 7B, with 32 layers and 4096 numbers of each, takes 1 MB a token: 64 new tokens are 67
 // MB for each text.
-static int cells_at_once(const Lab *lab) {
+static int cells_at_once(const Lab *lab, int n_cells) {
     const Config *c = lab->config;
     int n_seeds = lab->options->n_seeds;
     double cache = (double)(lab->n_prompt + lab->n_new) * 2 * c->n_layers * c->kv_dim;
     double states = (double)lab->n_new * c->dim;
     double bytes = (cache + states) * sizeof(float); // of one text
-    int fit = (int)fmin(N_CELLS, 1e9 / bytes / n_seeds);
+    int fit = (int)fmin(n_cells, 1e9 / bytes / n_seeds);
     int n = fit < 1 ? 1 : fit;
-    fprintf(stderr, "%d texts, %d side by side, %.0f MB for each batch\n", N_CELLS * n_seeds,
+    fprintf(stderr, "%d texts, %d side by side, %.0f MB for each batch\n", n_cells * n_seeds,
             n * n_seeds, bytes * n * n_seeds / 1e6);
     return n;
 }
@@ -1627,15 +1627,15 @@ static void sober_free(Sober *sober) {
     free(sober->tokens);
 }
 
-// Writes and measures all cells, as many at once as fit.
-// For texts see cells_init; sober is the text that is written without any method.
-static void explore_measure(Lab *lab, Cell *cells, Text *texts, const Sober *sober) {
-    int at_once = cells_at_once(lab);
-    cells_init(cells, lab, texts);
+// Writes and measures n cells that were set up, as many at once as fit. On a terminal stderr says how
+// far that is, under the name of the experiment.
+// sober is the text that is written without any method.
+static void measure_cells(Lab *lab, const char *name, Cell *cells, int n, const Sober *sober) {
+    int at_once = cells_at_once(lab, n);
     // each token is written, and then read
-    progress_begin("explore", 2.0 * N_CELLS * lab->options->n_seeds * lab->n_new);
-    for (int first = 0; first < N_CELLS; first += at_once)
-        run_cells(lab, &cells[first], min(at_once, N_CELLS - first), sober);
+    progress_begin(name, 2.0 * n * lab->options->n_seeds * lab->n_new);
+    for (int first = 0; first < n; first += at_once)
+        run_cells(lab, &cells[first], min(at_once, n - first), sober);
     progress_end();
 }
 
@@ -1647,7 +1647,8 @@ static void explore(const Model *m, const LabOptions *options) {
     lab_open(&lab, m, options, EXPLORE_ROWS);
     Sober sober = sober_of(&lab);
     Text *texts = resize(NULL, N_CELLS * options->n_seeds, sizeof *texts);
-    explore_measure(&lab, cells, texts, &sober);
+    cells_init(cells, &lab, texts);
+    measure_cells(&lab, "explore", cells, N_CELLS, &sober);
 
     puts("The sober text:\n");
     print_text(sober.written);
@@ -1834,9 +1835,7 @@ static void shower(const Model *m, const LabOptions *options) {
         cells[i].theta = resize(NULL, n_doses, sizeof(float));
         memcpy(cells[i].theta, noise.theta, n_doses * sizeof(float));
     }
-    progress_begin("shower", 2.0 * N_ALL * options->n_seeds * lab.n_new);
-    run_cells(&lab, cells, N_ALL, &sober);
-    progress_end();
+    measure_cells(&lab, "shower", cells, N_ALL, &sober);
 
     print_showers(cells, options->n_seeds, noise.seed, &cells[SOBER]);
     if (options->out)

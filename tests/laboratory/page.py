@@ -1260,12 +1260,14 @@ function common(a, b) {
                                          : Math.max(length[i + 1][j], length[i][j + 1]);
     const inB = b.map(() => false);
     for (let i = 0, j = 0; i < a.length && j < b.length;) {
-        if (a[i] === b[j])
-            inB[i++, j++] = true;
-        else if (length[i + 1][j] >= length[i][j + 1])
+        if (a[i] === b[j]) {
+            inB[j++] = true;
             i++;
-        else
+        } else if (length[i + 1][j] >= length[i][j + 1]) {
+            i++;
+        } else {
             j++;
+        }
     }
     return inB;
 }

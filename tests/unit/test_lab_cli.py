@@ -82,7 +82,7 @@ class TestModes(LabCase):
         for mode, more in MODES.items():
             done = self.good(mode, "-i", PROMPT, *more)
             self.assertNotRegex(done.out, b"[\x1b\r]", mode)
-            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if mode == "explore" else ""
+            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if mode in ("explore", "shower") else ""
             self.assertRegex(done.err, r"\A%s\Z" % pattern, mode)
             again, _ = self.lab(mode, out="x.csv")
             self.assertEqual(again, done.out.decode("utf-8", "surrogateescape"), mode)
