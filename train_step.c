@@ -1106,8 +1106,8 @@ static void print_lesson(const Step *step) {
     }
 }
 
-// How the gradient is spread over the model: its length by layer and by kind of tensor, a few on each
-// line.
+// How the gradient is spread over the model: its length by layer and by kind of tensor, a few
+// on each line.
 // Returns the square of the whole length.
 static double print_gradient(const Step *step) {
     static const char *const names[] = {

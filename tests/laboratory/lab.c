@@ -587,8 +587,8 @@ static double left_of(const float *x, int n) {
 
 // ---- what is shown
 
-// A line of a map is at most this wide, in characters, so that with what stands beside it it fits on
-// a terminal of 80 columns.
+// A line of a map is at most this wide, in characters, so that with what stands beside it it fits
+// on a terminal of 80 columns.
 enum { MAP_WIDTH = 44 };
 
 // How a map has its levels.
@@ -617,8 +617,8 @@ static Map map_of(int n_levels) {
 //     angle / largest       0    1/5     2/5     3/5     4/5
 //     shade from there on        ░       ▒       ▓       █
 //
-// Where columns have gaps, brackets in them enclose the levels that lie behind the dosed layers of a
-// window around `place`: level l + 1 behind layer l.
+// Where columns have gaps, brackets in them enclose the levels that lie behind the dosed layers of
+// a window around `place`: level l + 1 behind layer l.
 enum { N_SHADES = 5 };
 static void print_shades(const Map *map, const float *x, int place) {
     static const char *const shades[N_SHADES] = {" ", "░", "▒", "▓", "█"};
@@ -694,8 +694,8 @@ static void print_staircase(const Trip *trip, int shown) {
     double last = left_of(trip_levels(trip, WINDOW, n_layers - 1, shown), map.n_levels);
     const char *verdict = first < last * 3 / 4 ? "early glitches are corrected, late ones cannot be"
                                                : "here early glitches are not corrected";
-    printf("\nOf the first window's peak %.0f %% is left at the end, of the last one's %.0f %%:\n%s.\n",
-           first, last, verdict);
+    printf("\nOf the first window's peak %.0f %% is left at the end, of the last one's %.0f %%:\n"
+           "%s.\n", first, last, verdict);
 }
 
 // The window in the middle at every third dose: where it is felt most, and what is left in the end.
@@ -872,8 +872,8 @@ static void trip(const Model *m, const LabOptions *options) {
  * Two lines of a table, of 20 twins with a light dose at V, and what the others would have said:
  *
  *     token                 agreement  probability  others said
- *      business                  100%       0.5132                nearly a coin toss, and nobody doubts
- *      need                       85%       0.5881   must 15%     the same height, but it can be moved
+ *      business                  100%       0.5132               nearly a coin toss, undoubted
+ *      need                       85%       0.5881  must 15%     the same height, but it moves
  */
 
 // So many rows are computed at once: a block of the text that a twin reads.
@@ -1068,8 +1068,8 @@ static void probe(const Model *m, const LabOptions *options) {
  *
  * have 9 pairs, 7 of which are different: 7 / 9 = .78.
  * A text that ended early would look the more various for it, as it had no time to repeat itself.
- * So each text counts with as many pairs as the sober one has, at least: what it lacks is counted as
- * repeated.
+ * So each text counts with as many pairs as the sober one has, at least: what it lacks is counted
+ * as repeated.
  *
  * A method at one strength is a cell of the table that is shown. All cells together:
  *
@@ -1126,7 +1126,7 @@ typedef struct {
     // what came of it
     Text *texts;       // (n_seeds) the cell's share of an array of all texts
     float *states;     // (n_seeds, n_new, dim), see states_of; NULL when not needed
-    double *costs;     // (n_seeds) -log-probability a token of each text, nats, under the sober model
+    double *costs;     // (n_seeds) -log-probability a token under the sober model, nats
 
     // what the texts are like
     int differ;        // how many of them are not the sober text
@@ -1627,8 +1627,8 @@ static void sober_free(Sober *sober) {
     free(sober->tokens);
 }
 
-// Writes and measures n cells that were set up, as many at once as fit. On a terminal stderr says how
-// far that is, under the name of the experiment.
+// Writes and measures n cells that were set up, as many at once as fit. On a terminal stderr says
+// how far that is, under the name of the experiment.
 // sober is the text that is written without any method.
 static void measure_cells(Lab *lab, const char *name, Cell *cells, int n, const Sober *sober) {
     int at_once = cells_at_once(lab, n);
@@ -1689,8 +1689,8 @@ static void explore(const Model *m, const LabOptions *options) {
 enum { N_EVERY = 4 };
 static const int EVERY[N_EVERY] = {0, 30, 10, 3};
 
-// The mean of several numbers, and its standard error: the root of the sum of the squared deviations
-// divided by n (n - 1). The error of a single number is NAN.
+// The mean of several numbers, and its standard error: the root of the sum of the squared
+// deviations divided by n (n - 1). The error of a single number is NAN.
 typedef struct {
     double mean, error;
 } Mean;
@@ -1768,7 +1768,8 @@ static void print_showers(const Cell *cells, int n_seeds, uint64_t seed, const C
     for (int i = 0; i < N_EVERY; i += 2) {
         const Text *text = &cells[i].texts[typical];
         char *written = text_of(m, text->tokens, text->n_tokens);
-        printf("\n--- %s, %.2f nats a token\n", shower_name(EVERY[i], name), cells[i].costs[typical]);
+        printf("\n--- %s, %.2f nats a token\n", shower_name(EVERY[i], name),
+               cells[i].costs[typical]);
         print_text(written);
         free(written);
     }

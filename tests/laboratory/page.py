@@ -7,8 +7,8 @@ with.
     tests/lab model.bin probe -i "..." -V .5 -o probe.csv
     tests/lab model.bin shower -i "..." -H .8 -o shower.csv
     train_step model.bin -t words.csv -a losses.csv
-    python3 tests/laboratory/page.py trip.csv explore.csv probe.csv shower.csv words.csv losses.csv \
-        -o lab.html
+    python3 tests/laboratory/page.py trip.csv explore.csv probe.csv shower.csv words.csv \
+        losses.csv -o lab.html
 
 or `make page`, which does all of it. Any of these files will do, in any order and number: what a
 table is, its first line says. The page is one file that stands alone. It needs no network and no
@@ -105,15 +105,15 @@ TRIP = "site kind place theta level distance token sober drugged".split()
 EXPLORE = ("method strength seed differ prefix angle diversity log-probability error gain ended "
            "text").split()
 PROBE = "position token agreement probability said share".split()
-SHOWER = ["every", "seed", "cost", "mean", "error", "gain", "gain error", "better", "sober", "typical",
-          "ended", "text"]
+SHOWER = ["every", "seed", "cost", "mean", "error", "gain", "gain error", "better", "sober",
+          "typical", "ended", "text"]
 LOSSES = ["step size", "lesson", "first order", "its sequel", "other text"]
 SOURCES = ["lesson", "its sequel", "other text"]        # of words, behind the step sizes
 READ = 5                                # of so many seeds the texts of explore can be read
 
 
 def or_nothing(text):
-    """A number in a cell, or None where there is nothing to measure, which the programs call nan."""
+    """A number in a cell, or None where there is nothing to measure: nan for the programs."""
     value = number(text)
     return None if math.isnan(value) else finite(text)
 
@@ -155,8 +155,8 @@ def trip_of(header, rows):
 
 
 def explore_of(header, rows):
-    """The methods with their cells. Many texts are the same, so each is kept once, with a number; of
-    the first seeds only. All seeds count in the numbers.
+    """The methods with their cells. Many texts are the same, so each is kept once, with a number;
+    of the first seeds only. All seeds count in the numbers.
 
     A seed is a name, not an amount: it stays text.
     """
@@ -164,7 +164,8 @@ def explore_of(header, rows):
     methods = {}                        # name -> {strength: cell}
     gains = {}                          # name -> over temperature
     for row in rows:
-        name, strength, seed, differ, prefix, angle, diversity, log_p, error, gain, ended, text = row
+        (name, strength, seed, differ, prefix, angle, diversity, log_p, error, gain, ended,
+         text) = row
         cell = methods.setdefault(name, {}).setdefault(finite(strength), {
             "strength": finite(strength), "differ": finite(differ), "prefix": finite(prefix),
             "angle": finite(angle), "diversity": finite(diversity), "likelihood": finite(log_p),
@@ -235,7 +236,8 @@ def words_of(header, rows):
     words = [[row[i] for row in rows if row[i]] for i in range(len(header))]
     n = len(header) - len(SOURCES)
     check(n > 0 and header[n:] == SOURCES)
-    return {"sizes": [finite(size) for size in header[:n]], "words": words[:n], "sources": words[n:]}
+    return {"sizes": [finite(size) for size in header[:n]],
+            "words": words[:n], "sources": words[n:]}
 
 
 def recognise(path):
@@ -344,8 +346,9 @@ TITLES = {
 
 BODIES = {
     "trip": """\
-<p>One site, <b class="site">H, Q, K, V or A</b>, is dosed in a few layers; everything else is computed as
-always. At every level the last token's hidden state is compared with that of a sober twin: 1
+<p>One site, <b class="site">H, Q, K, V or A</b>, is dosed in a few layers; everything else is
+computed as always. At every level the last token's hidden state is compared with that of a sober
+twin: 1
 − cosine is 0 where nothing has arrived, and about half the square of the angle. Level 0 is the
 embedding, level l + 1 is what leaves layer l.</p>
 <div class="controls">@theta@
@@ -373,7 +376,8 @@ doubts.</p>
 
     "explore": """\
 <p>Each method makes texts different: a dose at one of the sites of the network, temperature, or
-plain noise on the logits. Every strength was tried with the same <span class="seeds">seeds</span>.</p>
+plain noise on the logits. Every strength was tried with the same <span
+class="seeds">seeds</span>.</p>
 <div class="controls">
 <fieldset data-control="method"><legend>method</legend></fieldset>
 @seed@
@@ -396,8 +400,8 @@ the same diversity.</figcaption><table class="gains"></table></figure>
 memory once more, soberly; what was written stays written. Cost is how surprised the sober model
 is by the text, in nats a token: the less, the better.</p>
 <div class="beside">
-<figure class="curve"><figcaption>Cost over how often a shower comes: each dot is a seed, the bars are
-the mean and its standard error.</figcaption></figure>
+<figure class="curve"><figcaption>Cost over how often a shower comes: each dot is a seed, the bars
+are the mean and its standard error.</figcaption></figure>
 <figure class="wide"><figcaption></figcaption><table class="ladder"></table></figure>
 </div>""",
 
@@ -406,11 +410,13 @@ the mean and its standard error.</figcaption></figure>
 surprised it is by a text, in nats a token; a nat is a factor of e = 2.7 in a probability.</p>
 <dl class="sources"></dl>
 <figure class="texts"><figcaption>After each step size. Words with their neighbours <b
-class="lesson">from the lesson</b>, <b class="sequel">from its sequel</b>, and all others.</figcaption>
+class="lesson">from the lesson</b>, <b class="sequel">from its sequel</b>, and all
+others.</figcaption>
 <table class="ladder"></table></figure>
-<figure class="losses"><figcaption>The lesson’s loss should fall while the others stay where they are.
-The first order is what the slope had promised; it leaves the picture where it promises less than
-nothing. A size of 0 has no place on this axis and stands before the break.</figcaption></figure>""",
+<figure class="losses"><figcaption>The lesson’s loss should fall while the others stay where they
+are. The first order is what the slope had promised; it leaves the picture where it promises less
+than nothing. A size of 0 has no place on this axis and stands before the
+break.</figcaption></figure>""",
 }
 
 SLIDERS = {"theta": "angle θ, radians", "seed": "seed of the texts"}
@@ -839,8 +845,8 @@ const withError = (x, error) => x.toFixed(2).replace("-", "−") +
     (error === null ? "" : " ± " + error.toFixed(2));
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
-// The line at the bottom of the window: what is read where the pointer or the keyboard is, as long as
-// it is there.
+// The line at the bottom of the window: what is read where the pointer or the keyboard is, as long
+// as it is there.
 const say = text => { document.querySelector(".status").textContent = text; };
 function readable(node, reading) {
     for (const event of ["pointerenter", "focus", "click"])
@@ -902,8 +908,8 @@ function choice(section, name, labels, first, changed, sample = () => "") {
 }
 
 // A table of n rows of which one is chosen, by the button in its first cell or by a click anywhere
-// in it. Where there are more than `most`, those around the chosen one are shown, and a slider above
-// the table moves through all.
+// in it. Where there are more than `most`, those around the chosen one are shown, and a slider
+// above the table moves through all.
 function rowsOf(table, heads, n, first, changed, most = 12) {
     const inputs = buttons(n, first, changed);
     const rows = inputs.map(input => html("tr", {}, html("th", {scope: "row"},
@@ -1065,7 +1071,8 @@ function hit(x, y, reading, pick) {
 
 // A mean with its error, from below to above.
 function errorBar(c, x, low, high, kind) {
-    return svg("path", {class: kind + " curve", d: `M${x - 4} ${c.Y(low)}h8m-4 0V${c.Y(high)}m-4 0h8`});
+    return svg("path", {class: kind + " curve",
+                        d: `M${x - 4} ${c.Y(low)}h8m-4 0V${c.Y(high)}m-4 0h8`});
 }
 
 // A short piece of line number i, for a legend.
@@ -1081,8 +1088,8 @@ const SITES = {H: "H, the input of attention", Q: "Q, the queries", K: "K, the k
                V: "V, the values that attention reads", A: "A, the output of attention"};
 const WINDOW = 0, STACK = 1;
 
-// The drawing of section 1 of drugs.c: the layers, and what happens in one of them. Lit are the site
-// that is dosed and the layers it is dosed in.
+// The drawing of section 1 of drugs.c: the layers, and what happens in one of them. Lit are the
+// site that is dosed and the layers it is dosed in.
 function drawModel(figure, layers, site, isDosed) {
     const box = (x, y, width, text) => [svg("rect", {class: "frame", x, y, width, height: 18}),
         svg("text", {x: x + width / 2, y: y + 13, "text-anchor": "middle"}, text)];
@@ -1185,8 +1192,8 @@ function trip(section, data) {
         drawNext(drugged(kind.value, p, t));
     }
 
-    // Shade is the square root of value / peak: as 1 - cosine is about angle² / 2, twice as strong is
-    // twice the angle. Exactly 0 has no shade. Column l + 1 is what left layer l.
+    // Shade is the square root of value / peak: as 1 - cosine is about angle² / 2, twice as strong
+    // is twice the angle. Exactly 0 has no shade. Column l + 1 is what left layer l.
     function drawRow(row, p, x) {
         const peak = Math.max(...x);
         row.forEach((cell, level) => {
@@ -1212,7 +1219,8 @@ function trip(section, data) {
         const points = distances(kind.value, p, t);
         const highest = Math.max(...distances(kind.value, p, thetas.length - 1), ...points, 1e-30);
         const x = {at: level => (level + .25) / (levels - .5), ticks: bands(levels, String).ticks};
-        const c = chart(figure, 280, x, downward(straight(0, highest * 1.05)), "level", "1 − cosine");
+        const y = downward(straight(0, highest * 1.05));
+        const c = chart(figure, 280, x, y, "level", "1 − cosine");
         figure.querySelector("figcaption").textContent =
             `The chosen row in numbers: dosed ${around(p)}, shaded, at θ = ${thetas[t]}.`;
         for (let layer = 0; layer < data.layers; layer++)
@@ -1272,8 +1280,8 @@ function common(a, b) {
     return inB;
 }
 
-// The cell of a text in a ladder, from the first word on that is not that of `base`; words that base
-// does not have, or not in this order, are marked. White space is kept and never compared.
+// The cell of a text in a ladder, from the first word on that is not that of `base`; words that
+// base does not have, or not in this order, are marked. White space is kept and never compared.
 function textCell(text, base, ended) {
     const wordsOf = one => one.match(/\S+/g) || [];
     const cell = html("td", {});
@@ -1305,16 +1313,18 @@ function textCell(text, base, ended) {
 
 function probe(section, data) {
     const find = name => section.querySelector(name);
-    const plain = token => visible(token.replace(/\\n/g, "\n"));    // as tests/lab spells a new line
+    // tests/lab spells a new line so
+    const plain = token => visible(token.replace(/\\n/g, "\n"));
     const torn = data.filter(one => one.agreement < 1);
     find(".tokens").append(...data.map(one => html("span", {
         style: `--doubt: ${1 - one.agreement}`, class: one.agreement < 1 ? "torn" : ""},
         plain(one.token))));
     const least = torn.reduce((a, b) => b.agreement < a.agreement ? b : a, torn[0]);
-    find(".answer").textContent = !torn.length ? `All ${data.length} tokens: no twin says anything else.`
-        : `All twins would have written ${data.length - torn.length} of ${data.length} tokens, too; ` +
-          `they waver most at “${plain(least.token).trim()}”, which ${whole(least.agreement)} would ` +
-          "have written.";
+    find(".answer").textContent = !torn.length
+        ? `All ${data.length} tokens: no twin says anything else.`
+        : `All twins would have written ${data.length - torn.length} of ${data.length} tokens, ` +
+          `too; they waver most at “${plain(least.token).trim()}”, which ` +
+          `${whole(least.agreement)} would have written.`;
     const body = heading(find(".doubts"), ["token", "position", "probability", "twins that agree",
                                            "the others said"]);
     for (const one of torn)
@@ -1355,8 +1365,8 @@ function explore(section, data) {
 
     // What a token costs in nats; a logarithm wants more than 0.
     const cost = cell => Math.max(1e-5, -cell.likelihood);
-    const reading = (one, cell) => `${one.name} ${cell.strength}: ${share(cell)} texts differ from ` +
-        `the sober one, diversity ${short(cell.diversity)}, ` +
+    const reading = (one, cell) => `${one.name} ${cell.strength}: ${share(cell)} texts differ ` +
+        `from the sober one, diversity ${short(cell.diversity)}, ` +
         `${withError(cell.likelihood, cell.error)} nats a token, ` +
         `turned by ${short(cell.angle)} radians, ${endings(cell)} ended early`;
 
@@ -1365,14 +1375,16 @@ function explore(section, data) {
         const sober = data.texts[data.sober.texts[i]];
         seed.say();
         find(".before").textContent = visible(sober);
-        one.cells.forEach((cell, j) => strength.fill(j, label(cell), numberCell(cell.differ, share(cell)),
+        one.cells.forEach((cell, j) => strength.fill(j, label(cell),
+            numberCell(cell.differ, share(cell)),
             textCell(data.texts[cell.texts[i]], sober, cell.ended[i])));
         strength.show();
         const cell = one.cells[strength.value];
-        find(".answer").textContent = `${one.name} ${cell.strength}: ${share(cell)} texts differ from ` +
-            "the sober one" + (one.gain === null ? "." : "; at the same diversity the sober model " +
-            `finds ${one.name}’s texts ${short(Math.abs(Number(one.gain.toFixed(2))))} nats a token ` +
-            `${one.gain < 0 ? "less likely" : "likelier"} than those of temperature.`);
+        const gain = one.gain === null ? "." : "; at the same diversity the sober model finds " +
+            `${one.name}’s texts ${short(Math.abs(Number(one.gain.toFixed(2))))} nats a token ` +
+            `${one.gain < 0 ? "less likely" : "likelier"} than those of temperature.`;
+        find(".answer").textContent =
+            `${one.name} ${cell.strength}: ${share(cell)} texts differ from the sober one` + gain;
         drawCurves(one, cell);
     }
 
@@ -1473,7 +1485,8 @@ function shower(section, data) {
 
 const LOSSES = ["lesson", "first order", "its sequel", "other text"];
 
-// Where each word comes from: number i if it stands, with two words beside it, in sources[i] just so;
+// Where each word comes from: number i if it stands, with two words beside it, in sources[i] just
+// so;
 // -1 if in none. Single words and pairs are everywhere.
 function origins(words, sources) {
     const runs = (list, n) => list.slice(n - 1).map((_, i) => list.slice(i, i + n).join(" "));
@@ -1497,7 +1510,8 @@ function step(section, data) {
     const total = i => [0, 2, 3].reduce((sum, j) => sum + (Number(data.losses[j][i]) || 0), 0);
     const best = data.losses ? data.sizes.reduce((a, _, i) => total(i) < total(a) ? i : a, 0)
                              : Math.floor((data.sizes.length - 1) / 2);
-    const size = rowsOf(find(".ladder"), ["step size", "text and losses"], data.sizes.length, best, draw);
+    const size = rowsOf(find(".ladder"), ["step size", "text and losses"], data.sizes.length,
+                        best, draw);
     if (data.words) {
         ["the lesson", "its sequel, not taught", "other text, not taught"].forEach((name, i) => {
             if (data.sources[i].length)
@@ -1512,7 +1526,8 @@ function step(section, data) {
     else
         find(".losses").append(html("div", {class: "lines"}, ...LOSSES.map((name, i) =>
             html("span", {}, sample(i, i === 0 ? "here" : ""), name))));
-    data.sizes.forEach((one, i) => size.fill(i, String(one), html("td", {}, ...wordsOf(i), lossesOf(i))));
+    data.sizes.forEach((one, i) => size.fill(i, String(one),
+                                             html("td", {}, ...wordsOf(i), lossesOf(i))));
 
     // The words of a column, those of the lesson and of its sequel marked.
     function wordsOf(i) {
@@ -1546,8 +1561,8 @@ function step(section, data) {
             drawLosses(i);
     }
 
-    // Both axes are logarithmic. A step of 0 has no logarithm: it stands before the break, and no line
-    // leads there.
+    // Both axes are logarithmic. A step of 0 has no logarithm: it stands before the break, and no
+    // line leads there.
     function drawLosses(chosen) {
         const steps = data.sizes.filter(x => x > 0);
         const low = Math.log10(Math.min(...steps, 1)), high = Math.log10(Math.max(...steps, 1e-9));
@@ -1565,7 +1580,8 @@ function step(section, data) {
         if (data.sizes.includes(0)) {       // the break, through both sides of the frame
             const at = c.box.left + .1 * c.wide;
             for (const side of [c.box.top, c.box.bottom])
-                c.node.append(svg("rect", {class: "paper", x: at - 3, y: side - 5, width: 6, height: 10}),
+                c.node.append(
+                    svg("rect", {class: "paper", x: at - 3, y: side - 5, width: 6, height: 10}),
                     svg("path", {class: "frame", d: `M${at - 6} ${side + 6}l6 -12m0 12l6 -12`}));
         }
         const order = data.sizes.map((_, i) => i).sort((a, b) => data.sizes[a] - data.sizes[b]);
@@ -1579,8 +1595,8 @@ function step(section, data) {
             for (const j of numeric) {
                 const at = [c.X(data.sizes[j]), c.Y(column[j])];
                 c.clip.append(mark(i, ...at, j === chosen ? 6 : 4, here + "mark"),
-                    hit(...at, `step size ${data.sizes[j]}, ${LOSSES[i]}: ${short(column[j])} nats a token`,
-                        () => { size.value = j; }));
+                    hit(...at, `step size ${data.sizes[j]}, ${LOSSES[i]}: ${short(column[j])} ` +
+                        "nats a token", () => { size.value = j; }));
             }
         });
     }

@@ -82,7 +82,8 @@ class TestModes(LabCase):
         for mode, more in MODES.items():
             done = self.good(mode, "-i", PROMPT, *more)
             self.assertNotRegex(done.out, b"[\x1b\r]", mode)
-            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if mode in ("explore", "shower") else ""
+            texts = mode in ("explore", "shower")
+            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if texts else ""
             self.assertRegex(done.err, r"\A%s\Z" % pattern, mode)
             again, _ = self.lab(mode, out="x.csv")
             self.assertEqual(again, done.out.decode("utf-8", "surrogateescape"), mode)
@@ -319,7 +320,8 @@ class TestErrors(LabCase):
         self.assertEqual((done.status, done.err), (0, ""))
         for word in *MODES, *("-" + letter for letter in "HQKVAdwsrinkxoh"):
             self.assertRegex(done.out.decode(), r"(?m)^  (.* )?%s\b" % word)
-        for asked in ["--help"], [MODEL, "--help"], [MODEL, "-h"], [MODEL, "trip", "-h"], [MODEL, "probe", "-k", "2", "-h"]:
+        for asked in (["--help"], [MODEL, "--help"], [MODEL, "-h"], [MODEL, "trip", "-h"],
+                      [MODEL, "probe", "-k", "2", "-h"]):
             self.assertEqual(run(*asked), done, asked)
         for none in [], [MODEL]:
             self.assertEqual(run(*none), Done(2, b"", done.out.decode()), none)
