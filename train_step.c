@@ -1106,7 +1106,8 @@ static void print_lesson(const Step *step) {
     }
 }
 
-// How the gradient is spread over the model: its length by layer and by kind of tensor.
+// How the gradient is spread over the model: its length by layer and by kind of tensor, a few
+// on each line.
 // Returns the square of the whole length.
 static double print_gradient(const Step *step) {
     static const char *const names[] = {
@@ -1114,6 +1115,7 @@ static double print_gradient(const Step *step) {
         "embedding", "final norm", "classifier",
     };
     _Static_assert(sizeof names / sizeof *names == N_TENSORS, "each tensor has a name");
+    static const char indent[] = "\n                             ";
     const Config *c = &step->model->config;
     const int n_kinds = N_TENSORS - c->shared_classifier; // WCLS, the last, may be TOK_EMB
     // Squares of lengths add up, over layers and over kinds. All sums here are squares.
@@ -1128,7 +1130,7 @@ static double print_gradient(const Step *step) {
             norm2 += one;
         }
         total += norm2;
-        printf(" %.3g", sqrt(norm2));
+        printf("%s %.3g", layer && layer % 8 == 0 ? indent : "", sqrt(norm2));
     }
     for (int which = TOK_EMB; which < n_kinds; which++) {
         kinds[which] = gradient_norm2(step, 0, which);
@@ -1136,13 +1138,14 @@ static double print_gradient(const Step *step) {
     }
     printf("\n                  by kind:   ");
     for (int which = 0; which < n_kinds; which++)
-        printf("%s %s %.3g", which ? "," : "", names[which], sqrt(kinds[which]));
+        printf("%s%s %s %.3g", which ? "," : "", which && which % 4 == 0 ? indent : "",
+               names[which], sqrt(kinds[which]));
     printf("\n                  in all:     %.4g\n", sqrt(total));
     // A step of size s promises to lower the loss by s |g|² (see print_after). With the default
     // lesson and model, where .001 is a good size, that is .69 nats.
     if (total > 0)
-        printf("\nLook for step sizes near %.1g: that promises .69 nats, size * |g|², as .001 does with "
-               "\nthe lesson and the model that are included.\n", .69 / total);
+        printf("\nLook near step size %.1g: it promises .69 nats, size * |g|², as .001 does\n"
+               "with the lesson and the model that are included.\n", .69 / total);
     return total;
 }
 

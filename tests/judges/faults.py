@@ -57,6 +57,8 @@ MODES = [
      ("out.csv",)),
     ("explore", [LAB, "m.bin", "explore", *PROMPT, "-n", "2", "-k", "1", "-o", "out.md"], "",
      ("out.md",)),
+    ("shower", [LAB, "m.bin", "shower", *PROMPT, "-n", "4", "-k", "1", "-H", ".8", "-o", "out.csv"], "",
+     ("out.csv",)),
     ("pretrain", ["pretrain", "out.bin"], "", ("out.bin",)),
     ("tokens", [TOKENS, "m.bin"], "To be\0or not\0", ()),
     ("logits", [LOGITS, "m.bin", "1", "300"], "", ()),

@@ -587,8 +587,8 @@ static double left_of(const float *x, int n) {
 
 // ---- what is shown
 
-// A line of a map is at most this wide, in characters, so that with what stands beside it it fits on
-// a terminal of 80 columns.
+// A line of a map is at most this wide, in characters, so that with what stands beside it it fits
+// on a terminal of 80 columns.
 enum { MAP_WIDTH = 44 };
 
 // How a map has its levels.
@@ -617,8 +617,8 @@ static Map map_of(int n_levels) {
 //     angle / largest       0    1/5     2/5     3/5     4/5
 //     shade from there on        ░       ▒       ▓       █
 //
-// Where columns have gaps, brackets in them enclose the levels that lie behind the dosed layers of a
-// window around `place`: level l + 1 behind layer l.
+// Where columns have gaps, brackets in them enclose the levels that lie behind the dosed layers of
+// a window around `place`: level l + 1 behind layer l.
 enum { N_SHADES = 5 };
 static void print_shades(const Map *map, const float *x, int place) {
     static const char *const shades[N_SHADES] = {" ", "░", "▒", "▓", "█"};
@@ -632,10 +632,10 @@ static void print_shades(const Map *map, const float *x, int place) {
             fputs(shades[min(shade, N_SHADES - 1)], stdout);
         if (map->width == 1)
             continue;
-        bool before = is_dosed(WINDOW, place, i - 1); // column i is what layer i - 1 left
-        bool after = i + 1 < map->n_columns && is_dosed(WINDOW, place, i);
-        bool inside = i > 0 && before;
-        putchar(inside == after ? ' ' : after ? '[' : ']');
+        bool dosed = i > 0 && is_dosed(WINDOW, place, i - 1); // column i is what layer i - 1 left
+        bool next = i + 1 < map->n_columns && is_dosed(WINDOW, place, i);
+        char bracket = next ? '[' : ']';
+        putchar(dosed == next ? ' ' : bracket);
     }
     fputs("│", stdout);
 }
@@ -694,8 +694,8 @@ static void print_staircase(const Trip *trip, int shown) {
     double last = left_of(trip_levels(trip, WINDOW, n_layers - 1, shown), map.n_levels);
     const char *verdict = first < last * 3 / 4 ? "early glitches are corrected, late ones cannot be"
                                                : "here early glitches are not corrected";
-    printf("\nOf the first window's peak %.0f %% is left at the end, of the last one's %.0f %%:\n%s.\n",
-           first, last, verdict);
+    printf("\nOf the first window's peak %.0f %% is left at the end, of the last one's %.0f %%:\n"
+           "%s.\n", first, last, verdict);
 }
 
 // The window in the middle at every third dose: where it is felt most, and what is left in the end.
@@ -869,8 +869,8 @@ static void trip(const Model *m, const LabOptions *options) {
  * Two lines of a table, of 20 twins with a light dose at V, and what the others would have said:
  *
  *     token                 agreement  probability  others said
- *      business                  100%       0.5132                nearly a coin toss, and nobody doubts
- *      need                       85%       0.5881   must 15%     the same height, but it can be moved
+ *      business                  100%       0.5132               nearly a coin toss, undoubted
+ *      need                       85%       0.5881  must 15%     the same height, but it moves
  */
 
 // So many rows are computed at once: a block of the text that a twin reads.
@@ -913,20 +913,6 @@ static void probe_measure(Lab *lab, Noise noise, Probe *probe) {
     progress_end();
     for (int i = 0; i < probe->n_tokens; i++)
         probe->agreement[i] /= n_twins;
-}
-
-// On a terminal: the text, the darker the less agreement. 236 to 255 are the grays of a
-// terminal, from dark to light: ESC [ 38;5;236 m switches to the first of them, ESC [ 0 m back
-// to the usual colour.
-static void print_shaded_text(const Model *m, const Probe *probe) {
-    if (!probe->n_tokens || !isatty(STDOUT_FILENO))
-        return;
-    for (int i = 0; i < probe->n_tokens; i++) {
-        const Span piece = string_at(m, probe->tokens[i]);
-        int gray = 236 + (int)(19 * probe->agreement[i]);
-        printf("\033[38;5;%dm%.*s", gray, (int)piece.length, piece.bytes);
-    }
-    puts("\033[0m\n");
 }
 
 // A token that some twins would have written, and how many of them.
@@ -1032,7 +1018,6 @@ static void probe(const Model *m, const LabOptions *options) {
     probe.said = resize(NULL, (ptrdiff_t)probe.n_tokens * options->n_seeds, sizeof *probe.said);
     probe_measure(&lab, noise, &probe);
 
-    print_shaded_text(m, &probe);
     print_probe(m, &probe, options->n_seeds);
     if (options->out)
         probe_csv(output.to, m, &probe, options->n_seeds, lab.n_prompt);
@@ -1080,8 +1065,8 @@ static void probe(const Model *m, const LabOptions *options) {
  *
  * have 9 pairs, 7 of which are different: 7 / 9 = .78.
  * A text that ended early would look the more various for it, as it had no time to repeat itself.
- * So each text counts with as many pairs as the sober one has, at least: what it lacks is counted as
- * repeated.
+ * So each text counts with as many pairs as the sober one has, at least: what it lacks is counted
+ * as repeated.
  *
  * A method at one strength is a cell of the table that is shown. All cells together:
  *
@@ -1138,7 +1123,7 @@ typedef struct {
     // what came of it
     Text *texts;       // (n_seeds) the cell's share of an array of all texts
     float *states;     // (n_seeds, n_new, dim), see states_of; NULL when not needed
-    double *costs;     // (n_seeds) -log-probability a token of each text, nats, under the sober model
+    double *costs;     // (n_seeds) -log-probability a token under the sober model, nats
 
     // what the texts are like
     int differ;        // how many of them are not the sober text
@@ -1605,7 +1590,7 @@ static void explore_table(FILE *to, bool markdown, const Cell *cells, int n_seed
 
 // ---- the experiment
 
-// How many cells are written at once: as many as 1 GB of keys, values and states hold, but
+// How many of n_cells are written at once: as many as 1 GB of keys, values and states hold, but
 // one at least.
 // Says so on stderr.
 //
@@ -1613,15 +1598,15 @@ static void explore_table(FILE *to, bool markdown, const Cell *cells, int n_seed
 // and one state.
 // A model of 7B, with 32 layers and 4096 numbers of each, takes 1 MB a token: 64 new tokens are 67
 // MB for each text.
-static int cells_at_once(const Lab *lab) {
+static int cells_at_once(const Lab *lab, int n_cells) {
     const Config *c = lab->config;
     int n_seeds = lab->options->n_seeds;
     double cache = (double)(lab->n_prompt + lab->n_new) * 2 * c->n_layers * c->kv_dim;
     double states = (double)lab->n_new * c->dim;
     double bytes = (cache + states) * sizeof(float); // of one text
-    int fit = (int)fmin(N_CELLS, 1e9 / bytes / n_seeds);
+    int fit = (int)fmin(n_cells, 1e9 / bytes / n_seeds);
     int n = fit < 1 ? 1 : fit;
-    fprintf(stderr, "%d texts, %d side by side, %.0f MB for each batch\n", N_CELLS * n_seeds,
+    fprintf(stderr, "%d texts, %d side by side, %.0f MB for each batch\n", n_cells * n_seeds,
             n * n_seeds, bytes * n * n_seeds / 1e6);
     return n;
 }
@@ -1639,15 +1624,15 @@ static void sober_free(Sober *sober) {
     free(sober->tokens);
 }
 
-// Writes and measures all cells, as many at once as fit.
-// For texts see cells_init; sober is the text that is written without any method.
-static void explore_measure(Lab *lab, Cell *cells, Text *texts, const Sober *sober) {
-    int at_once = cells_at_once(lab);
-    cells_init(cells, lab, texts);
+// Writes and measures n cells that were set up, as many at once as fit. On a terminal stderr says
+// how far that is, under the name of the experiment.
+// sober is the text that is written without any method.
+static void measure_cells(Lab *lab, const char *name, Cell *cells, int n, const Sober *sober) {
+    int at_once = cells_at_once(lab, n);
     // each token is written, and then read
-    progress_begin("explore", 2.0 * N_CELLS * lab->options->n_seeds * lab->n_new);
-    for (int first = 0; first < N_CELLS; first += at_once)
-        run_cells(lab, &cells[first], min(at_once, N_CELLS - first), sober);
+    progress_begin(name, 2.0 * n * lab->options->n_seeds * lab->n_new);
+    for (int first = 0; first < n; first += at_once)
+        run_cells(lab, &cells[first], min(at_once, n - first), sober);
     progress_end();
 }
 
@@ -1659,7 +1644,8 @@ static void explore(const Model *m, const LabOptions *options) {
     lab_open(&lab, m, options, EXPLORE_ROWS);
     Sober sober = sober_of(&lab);
     Text *texts = resize(NULL, N_CELLS * options->n_seeds, sizeof *texts);
-    explore_measure(&lab, cells, texts, &sober);
+    cells_init(cells, &lab, texts);
+    measure_cells(&lab, "explore", cells, N_CELLS, &sober);
 
     puts("The sober text:\n");
     print_text(sober.written);
@@ -1700,8 +1686,8 @@ static void explore(const Model *m, const LabOptions *options) {
 enum { N_EVERY = 4 };
 static const int EVERY[N_EVERY] = {0, 30, 10, 3};
 
-// The mean of several numbers, and its standard error: the root of the sum of the squared deviations
-// divided by n (n - 1). The error of a single number is NAN.
+// The mean of several numbers, and its standard error: the root of the sum of the squared
+// deviations divided by n (n - 1). The error of a single number is NAN.
 typedef struct {
     double mean, error;
 } Mean;
@@ -1779,7 +1765,8 @@ static void print_showers(const Cell *cells, int n_seeds, uint64_t seed, const C
     for (int i = 0; i < N_EVERY; i += 2) {
         const Text *text = &cells[i].texts[typical];
         char *written = text_of(m, text->tokens, text->n_tokens);
-        printf("\n--- %s, %.2f nats a token\n", shower_name(EVERY[i], name), cells[i].costs[typical]);
+        printf("\n--- %s, %.2f nats a token\n", shower_name(EVERY[i], name),
+               cells[i].costs[typical]);
         print_text(written);
         free(written);
     }
@@ -1846,9 +1833,7 @@ static void shower(const Model *m, const LabOptions *options) {
         cells[i].theta = resize(NULL, n_doses, sizeof(float));
         memcpy(cells[i].theta, noise.theta, n_doses * sizeof(float));
     }
-    progress_begin("shower", 2.0 * N_ALL * options->n_seeds * lab.n_new);
-    run_cells(&lab, cells, N_ALL, &sober);
-    progress_end();
+    measure_cells(&lab, "shower", cells, N_ALL, &sober);
 
     print_showers(cells, options->n_seeds, noise.seed, &cells[SOBER]);
     if (options->out)

@@ -7,8 +7,8 @@ with.
     tests/lab model.bin probe -i "..." -V .5 -o probe.csv
     tests/lab model.bin shower -i "..." -H .8 -o shower.csv
     train_step model.bin -t words.csv -a losses.csv
-    python3 tests/laboratory/page.py trip.csv explore.csv probe.csv shower.csv words.csv losses.csv \
-        -o lab.html
+    python3 tests/laboratory/page.py trip.csv explore.csv probe.csv shower.csv words.csv \
+        losses.csv -o lab.html
 
 or `make page`, which does all of it. Any of these files will do, in any order and number: what a
 table is, its first line says. The page is one file that stands alone. It needs no network and no
@@ -108,15 +108,15 @@ TRIP = "site kind place theta level distance token sober drugged".split()
 EXPLORE = ("method strength seed differ prefix angle diversity log-probability error gain ended "
            "text").split()
 PROBE = "position token agreement probability said share".split()
-SHOWER = ["every", "seed", "cost", "mean", "error", "gain", "gain error", "better", "sober", "typical",
-          "ended", "text"]
+SHOWER = ["every", "seed", "cost", "mean", "error", "gain", "gain error", "better", "sober",
+          "typical", "ended", "text"]
 LOSSES = ["step size", "lesson", "first order", "its sequel", "other text"]
 SOURCES = ["lesson", "its sequel", "other text"]        # of words, behind the step sizes
 READ = 5                                # of so many seeds the texts of explore can be read
 
 
 def or_nothing(text):
-    """A number in a cell, or None where there is nothing to measure, which the programs call nan."""
+    """A number in a cell, or None where there is nothing to measure: nan for the programs."""
     value = number(text)
     return None if math.isnan(value) else finite(text)
 
@@ -158,8 +158,8 @@ def trip_of(header, rows):
 
 
 def explore_of(header, rows):
-    """The methods with their cells. Many texts are the same, so each is kept once, with a number; of
-    the first seeds only. All seeds count in the numbers.
+    """The methods with their cells. Many texts are the same, so each is kept once, with a number;
+    of the first seeds only. All seeds count in the numbers.
 
     A seed is a name, not an amount: it stays text.
     """
@@ -167,7 +167,8 @@ def explore_of(header, rows):
     methods = {}                        # name -> {strength: cell}
     gains = {}                          # name -> over temperature
     for row in rows:
-        name, strength, seed, differ, prefix, angle, diversity, log_p, error, gain, ended, text = row
+        (name, strength, seed, differ, prefix, angle, diversity, log_p, error, gain, ended,
+         text) = row
         cell = methods.setdefault(name, {}).setdefault(finite(strength), {
             "strength": finite(strength), "differ": finite(differ), "prefix": finite(prefix),
             "angle": finite(angle), "diversity": finite(diversity), "likelihood": finite(log_p),
@@ -238,7 +239,8 @@ def words_of(header, rows):
     words = [[row[i] for row in rows if row[i]] for i in range(len(header))]
     n = len(header) - len(SOURCES)
     check(n > 0 and header[n:] == SOURCES)
-    return {"sizes": [finite(size) for size in header[:n]], "words": words[:n], "sources": words[n:]}
+    return {"sizes": [finite(size) for size in header[:n]],
+            "words": words[:n], "sources": words[n:]}
 
 
 def recognise(path):
@@ -347,8 +349,9 @@ TITLES = {
 
 BODIES = {
     "trip": """\
-<p>One site, <b class="site"></b>, is dosed in a few layers; everything else is computed as
-always. At every level the last token's hidden state is compared with that of a sober twin: 1
+<p>One site, <b class="site">H, Q, K, V or A</b>, is dosed in a few layers; everything else is
+computed as always. At every level the last token's hidden state is compared with that of a sober
+twin: 1
 − cosine is 0 where nothing has arrived, and about half the square of the angle. Level 0 is the
 embedding, level l + 1 is what leaves layer l.</p>
 <div class="controls">@theta@
@@ -376,7 +379,8 @@ doubts.</p>
 
     "explore": """\
 <p>Each method makes texts different: a dose at one of the sites of the network, temperature, or
-plain noise on the logits. Every strength was tried with the same <span class="seeds"></span>.</p>
+plain noise on the logits. Every strength was tried with the same <span
+class="seeds">seeds</span>.</p>
 <div class="controls">
 <fieldset data-control="method"><legend>method</legend></fieldset>
 @seed@
@@ -399,8 +403,8 @@ the same diversity.</figcaption><table class="gains"></table></figure>
 memory once more, soberly; what was written stays written. Cost is how surprised the sober model
 is by the text, in nats a token: the less, the better.</p>
 <div class="beside">
-<figure class="curve"><figcaption>Cost over how often a shower comes: each dot is a seed, the bars are
-the mean and its standard error.</figcaption></figure>
+<figure class="curve"><figcaption>Cost over how often a shower comes: each dot is a seed, the bars
+are the mean and its standard error.</figcaption></figure>
 <figure class="wide"><figcaption></figcaption><table class="ladder"></table></figure>
 </div>""",
 
@@ -409,11 +413,13 @@ the mean and its standard error.</figcaption></figure>
 surprised it is by a text, in nats a token; a nat is a factor of e = 2.7 in a probability.</p>
 <dl class="sources"></dl>
 <figure class="texts"><figcaption>After each step size. Words with their neighbours <b
-class="lesson">from the lesson</b>, <b class="sequel">from its sequel</b>, and all others.</figcaption>
+class="lesson">from the lesson</b>, <b class="sequel">from its sequel</b>, and all
+others.</figcaption>
 <table class="ladder"></table></figure>
-<figure class="losses"><figcaption>The lesson’s loss should fall while the others stay where they are.
-The first order is what the slope had promised; it leaves the picture where it promises less than
-nothing. A size of 0 has no place on this axis and stands before the break.</figcaption></figure>""",
+<figure class="losses"><figcaption>The lesson’s loss should fall while the others stay where they
+are. The first order is what the slope had promised; it leaves the picture where it promises less
+than nothing. A size of 0 has no place on this axis and stands before the
+break.</figcaption></figure>""",
 }
 
 SLIDERS = {"theta": "angle θ, radians", "seed": "seed of the texts"}
@@ -665,7 +671,8 @@ svg .lit + text { fill: var(--panel); font-weight: 700; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line); }
 th { font-weight: 400; color: var(--soft); }
-th:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; }
+.ladder th:first-child, .stairs th:first-child { white-space: nowrap; }
 th label { display: inline-flex; gap: .4rem; align-items: center; cursor: pointer; }
 .chosen > th { color: var(--ink); font-weight: 700; }
 .stairs { width: 100%; table-layout: fixed; border-spacing: 0; }
@@ -697,6 +704,7 @@ th label { display: inline-flex; gap: .4rem; align-items: center; cursor: pointe
 .next td { white-space: nowrap; }
 .next td:last-child { width: 45%; text-align: left; }
 .doubts td:last-child, .doubts th:last-child { text-align: left; overflow-wrap: anywhere; }
+.doubts tbody th, .next tbody th { overflow-wrap: anywhere; }
 .next .winner { font-weight: 700; }
 .bar, .swatch { display: inline-block; height: .8rem; vertical-align: middle; }
 .swatch { width: 1.2rem; }
@@ -840,8 +848,16 @@ const withError = (x, error) => x.toFixed(2).replace("-", "−") +
     (error === null ? "" : " ± " + error.toFixed(2));
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
-// The line at the bottom of the window: what is read where the pointer or the keyboard is.
+// The line at the bottom of the window: what is read where the pointer or the keyboard is, as long
+// as it is there.
 const say = text => { document.querySelector(".status").textContent = text; };
+function readable(node, reading) {
+    for (const event of ["pointerenter", "focus", "click"])
+        node.addEventListener(event, () => say(reading()));
+    for (const event of ["pointerleave", "blur"])
+        node.addEventListener(event, () => say(""));
+    return node;
+}
 
 // A cell of a table that shows a number, and knows it whole.
 function numberCell(x, shown = short(x)) {
@@ -895,8 +911,8 @@ function choice(section, name, labels, first, changed, sample = () => "") {
 }
 
 // A table of n rows of which one is chosen, by the button in its first cell or by a click anywhere
-// in it. Where there are more than `most`, those around the chosen one are shown, and a slider above
-// the table moves through all.
+// in it. Where there are more than `most`, those around the chosen one are shown, and a slider
+// above the table moves through all.
 function rowsOf(table, heads, n, first, changed, most = 12) {
     const inputs = buttons(n, first, changed);
     const rows = inputs.map(input => html("tr", {}, html("th", {scope: "row"},
@@ -1049,10 +1065,8 @@ function mark(shape, x, y, size, kind) {
 
 // A wide, invisible disc around a mark, for pointers and fingers: it is read, and may be picked.
 function hit(x, y, reading, pick) {
-    const disc = svg("circle", {class: "hit", cx: x, cy: y, r: 11});
-    disc.append(svg("title", {}, reading));
-    for (const event of ["pointerenter", "click"])
-        disc.addEventListener(event, () => say(reading));
+    const disc = readable(svg("circle", {class: "hit", cx: x, cy: y, r: 11},
+                              svg("title", {}, reading)), () => reading);
     if (pick)
         disc.addEventListener("click", pick);
     return disc;
@@ -1060,7 +1074,8 @@ function hit(x, y, reading, pick) {
 
 // A mean with its error, from below to above.
 function errorBar(c, x, low, high, kind) {
-    return svg("path", {class: kind + " curve", d: `M${x - 4} ${c.Y(low)}h8m-4 0V${c.Y(high)}m-4 0h8`});
+    return svg("path", {class: kind + " curve",
+                        d: `M${x - 4} ${c.Y(low)}h8m-4 0V${c.Y(high)}m-4 0h8`});
 }
 
 // A short piece of line number i, for a legend.
@@ -1076,8 +1091,8 @@ const SITES = {H: "H, the input of attention", Q: "Q, the queries", K: "K, the k
                V: "V, the values that attention reads", A: "A, the output of attention"};
 const WINDOW = 0, STACK = 1;
 
-// The drawing of section 1 of drugs.c: the layers, and what happens in one of them. Lit are the site
-// that is dosed and the layers it is dosed in.
+// The drawing of section 1 of drugs.c: the layers, and what happens in one of them. Lit are the
+// site that is dosed and the layers it is dosed in.
 function drawModel(figure, layers, site, isDosed) {
     const box = (x, y, width, text) => [svg("rect", {class: "frame", x, y, width, height: 18}),
         svg("text", {x: x + width / 2, y: y + 13, "text-anchor": "middle"}, text)];
@@ -1140,12 +1155,11 @@ function trip(section, data) {
     const around = p => kind.value === WINDOW ? `around layer ${p}` : `in layers 0 to ${p}`;
 
     // The cells stay, so that the keyboard may stand on one; each draw gives them other shades.
-    const cells = heads.length && Array.from({length: data.layers}, (_, p) =>
+    const cells = Array.from({length: data.layers}, (_, p) =>
         Array.from({length: levels}, (_, level) => {
-            const cell = html("td", {class: "cell", tabindex: p || level ? -1 : 0}, html("span"));
-            for (const event of ["pointerenter", "focus"])
-                cell.addEventListener(event, () => say(`Dosed ${around(p)}, level ${level}: ` +
-                    cell.textContent));
+            const cell = readable(
+                html("td", {class: "cell", tabindex: p || level ? -1 : 0}, html("span")),
+                () => `Dosed ${around(p)}, level ${level}: ${cell.textContent}`);
             cell.addEventListener("keydown", event => {
                 const [down, right] = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1],
                                        ArrowRight: [0, 1]}[event.key] || [0, 0];
@@ -1181,8 +1195,8 @@ function trip(section, data) {
         drawNext(drugged(kind.value, p, t));
     }
 
-    // Shade is the square root of value / peak: as 1 - cosine is about angle² / 2, twice as strong is
-    // twice the angle. Exactly 0 has no shade. Column l + 1 is what left layer l.
+    // Shade is the square root of value / peak: as 1 - cosine is about angle² / 2, twice as strong
+    // is twice the angle. Exactly 0 has no shade. Column l + 1 is what left layer l.
     function drawRow(row, p, x) {
         const peak = Math.max(...x);
         row.forEach((cell, level) => {
@@ -1208,7 +1222,8 @@ function trip(section, data) {
         const points = distances(kind.value, p, t);
         const highest = Math.max(...distances(kind.value, p, thetas.length - 1), ...points, 1e-30);
         const x = {at: level => (level + .25) / (levels - .5), ticks: bands(levels, String).ticks};
-        const c = chart(figure, 280, x, downward(straight(0, highest * 1.05)), "level", "1 − cosine");
+        const y = downward(straight(0, highest * 1.05));
+        const c = chart(figure, 280, x, y, "level", "1 − cosine");
         figure.querySelector("figcaption").textContent =
             `The chosen row in numbers: dosed ${around(p)}, shaded, at θ = ${thetas[t]}.`;
         for (let layer = 0; layer < data.layers; layer++)
@@ -1256,18 +1271,20 @@ function common(a, b) {
                                          : Math.max(length[i + 1][j], length[i][j + 1]);
     const inB = b.map(() => false);
     for (let i = 0, j = 0; i < a.length && j < b.length;) {
-        if (a[i] === b[j])
-            inB[i++, j++] = true;
-        else if (length[i + 1][j] >= length[i][j + 1])
+        if (a[i] === b[j]) {
+            inB[j++] = true;
             i++;
-        else
+        } else if (length[i + 1][j] >= length[i][j + 1]) {
+            i++;
+        } else {
             j++;
+        }
     }
     return inB;
 }
 
-// The cell of a text in a ladder, from the first word on that is not that of `base`; words that base
-// does not have, or not in this order, are marked. White space is kept and never compared.
+// The cell of a text in a ladder, from the first word on that is not that of `base`; words that
+// base does not have, or not in this order, are marked. White space is kept and never compared.
 function textCell(text, base, ended) {
     const wordsOf = one => one.match(/\S+/g) || [];
     const cell = html("td", {});
@@ -1299,16 +1316,18 @@ function textCell(text, base, ended) {
 
 function probe(section, data) {
     const find = name => section.querySelector(name);
-    const plain = token => visible(token.replace(/\\n/g, "\n"));    // as tests/lab spells a new line
+    // tests/lab spells a new line so
+    const plain = token => visible(token.replace(/\\n/g, "\n"));
     const torn = data.filter(one => one.agreement < 1);
     find(".tokens").append(...data.map(one => html("span", {
         style: `--doubt: ${1 - one.agreement}`, class: one.agreement < 1 ? "torn" : ""},
         plain(one.token))));
     const least = torn.reduce((a, b) => b.agreement < a.agreement ? b : a, torn[0]);
-    find(".answer").textContent = !torn.length ? `All ${data.length} tokens: no twin says anything else.`
-        : `All twins would have written ${data.length - torn.length} of ${data.length} tokens, too; ` +
-          `they waver most at ${tokenName(least.token)}, which ${whole(least.agreement)} would have ` +
-          "written.";
+    find(".answer").textContent = !torn.length
+        ? `All ${data.length} tokens: no twin says anything else.`
+        : `All twins would have written ${data.length - torn.length} of ${data.length} tokens, ` +
+          `too; they waver most at “${plain(least.token).trim()}”, which ` +
+          `${whole(least.agreement)} would have written.`;
     const body = heading(find(".doubts"), ["token", "position", "probability", "twins that agree",
                                            "the others said"]);
     for (const one of torn)
@@ -1349,8 +1368,8 @@ function explore(section, data) {
 
     // What a token costs in nats; a logarithm wants more than 0.
     const cost = cell => Math.max(1e-5, -cell.likelihood);
-    const reading = (one, cell) => `${one.name} ${cell.strength}: ${share(cell)} texts differ from ` +
-        `the sober one, diversity ${short(cell.diversity)}, ` +
+    const reading = (one, cell) => `${one.name} ${cell.strength}: ${share(cell)} texts differ ` +
+        `from the sober one, diversity ${short(cell.diversity)}, ` +
         `${withError(cell.likelihood, cell.error)} nats a token, ` +
         `turned by ${short(cell.angle)} radians, ${endings(cell)} ended early`;
 
@@ -1359,14 +1378,16 @@ function explore(section, data) {
         const sober = data.texts[data.sober.texts[i]];
         seed.say();
         find(".before").textContent = visible(sober);
-        one.cells.forEach((cell, j) => strength.fill(j, label(cell), numberCell(cell.differ, share(cell)),
+        one.cells.forEach((cell, j) => strength.fill(j, label(cell),
+            numberCell(cell.differ, share(cell)),
             textCell(data.texts[cell.texts[i]], sober, cell.ended[i])));
         strength.show();
         const cell = one.cells[strength.value];
-        find(".answer").textContent = `${one.name} ${cell.strength}: ${share(cell)} texts differ from ` +
-            "the sober one" + (one.gain === null ? "." : "; at the same diversity the sober model " +
-            `finds ${one.name}’s texts ${short(Math.abs(Number(one.gain.toFixed(2))))} nats a token ` +
-            `${one.gain < 0 ? "less likely" : "likelier"} than those of temperature.`);
+        const gain = one.gain === null ? "." : "; at the same diversity the sober model finds " +
+            `${one.name}’s texts ${short(Math.abs(Number(one.gain.toFixed(2))))} nats a token ` +
+            `${one.gain < 0 ? "less likely" : "likelier"} than those of temperature.`;
+        find(".answer").textContent =
+            `${one.name} ${cell.strength}: ${share(cell)} texts differ from the sober one` + gain;
         drawCurves(one, cell);
     }
 
@@ -1467,7 +1488,8 @@ function shower(section, data) {
 
 const LOSSES = ["lesson", "first order", "its sequel", "other text"];
 
-// Where each word comes from: number i if it stands, with two words beside it, in sources[i] just so;
+// Where each word comes from: number i if it stands, with two words beside it, in sources[i] just
+// so;
 // -1 if in none. Single words and pairs are everywhere.
 function origins(words, sources) {
     const runs = (list, n) => list.slice(n - 1).map((_, i) => list.slice(i, i + n).join(" "));
@@ -1491,7 +1513,8 @@ function step(section, data) {
     const total = i => [0, 2, 3].reduce((sum, j) => sum + (Number(data.losses[j][i]) || 0), 0);
     const best = data.losses ? data.sizes.reduce((a, _, i) => total(i) < total(a) ? i : a, 0)
                              : Math.floor((data.sizes.length - 1) / 2);
-    const size = rowsOf(find(".ladder"), ["step size", "text and losses"], data.sizes.length, best, draw);
+    const size = rowsOf(find(".ladder"), ["step size", "text and losses"], data.sizes.length,
+                        best, draw);
     if (data.words) {
         ["the lesson", "its sequel, not taught", "other text, not taught"].forEach((name, i) => {
             if (data.sources[i].length)
@@ -1506,7 +1529,8 @@ function step(section, data) {
     else
         find(".losses").append(html("div", {class: "lines"}, ...LOSSES.map((name, i) =>
             html("span", {}, sample(i, i === 0 ? "here" : ""), name))));
-    data.sizes.forEach((one, i) => size.fill(i, String(one), html("td", {}, ...wordsOf(i), lossesOf(i))));
+    data.sizes.forEach((one, i) => size.fill(i, String(one),
+                                             html("td", {}, ...wordsOf(i), lossesOf(i))));
 
     // The words of a column, those of the lesson and of its sequel marked.
     function wordsOf(i) {
@@ -1540,8 +1564,8 @@ function step(section, data) {
             drawLosses(i);
     }
 
-    // Both axes are logarithmic. A step of 0 has no logarithm: it stands before the break, and no line
-    // leads there.
+    // Both axes are logarithmic. A step of 0 has no logarithm: it stands before the break, and no
+    // line leads there.
     function drawLosses(chosen) {
         const steps = data.sizes.filter(x => x > 0);
         const low = Math.log10(Math.min(...steps, 1)), high = Math.log10(Math.max(...steps, 1e-9));
@@ -1559,7 +1583,8 @@ function step(section, data) {
         if (data.sizes.includes(0)) {       // the break, through both sides of the frame
             const at = c.box.left + .1 * c.wide;
             for (const side of [c.box.top, c.box.bottom])
-                c.node.append(svg("rect", {class: "paper", x: at - 3, y: side - 5, width: 6, height: 10}),
+                c.node.append(
+                    svg("rect", {class: "paper", x: at - 3, y: side - 5, width: 6, height: 10}),
                     svg("path", {class: "frame", d: `M${at - 6} ${side + 6}l6 -12m0 12l6 -12`}));
         }
         const order = data.sizes.map((_, i) => i).sort((a, b) => data.sizes[a] - data.sizes[b]);
@@ -1573,8 +1598,8 @@ function step(section, data) {
             for (const j of numeric) {
                 const at = [c.X(data.sizes[j]), c.Y(column[j])];
                 c.clip.append(mark(i, ...at, j === chosen ? 6 : 4, here + "mark"),
-                    hit(...at, `step size ${data.sizes[j]}, ${LOSSES[i]}: ${short(column[j])} nats a token`,
-                        () => { size.value = j; }));
+                    hit(...at, `step size ${data.sizes[j]}, ${LOSSES[i]}: ${short(column[j])} ` +
+                        "nats a token", () => { size.value = j; }));
             }
         });
     }

@@ -237,26 +237,43 @@ def words_after(text, base):
     return words[first:]
 
 
+def longest(a, b):
+    """How many words the longest list has that is in a and in b, in this order."""
+    row = [0] * (len(b) + 1)
+    for one in a:
+        corner = 0                      # what stood above and to the left
+        for j, other in enumerate(b):
+            above = row[j + 1]
+            row[j + 1] = corner + 1 if one == other else max(above, row[j])
+            corner = above
+    return row[-1]
+
+
 LADDER = """
     return [...document.querySelectorAll(arguments[0] + " .ladder tbody tr")].map(row => {
         const cell = row.lastChild.cloneNode(true);
-        const marked = [...cell.querySelectorAll("ins")].length;
+        const all = cell.textContent;
+        cell.querySelectorAll("ins").forEach(word => word.remove());
         return [row.firstChild.textContent, row.children[1].textContent, cell.dataset.text || "",
-                cell.textContent, marked];
+                all, cell.textContent];
     });"""
 
 
 def check_ladder(shown, text, base, ended, where):
-    """A text stands there from its first word that differs; an early end is said."""
-    whole, visible, marked = shown
+    """A text stands there from its first word that differs; an early end is said. Words that are not
+    marked are in the text it is compared with, in the same order, and as many as can be."""
+    whole, visible, kept = shown
     equal(whole, text, where)
     if text == base:
         equal(visible, "the same", where)
         return
     equal(visible.endswith("† it ended here"), ended, where)
-    words = visible.replace("† it ended here", "").split()
-    equal([word for word in words if word != "…"], words_after(text, base), where)
-    equal(marked > 0 or len(text.split()) < len(base.split()), True, where)
+    def words_of(text):
+        return [word for word in text.replace("† it ended here", "").split() if word != "…"]
+    equal(words_of(visible), words_after(text, base), where)
+    left = iter(words_after(base, text))
+    equal(all(word in left for word in words_of(kept)), True, where)
+    equal(len(words_of(kept)), longest(words_after(text, base), words_after(base, text)), where)
 
 
 def check_explore(browser):
@@ -332,13 +349,22 @@ def check_shower(browser):
     cells = {}
     for line in table("shower.csv"):
         cells.setdefault(line["every"], []).append(line)
-    points, n_dots = browser.run("""
-        return [[...document.querySelectorAll(".shower .point")].map(({dataset}) =>
-                    [Number(dataset.value), Number(dataset.error)]),
+    points, bars, n_dots = browser.run("""
+        const numbers = text => text.match(/-?[\\d.]+/g).map(Number);
+        const shown = [...document.querySelectorAll(".shower .point")];
+        return [shown.map(({dataset}) => [Number(dataset.value), Number(dataset.error)]),
+                shown.map(point => {
+                    const bar = numbers(point.previousSibling.getAttribute("d"));
+                    return [numbers(point.getAttribute("transform"))[1], bar[1], bar[5]];
+                }),
                 document.querySelectorAll(".shower .seed").length];""")
     equal(points, [[float(lines[0]["mean"]), float(lines[0]["error"])] for lines in cells.values()],
           "means and errors")
     equal(n_dots, sum(map(len, cells.values())), "dots")
+    scale = (bars[-1][0] - bars[0][0]) / (points[0][0] - points[-1][0])     # dots for a nat
+    for (_, error), (middle, low, high) in zip(points, bars):
+        equal([abs(low - middle - scale * error) < .1, abs(middle - high - scale * error) < .1],
+              [True, True], ("error bar", error, middle, low, high))
     ladder = browser.run(LADDER, ".shower")
     base = None
     for (name, cost, *rest), (every, lines) in zip(ladder, cells.items()):
@@ -432,6 +458,36 @@ def check_alone(browser, folder):
     equal(shown, ["0.5", "0.5", "–", "2", "infinite", "−9", "–", "7"], "losses")
 
 
+def check_large(browser, folder):
+    """A model of 40 layers fits on a telephone. Of 30 step sizes those around the chosen one are shown,
+    and a slider leads through all."""
+    paths = [os.path.join(folder, name) for name in ("many.csv", "deep.csv")]
+    page = os.path.join(folder, "large.html")
+    with open(paths[0], "w", encoding="utf-8") as stream:
+        sizes = ["%g" % (i / 1000) for i in range(30)]
+        stream.write(",".join(sizes + ["lesson", "its sequel", "other text"]) + "\n")
+        stream.write(",".join(["a"] * 30 + ["a", "", "b"]) + "\n")
+    with open(paths[1], "w", encoding="utf-8") as stream:
+        stream.write("site,kind,place,theta,level,distance,token,sober,drugged\n")
+        for kind in "window", "stack":
+            for place in range(40):
+                name = "V,%s,%d,1" % (kind, place)
+                for level in range(41):
+                    stream.write("%s,%d,%g,,,\n" % (name, level, max(0, level - place)))
+                stream.write(name + ",,,x,.5,.25\n")
+    browser.media(360, 900, color_scheme="light")
+    draw(paths, page)
+    browser.open(page)
+    check_quiet(browser)
+    equal(browser.run("return document.querySelectorAll('.stairs tbody tr').length"), 40, "rows")
+    shown = """return [...document.querySelectorAll(".step .ladder tbody tr")].filter(
+        row => !row.hidden).map(row => row.firstChild.textContent);"""
+    equal(len(browser.run(shown)), 12, "rows that are shown")
+    browser.press(".step .rows", HOME)
+    equal(browser.run(shown), sizes[:12], "the first ones")
+    equal(browser.run("return document.querySelector('.step .chosen th').textContent"), "0", "chosen")
+
+
 def check_hostile(browser, folder):
     """Text that looks like markup, or cannot be seen, is shown as it is, and nothing of it runs."""
     words = ["</script><script>document.title = 'broken'</script>", "<img src=x onerror=alert(1)>",
@@ -477,6 +533,7 @@ def check(browser, folder):
         browser.open(PAGE)
         check_quiet(browser)
     check_alone(browser, folder)
+    check_large(browser, folder)
     check_hostile(browser, folder)
     print("page_in_browser: %d comparisons, all equal" % n_compared)
 

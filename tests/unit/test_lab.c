@@ -1054,7 +1054,7 @@ static void check_room(int more, const char *said, int n) {
     char name[64], line[128];
     to_name(name, ".err");
     cr_assert(freopen(name, "w", stderr));
-    cr_assert_eq(cells_at_once(&lab), n);
+    cr_assert_eq(cells_at_once(&lab, N_CELLS), n);
     fflush(stderr);
     FILE *file = fopen(name, "r");
     cr_assert(file && fgets(line, sizeof line, file));

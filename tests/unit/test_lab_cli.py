@@ -82,7 +82,8 @@ class TestModes(LabCase):
         for mode, more in MODES.items():
             done = self.good(mode, "-i", PROMPT, *more)
             self.assertNotRegex(done.out, b"[\x1b\r]", mode)
-            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if mode == "explore" else ""
+            texts = mode in ("explore", "shower")
+            pattern = r"(\d+) texts, \1 side by side, \d+ MB .*\n" if texts else ""
             self.assertRegex(done.err, r"\A%s\Z" % pattern, mode)
             again, _ = self.lab(mode, out="x.csv")
             self.assertEqual(again, done.out.decode("utf-8", "surrogateescape"), mode)
@@ -146,23 +147,16 @@ class TestProbe(LabCase):
             self.assertEqual(each(same), each(rows))
 
     def test_terminal(self):
-        """On a terminal the text stands above, each token in the gray of its agreement, and the
-        numbers are the same; progress comes and goes."""
-        plain, rows = self.table("probe")
-        status, shown = on_a_terminal(0, LAB, MODEL, "probe", "-i", PROMPT, *MODES["probe"],
+        """On a terminal the numbers are the same; progress comes and goes, and has counted what
+        there was to do."""
+        plain, _ = self.table("probe")
+        status, shown = on_a_terminal(80, LAB, MODEL, "probe", "-i", PROMPT, *MODES["probe"],
                                       stderr=True)
         self.assertEqual(status, 0)
         writing, probing, rest = shown.split("\r\033[K")
         self.assertIn("\rsober text:       0 of 12 tokens", writing)
         self.assertIn("\rprobe:       0 of 72 tokens", probing)      # the sober model, and five twins
-        text, rest = rest.split("\033[0m\n\n")
         self.assertEqual(rest, plain)
-        shades = re.findall(r"\033\[38;5;(\d+)m([^\033]*)", text)
-        rows = {row["position"]: row for row in rows}.values()
-        self.assertEqual([(236 + int(19 * float(row["agreement"])),
-                           row["token"].replace("\\n", "\n")) for row in rows],
-                         [(int(shade), token) for shade, token in shades])
-        self.assertGreater(len({shade for shade, _ in shades}), 1)
 
 
 class TestTrip(LabCase):

@@ -128,7 +128,7 @@ class TestExperiment(Case):
         """One digit of .69 / |g|²: for the default lesson .001, for others what promises as much."""
         for lesson, more in (None, []), ("You need to be", ["-l", "You need to be"]):
             out = self.good("-e", "0", "-n", "1", *more)
-            near = re.search(r"^Look for step sizes near (\S+): ", out, re.M).group(1)
+            near = re.search(r"^Look near step size (\S+): ", out, re.M).group(1)
             self.assertEqual(near, "%.1g" % (.69 / float(norm(out)) ** 2))
             self.assertEqual(near == "0.001", lesson is None, out)
 
@@ -187,8 +187,8 @@ class TestExperiment(Case):
     def test_the_parts_of_the_gradient_make_the_whole(self):
         out = self.good("-e", "0", "-n", "1")
         kinds = dict(re.findall(r"([A-Za-z][\w ]*) ([\d.]+(?:e[+-]\d+)?)(?:,|\n)",
-                                re.search(r"by kind:(.*\n)", out).group(1)))
-        layers = re.search(r"by layer:(.*)\n", out).group(1).split()
+                                re.search(r"by kind:(.*?)in all", out, re.S).group(1)))
+        layers = re.search(r"by layer:(.*?)by kind", out, re.S).group(1).split()
         self.assertEqual([name.strip() for name in kinds],
                          ["att norm", "wq", "wk", "wv", "wo", "FFN norm", "w1", "w3", "w2",
                           "embedding", "final norm"])       # which is the classifier, too
