@@ -3085,17 +3085,18 @@ static void widen(float *to, Weights w, ptrdiff_t first, ptrdiff_t n) {
 // On an idle machine all are faster.
 // But when another program has one of the cores, the thread there stands still half of the time,
 // and all others wait for it after each product.
-// A product for a single row is so short that this can cost more than it gains.
+// That can cost far more than is gained, above all where products are short.
 //
 // All layers do the same work, so they can be compared.
-// Now and then layer 1 is computed the other way.
-// If it takes less than .8 of the time of the fastest layer after it, the way is changed.
+// Now and then every second layer is computed the other way.
+// If these take less than .8 of the time of their neighbours, the way is changed.
 // The next trial comes after a hundred times as long, so trials take a hundredth of the time.
+// Single rows and many rows are decided upon separately, as their products differ in length.
 static struct {
     bool one_thread;   // the way now
     double next_trial; // the time, in seconds
-} team;
-static bool solo; // whether this layer has one thread
+} teams[2];            // for one row, for many rows
+static bool solo;      // whether what is computed now has one thread
 
 static bool worth_threads(double bytes) {
     return bytes > WORTH_THREADS && !solo;
@@ -3103,21 +3104,24 @@ static bool worth_threads(double bytes) {
 
 static void all_layers(Run *run) {
     const int n_layers = run->model->config.n_layers;
-    const bool trial = run->n_rows == 1 && n_layers > 3 && now() >= team.next_trial;
-    double seconds[] = {INFINITY, INFINITY}; // of a layer: the way now, the other way
+    const int last = (n_layers - 1) / 2 * 2; // layers 1 to last are pairs
+    bool *one_thread = &teams[run->n_rows > 1].one_thread;
+    double *next_trial = &teams[run->n_rows > 1].next_trial;
+    const bool trial = last > 0 && now() >= *next_trial;
+    double seconds[] = {0, 0}; // of the layers that are compared: the way now, the other way
     for (int layer = 0; layer < n_layers; layer++) {
-        const bool other = trial && layer == 1;
-        solo = run->n_rows == 1 && team.one_thread != other;
+        const bool other = trial && layer % 2 && layer < last;
+        solo = *one_thread != other;
         double start = now();
         layer_forward(run, layer);
-        if (layer > 0)
-            seconds[other] = fmin(seconds[other], now() - start);
+        if (layer > 0 && layer <= last)
+            seconds[other] += now() - start;
     }
-    if (!trial)
-        return;
-    if (seconds[true] < .8 * seconds[false])
-        team.one_thread = !team.one_thread;
-    team.next_trial = now() + 100 * seconds[true];
+    if (trial && seconds[true] < .8 * seconds[false])
+        *one_thread = !*one_thread;
+    if (trial)
+        *next_trial = now() + 100 * seconds[true];
+    solo = *one_thread;
 }
 
 static void add_scaled(float *y, float a, const float *x, int n) {
