@@ -2189,7 +2189,7 @@ static int sample(const float *logits, // (n)
     float max = logits[argmax(logits, n)];
     double total = 0;
     for (int i = 0; i < n; i++) { // relative to the largest, so that exp cannot overflow
-        float p = (float)((logits[i] - max) / dice->temperature);
+        float p = (logits[i] - max) / dice->temperature;
         exp_all(&p, 1); // not libm's exp, so that a seed draws the same on every machine
         candidates[i] = (Candidate){p, i};
         total += p;
@@ -2202,10 +2202,10 @@ static int sample(const float *logits, // (n)
         kept += candidates[n_kept++].p;
     while (n_kept < n && kept < dice->top_p * total);
     double left = u * kept; // how far along the line of the kept ones
-    int i = 0;
-    while (i < n_kept - 1 && candidates[i].p <= left)
-        left -= candidates[i++].p;
-    int token = candidates[i].token; // u fell on this one
+    const Candidate *one = candidates;
+    while (--n_kept > 0 && one->p <= left)
+        left -= one++->p;
+    int token = one->token; // u fell on this one
     free(candidates);
     return token;
 }
@@ -2267,7 +2267,7 @@ static void flush_output(void) {
 static double now(void) {
     struct timespec time;
     timespec_get(&time, TIME_UTC);
-    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+    return time.tv_sec + time.tv_nsec * 1e-9;
 }
 
 // Why a text ends with this token, NULL if it does not.
@@ -2283,9 +2283,8 @@ static const char *ending(const Model *m, int token) {
 static void reply(Talk *talk, const int *tokens, int n) {
     const Options *options = talk->options;
     const Model *m = talk->run.model;
-    const Config *c = &m->config;
     Sequence *s = &talk->sequence;
-    int room = c->seq_len - s->length - n; // in the context, after the prompt
+    int room = m->config.seq_len - s->length - n; // in the context, after the prompt
     // The last token that is written need not be read, so there is room for one more.
     int most = options->n_new && options->n_new <= room ? options->n_new : room + 1;
     sequence_reserve(m, s, s->length + n + most - 1);
@@ -2298,7 +2297,7 @@ static void reply(Talk *talk, const int *tokens, int n) {
     talk->stopped_at = NULL; // a new answer
     for (int i = 1; !talk->stopped_at; i++) {
         // The loop of every language model: choose a token, let the model read it, choose again.
-        int token = choose(logits, c->vocab_size, &options->dice, s->noise.seed, s->length);
+        int token = choose(logits, m->config.vocab_size, &options->dice, s->noise.seed, s->length);
         talk->stopped_at = ending(m, token);
         if (talk->stopped_at)
             break;
@@ -2308,7 +2307,7 @@ static void reply(Talk *talk, const int *tokens, int n) {
         if (i == most)
             talk->stopped_at = i == options->n_new ? "-n" : "the end of the context";
         // A text ends here and does not read its last token. A chat reads it, if there is room.
-        if (talk->stopped_at && (!options->chat || s->length == c->seq_len))
+        if (talk->stopped_at && (!options->chat || s->length == m->config.seq_len))
             break;
         // A shower runs what was read so far, and comes before the next token is read.
         if (options->shower_every && s->n_drugged >= options->shower_every)
@@ -2440,16 +2439,16 @@ static void chat_round(Talk *talk, Span question) {
     };
     int n;
     int *tokens = encode(m, round, &n);
+    // The last answer stopped before its end piece, so the model has not read that yet.
+    // It reads it now, soberly, as it is no part of the question.
+    int n_closing = 0;
+    for (int i = 0; i < n && length && !n_closing; i++)
+        if (kind_of(m, tokens[i]) == END)
+            n_closing = i + 1;
     int room = m->config.seq_len - length;
     if (n > room) {
         fprintf(stderr, "%s: that is %d tokens, the context has room for %d\n", program, n, room);
     } else {
-        // The last answer stopped before its end piece, so the model has not read that yet.
-        // It reads it now, soberly, as it is no part of the question.
-        int n_closing = 0;
-        for (int i = 0; i < n && length && !n_closing; i++)
-            if (kind_of(m, tokens[i]) == END)
-                n_closing = i + 1;
         feed(&talk->run, &talk->sequence, tokens, n_closing, 0);
         talk->printer.at_start = true;
         reply(talk, tokens + n_closing, n - n_closing);
@@ -2525,7 +2524,7 @@ static int64_t whole_number(int option, const char *what, const char *text, doub
     double x = number(option, what, text, least, most);
     if (x != floor(x)) // 1.5 is no number of tokens
         die(2, "-%c takes %s, a whole number, got '%s'", option, what, text);
-    return (int64_t)x;
+    return x;
 }
 
 // The whole of a stream that an option named, as a string, which stays until the program ends.
@@ -2562,11 +2561,7 @@ static void add_point(Dose *dose, Point point) {
 
 // Reads "mode:depth=ratio,depth=ratio,..." into the dose. False if that is not what it is.
 static bool parse_shape(Dose *dose, const char *text) {
-    static const char *const modes[N_MODES] = {
-        [MODE_CEIL] = "ceil:",
-        [MODE_FLOOR] = "floor:",
-        [MODE_INTERPOLATE] = "interpolate:",
-    };
+    static const char *const modes[N_MODES] = {"ceil:", "floor:", "interpolate:"};
     size_t n = strcspn(text, ":"); // the length of the mode's name
     dose->mode = 0;
     while (strncmp(text, modes[dose->mode], n + 1))
@@ -2612,7 +2607,7 @@ static bool take_noise_option(NoiseOptions *options, int letter, const char *val
     if (site) {
         Dose *dose = &options->doses[site - SITES]; // the letter's place is the site
         parse_dose(dose, letter, value);
-        options->plain = options->plain || !dose->n_points;
+        options->plain |= !dose->n_points;
         return true;
     }
     switch (letter) {
@@ -2710,7 +2705,7 @@ static int next_option(int argc, char **argv, const char *letters, const char *u
     if (letter < 0 && optind < argc) // a word that belongs to no option
         die(2, "'%s' is not an option; a text of several words goes in quotes", argv[optind]);
     if (letter > 0 && !strchr(given, letter))
-        given[strlen(given)] = (char)letter;
+        given[strlen(given)] = letter;
     return letter;
 }
 
@@ -3212,8 +3207,8 @@ static void rope_angles(const Model *m, int position, float *cos_sin) {
     for (int i = 0; i < m->config.head_dim / 2; i++) {
         double cosine, sine;
         cos_sin_of(position * m->rope_freq[i], &cosine, &sine);
-        cos_sin[2 * i] = (float)cosine;
-        cos_sin[2 * i + 1] = (float)sine;
+        cos_sin[2 * i] = cosine;
+        cos_sin[2 * i + 1] = sine;
     }
 }
 
@@ -3309,8 +3304,8 @@ static void run_init(Run *run, const Model *m, int max_rows, int n_slots) {
     run->last_x = new_buffer(run, c->dim);
     run->last_xn = new_buffer(run, c->dim);
     run->logits = new_buffer(run, c->vocab_size);
-    run->block = resize(NULL, max_rows, sizeof *run->block);
-    run->wanted = resize(NULL, max_rows, sizeof *run->wanted);
+    run->block = resize(NULL, 2 * (ptrdiff_t)max_rows, sizeof *run->block);
+    run->wanted = run->block + max_rows; // the second half
     run->heads = resize(NULL, c->n_heads * head_scratch(c), sizeof(float));
 }
 
@@ -3320,7 +3315,6 @@ static void run_free(Run *run) {
     free(run->buffers);
     free(run->slots);
     free(run->block);
-    free(run->wanted);
     free(run->heads);
     *run = (Run){0};
 }

@@ -31,9 +31,11 @@ without cert-sig30-c
 without bugprone-sizeof-expression
 
 # sscanf of two floats: how many it found is looked at, and then each of them
-answer 'if (sscanf(text, "%f=%f%n"'
+answer 'sscanf(text + 1, "%f=%f%n"'
 # a run has one slot at least
 answer 'memcpy(x + r * dim, embedding'
+# a slot has all its buffers
+answer 'memcpy(grads->xm, dx'
 # room was made for a prompt, and that has a token at least
 answer 'memcpy(s.k[l], lab->sequence.k[l]'
 answer 'memcpy(s.tokens, lab->prompt'
