@@ -106,9 +106,9 @@ typedef struct {
     Run run;
     int *prompt;          // (n_prompt) tokens
     int n_prompt;
-    int n_new;            // tokens to write behind it: as many as are wanted and fit
+    int n_new;            // tokens to write after it: as many as are wanted and fit
     Sequence sequence;    // the one that has read it
-    float *logits;        // (vocab_size) what comes behind it
+    float *logits;        // (vocab_size) of what comes after it
 } Lab;
 
 // Reads the prompt.
@@ -138,7 +138,7 @@ static void lab_open(Lab *lab, const Model *m, const LabOptions *options, int ma
     memcpy(lab->logits, logits, c->vocab_size * sizeof *logits);
 }
 
-// Frees what lab_open has made. The options are somebody else's.
+// Frees what lab_open has made. The options belong to the caller.
 static void lab_close(Lab *lab) {
     sequence_free(lab->run.model, &lab->sequence);
     run_free(&lab->run);
@@ -146,7 +146,7 @@ static void lab_close(Lab *lab) {
     free(lab->logits);
 }
 
-// A sequence of its own that remembers the prompt, soberly, and has room for what is written behind
+// A sequence of its own that remembers the prompt, soberly, and has room for what is written after
 // it with this noise.
 // Each text needs one, because each will fill its cache with other tokens.
 // Copying the cache is much faster than reading the prompt once more.
@@ -165,7 +165,7 @@ static Sequence after_prompt(const Lab *lab, Noise noise) {
     return s;
 }
 
-// What the sober model writes behind the prompt, always taking the most probable token.
+// What the sober model writes after the prompt, always taking the most probable token.
 // Fills tokens, which has room for n_new; returns how many there are, which may be none.
 static int sober_continuation(Lab *lab, int *tokens) {
     const Model *m = lab->run.model;
@@ -182,7 +182,7 @@ static int sober_continuation(Lab *lab, int *tokens) {
     return text.n_tokens;
 }
 
-// A text that is read behind the prompt, and what its reader had in mind at each of its tokens.
+// A text that is read after the prompt, and what its reader had in mind at each of its tokens.
 // The first one follows from the prompt, which was read soberly by all.
 //
 //     prompt ... | token 0     token 1     token 2
@@ -190,7 +190,7 @@ static int sober_continuation(Lab *lab, int *tokens) {
 //                  favourite 0 favourite 1 favourite 2
 //                  state 0     state 1                    after it was seen
 //
-// The last token is not read, as nothing is asked behind it.
+// The last token is not read, as nothing is asked after it.
 //
 // The surprise says how the reader finds the text.
 // The favourite says what it would have written itself.
@@ -203,8 +203,8 @@ typedef struct {
     float *states;     // (n_tokens - 1, dim) what left the layers
 } Reading;
 
-// Reads tokens (n_tokens) behind the prompt with this noise; {0} is sober.
-// What was written and why plays no part: a text is judged by whoever reads it.
+// Reads tokens (n_tokens) after the prompt with this noise; {0} is sober.
+// It does not matter who wrote the text, and why: only the reader is measured.
 // Many rows are computed in one call, as all tokens are known beforehand.
 // Progress goes on by n_tokens.
 // The caller closes the reading.
@@ -245,7 +245,7 @@ static Reading read_text(Lab *lab, Noise noise, const int *tokens, int n_tokens)
     return reading;
 }
 
-// Frees what was noted; the tokens belong to somebody else.
+// Frees what was noted; the tokens belong to the caller.
 static void reading_close(Reading *reading) {
     free(reading->surprise);
     free(reading->favourite);
@@ -273,7 +273,7 @@ static void reading_close(Reading *reading) {
  * The whole prompt is drugged. Nothing is protected but the sink.
  *
  * What it shows first is a staircase, the places of the window down and the levels across, each
- * line in shades of its own largest distance, the levels behind dosed layers between brackets:
+ * line in shades of its own largest distance, the levels after dosed layers between brackets:
  *
  *     around  0   1   2   3   4   5      left
  *          0 |   [███ ███]▓▓▓ ▒▒▒ ▒▒▒ |  36 %    dosed are layers 0 and 1: levels 1 and 2
@@ -289,12 +289,12 @@ enum { WINDOW, STACK, N_TRIP_KINDS }; // kinds of injections
 // measurement itself adds nothing: its distances must all be exactly 0.
 enum { N_THETAS = 16 };
 
-// About so many rows are computed at once: a short prompt is taken through the layers with many
+// About this many rows are computed at once: a short prompt is taken through the layers with many
 // doses side by side, a long one with few.
 // More rows cost memory and are hardly faster.
 enum { TRIP_ROWS = 512 };
 
-// Of so many next tokens the probabilities are kept, or of all, if the vocabulary is smaller.
+// Of this many next tokens the probabilities are kept, or of all, if the vocabulary is smaller.
 enum { N_TOP = 10 };
 
 // What is asked for, and what came out.
@@ -506,7 +506,7 @@ static void inject(const Trip *trip, TripWork *work, int kind, int place) {
         memcpy(x + i * size, work->sober + first_layer * size, size * sizeof *x);
     }
 
-    // layer by layer, and compared with the twin behind each
+    // layer by layer, and compared with the twin after each
     for (int l = first_layer; l < c->n_layers; l++) {
         const float *twin = work->sober + (l + 1) * size;
         layer_forward(&work->run, l);
@@ -533,7 +533,7 @@ static double passes(int n_layers) {
 
 // Fills trip->distance and trip->drugged for every kind, place and dose, as the mean over the
 // seeds, and trip->top.
-// Whoever has seen them calls trip_free.
+// The caller frees them with trip_free.
 // Memory grows with TRIP_ROWS or n_tokens, whichever is more.
 //
 // A window at place p passes n_layers - p + 1 layers, a full stack all of them.
@@ -617,8 +617,8 @@ static Map map_of(int n_levels) {
 //     angle / largest       0    1/5     2/5     3/5     4/5
 //     shade from there on        ░       ▒       ▓       █
 //
-// Where columns have gaps, brackets in them enclose the levels that lie behind the dosed layers of
-// a window around `place`: level l + 1 behind layer l.
+// Where columns have gaps, brackets in them enclose the levels that come after the dosed layers of
+// a window around `place`: level l + 1 comes after layer l.
 enum { N_SHADES = 5 };
 static void print_shades(const Map *map, const float *x, int place) {
     static const char *const shades[N_SHADES] = {" ", "░", "▒", "▓", "█"};
@@ -655,7 +655,7 @@ static void print_map_heading(const Map *map, const char *name) {
     printf(" %10s %6s %6s\n", "largest", "level", "left");
 }
 
-// A line of a map, behind its name: the shades, the largest distance and its level (the first of
+// A line of a map, after its name: the shades, the largest distance and its level (the first of
 // equals), and how much of it is left at the end, if anything was there.
 static void print_map_line(const Map *map, const float *levels, int place) {
     float peak = peak_of(levels, map->n_levels);
@@ -809,7 +809,7 @@ static int trip_site(const LabOptions *options, double *theta) {
     return site;
 }
 
-// Ends the program if a prompt of so many tokens would show nothing, or does not fit.
+// Ends the program if a prompt of this many tokens would show nothing, or does not fit.
 // A model of two layers would only show windows that are cut off.
 static void check_trip(const Config *c, int n_tokens) {
     if (n_tokens <= SINK)
@@ -873,7 +873,7 @@ static void trip(const Model *m, const LabOptions *options) {
  *      need                       85%       0.5881  must 15%     the same height, but it moves
  */
 
-// So many rows are computed at once: a block of the text that a twin reads.
+// This many rows are computed at once: a block of the text that a twin reads.
 enum { PROBE_ROWS = 64 };
 
 typedef struct {
@@ -888,7 +888,7 @@ typedef struct {
 // Each twin has a seed of its own.
 //
 // A twin does not go on with what it would have written itself.
-// Then two texts would part at the first difference, and all that comes behind it would say
+// Then two texts would part at the first difference, and all that comes after it would say
 // nothing any more.
 // As all tokens are known, a twin costs no more than reading a prompt.
 static void probe_measure(Lab *lab, Noise noise, Probe *probe) {
@@ -1000,7 +1000,7 @@ static void probe_csv(FILE *to, const Model *m, const Probe *probe, int n_twins,
 }
 
 // The whole experiment.
-// Without a dose it goes on, for whoever wants the probabilities only, but says so.
+// Without a dose it goes on, as one may want the probabilities only, but says so.
 static void probe(const Model *m, const LabOptions *options) {
     Lab lab;
     Probe probe;
@@ -1041,7 +1041,7 @@ static void probe(const Model *m, const LabOptions *options) {
  *     noise on the logits   each gets a random number of its own, then the largest is taken
  *
  * The last one is there to be fair.
- * It is noise, too, as simple as can be, but behind all layers: none of them can answer to it.
+ * It is noise, too, as simple as can be, but it comes after all layers, so none of them can answer to it.
  * If a dose inside the network is worth anything, it must do better than that.
  *
  * What makes texts more various also makes them less likely.
@@ -1079,7 +1079,7 @@ static void probe(const Model *m, const LabOptions *options) {
  * can be written at once.
  */
 
-// So many rows are computed at once.
+// This many rows are computed at once.
 // A text that is written brings only one row to each call, so there is room for the texts
 // of many cells.
 enum { EXPLORE_ROWS = 256 };
@@ -1118,7 +1118,7 @@ typedef struct {
     char name[16];     // of the method
     double strength;   // an angle in radians, a temperature, or a width in nats
     float *theta;      // (N_SITES, n_layers) radians, NULL if the method is no site
-    int shower_every;  // a cold shower after so many drugged tokens, 0: never
+    int shower_every;  // a cold shower after this many drugged tokens, 0: never
 
     // what came of it
     Text *texts;       // (n_seeds) the cell's share of an array of all texts
@@ -1147,7 +1147,7 @@ typedef struct {
 //
 //     sqrt(-2 log(1 - U)) cos(2 pi V)
 //
-// They are drawn at the place where dice are thrown, behind the one number that those need, so this
+// They are drawn at the place where dice are thrown, after the one number that those need, so this
 // too is a pure function of seed and position.
 static void add_logit_noise(float *logits, int n, double width, uint64_t seed, int position) {
     uint64_t key = within(within(seed, SITE_SAMPLE), position);
@@ -1190,7 +1190,7 @@ static void watch_text(Text *text, const float *state, float *logits) {
     disturb(cell, text, logits);
 }
 
-// The first token behind the prompt.
+// The first token after the prompt.
 // All texts share its logits, so a copy of them is disturbed.
 // A dose cannot change it, as the prompt was read soberly: all texts of all sites begin with
 // the same token.
@@ -1245,7 +1245,7 @@ static void cell_init(Cell *cell, const Lab *lab, int method, int i, Text *texts
     }
 }
 
-// Sets up all cells (N_METHODS, N_STRENGTHS) and the sober one behind them. texts (N_CELLS,
+// Sets up all cells (N_METHODS, N_STRENGTHS) and the sober one after them. texts (N_CELLS,
 // n_seeds), all zero, are handed out to them, to each its n_seeds.
 static void cells_init(Cell *cells, const Lab *lab, Text *texts) {
     int n_seeds = lab->options->n_seeds;
@@ -1257,7 +1257,7 @@ static void cells_init(Cell *cells, const Lab *lab, Text *texts) {
     sober_cell_init(&cells[SOBER_CELL], lab, texts + SOBER_CELL * n_seeds);
 }
 
-// Frees what the cell owns. The array of texts is somebody else's, but not what they point to.
+// Frees what the cell owns. The array of texts belongs to the caller, but not what they point to.
 static void cell_free(Cell *cell) {
     for (int i = 0; i < cell->lab->options->n_seeds; i++)
         free(cell->texts[i].tokens);
@@ -1266,7 +1266,7 @@ static void cell_free(Cell *cell) {
 }
 
 // Begins the texts of a cell: each has a seed of its own, and its first token.
-// Whoever has measured them calls end_texts.
+// After they were measured, end_texts frees them.
 //
 // All cells use the same seeds.
 // So one seed at two sites, or at two strengths, is as near to "the same chance" as one can come.
@@ -1376,7 +1376,7 @@ static int common_prefix(const char *a, const char *b) {
 // Each text is off by what it adds to the first sum beyond its share of the second:
 //
 //     off = log-probability of the text - likelihood * its tokens
-//     error² = k / (k - 1) * sum of off² / tokens²        k texts with so many tokens in all
+//     error² = k / (k - 1) * sum of off² / tokens²        k texts with this many tokens in all
 //
 // NAN if there is only one.
 static double error_of(const Cell *cell, int n_texts, double n_tokens) {
@@ -1426,7 +1426,7 @@ static void measure_texts(Lab *lab, Cell *cell, const Sober *sober) {
 }
 
 // Writes the texts of n cells and measures them.
-// The cells stand one behind the other, and so do their texts: all of them are written side by
+// The cells stand one after the other, and so do their texts: all of them are written side by
 // side, and each matrix is read once for all.
 static void run_cells(Lab *lab, Cell *cells, int n, const Sober *sober) {
     for (int i = 0; i < n; i++)
@@ -1533,7 +1533,7 @@ static void number_cell(Table *table, const char *format, double number) {
     print_cell(table, text, n);
 }
 
-// A row of the table: text number i of a cell, behind what is said of the cell and the gain of its
+// A row of the table: text number i of a cell, after what is said of the cell and the gain of its
 // method.
 static void text_row(Table *table, const Cell *cell, int i, double gain) {
     const Lab *lab = cell->lab;
@@ -1567,7 +1567,7 @@ static void text_row(Table *table, const Cell *cell, int i, double gain) {
 //     error             its standard error; nan with one seed
 //     gain              of the method over temperature, see likelihood_gain; nan: none
 //     ended             1 if this text ended before there were n_new tokens, else 0
-//     text              what was written behind the prompt
+//     text              what was written after the prompt
 static void explore_table(FILE *to, bool markdown, const Cell *cells, int n_seeds) {
     static const char *const columns[] = {
         "method", "strength", "seed", "differ", "prefix", "angle", "diversity",
@@ -1774,7 +1774,7 @@ static void print_showers(const Cell *cells, int n_seeds, uint64_t seed, const C
 
 // All texts as CSV, each with what is said of its cell.
 //
-//     every      a shower after so many drugged tokens, 0: never
+//     every      a shower after this many drugged tokens, 0: never
 //     seed       of this text
 //     cost       of this text, nats a token under the sober model
 //     mean       of all texts with as many showers
@@ -1785,7 +1785,7 @@ static void print_showers(const Cell *cells, int n_seeds, uint64_t seed, const C
 //     sober      what the sober text costs
 //     typical    1 for the seed whose gain is nearest to the mean, else 0
 //     ended      1 if this text ended before there were n_new tokens, else 0
-//     text       what was written behind the prompt
+//     text       what was written after the prompt
 static void shower_csv(FILE *to, const Cell *cells, int n_seeds, uint64_t seed, const Cell *sober) {
     Table table = {.to = to};
     int typical = typical_seed(&cells[2], &cells[0], n_seeds);
@@ -1865,7 +1865,7 @@ static const char USAGE[] =
     "  -H -Q -K -V -A <theta>  doses in radians: norm output, query, key, value, attention output;\n"
     "               trip looks at one of them and sets the depth itself, of a dose only the angle\n"
     "               counts; explore sets the angle itself, of a dose only the shape counts\n"
-    "  -d <depth>   where in the depth they act, 0 first layer, 1 behind the last (everywhere)\n"
+    "  -d <depth>   where in the depth they act, 0 first layer, 1 after the last (everywhere)\n"
     "  -w <spread>  how far around that depth, in the same unit (.1)\n"
     "               or a full shape for one dose: -A <theta>@<mode>:<depth>=<ratio>,...\n"
     "               with mode ceil, floor or interpolate: -A .3@interpolate:0=0,.4=1,.8=0\n"
@@ -1900,7 +1900,7 @@ static void check_lab(const LabOptions *options, const char *experiment) {
     });
 }
 
-// Reads the options, which are behind the model and the experiment. What is wrong ends the program.
+// Reads the options, which come after the model and the experiment. What is wrong ends the program.
 static LabOptions parse_lab_options(int argc, char **argv) {
     LabOptions options = {
         .model = argv[1],
@@ -1958,7 +1958,7 @@ int main(int argc, char **argv) {
     while (i < N_EXPERIMENTS && strcmp(argv[2], EXPERIMENTS[i].name))
         i++;
     if (i == N_EXPERIMENTS)
-        die(2, "behind the model comes trip, probe, explore or shower, got '%s'", argv[2]);
+        die(2, "after the model comes trip, probe, explore or shower, got '%s'", argv[2]);
 
     // what is wrong with the options is said before the model is opened
     const LabOptions options = parse_lab_options(argc, argv);

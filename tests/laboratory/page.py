@@ -111,8 +111,8 @@ PROBE = "position token agreement probability said share".split()
 SHOWER = ["every", "seed", "cost", "mean", "error", "gain", "gain error", "better", "sober",
           "typical", "ended", "text"]
 LOSSES = ["step size", "lesson", "first order", "its sequel", "other text"]
-SOURCES = ["lesson", "its sequel", "other text"]        # of words, behind the step sizes
-READ = 5                                # of so many seeds the texts of explore can be read
+SOURCES = ["lesson", "its sequel", "other text"]        # of words, after the step sizes
+READ = 5                                # of this many seeds the texts of explore can be read
 
 
 def or_nothing(text):
@@ -1457,7 +1457,7 @@ function shower(section, data) {
         const most = Math.max(...cells.flatMap(cell => cell.costs));
         const x = bands(cells.length, i => name(cells[i]));
         const c = chart(find(".curve"), 380, x, downward(straight(0, most * 1.04)),
-                        `a shower after so many tokens; ${plural(n, "seed")}`, "cost, nats a token");
+                        `a shower after this many tokens; ${plural(n, "seed")}`, "cost, nats a token");
         c.node.append(svg("path", {class: "base curve", "stroke-dasharray": "1 4",
                                    d: `M${c.box.left} ${c.Y(data.sober)}H${c.box.right}`}),
             svg("text", {class: "soft", x: c.box.left + 6, y: c.Y(data.sober) - 5},

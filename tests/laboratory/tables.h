@@ -213,7 +213,7 @@ static char *visible(const Model *m, int token) {
     return text;
 }
 
-// Prints a text in a column of so many characters, at least 2, on stdout: what is longer is cut as
+// Prints a text in a column of this many characters, at least 2, on stdout: what is longer is cut as
 // in a table, what is shorter is padded with spaces.
 static void print_column(const char *text, int width) {
     Table table = {.to = stdout, .width = width + 1};
@@ -277,7 +277,7 @@ static void show_progress(double time) {
     task.shown = time;
 }
 
-// So many tokens are to be computed.
+// This many tokens are to be computed.
 static void progress_begin(const char *what, double of) {
     if (!isatty(STDERR_FILENO))
         return;
@@ -288,7 +288,7 @@ static void progress_begin(const char *what, double of) {
     show_progress(task.began);
 }
 
-// So many of them are done.
+// This many of them are done.
 static void progress(double n) {
     task.done += n;
     if (!task.what)

@@ -297,7 +297,7 @@ class TestDrugs(test_cli.Case):
             self.bad(1, MODEL, "-i", "@" + folder + "/none", words=["-i", "none", "cannot be read"])
 
     def test_an_answer_comes_before_the_next_question(self):
-        """Whoever talks through pipes has the answer as soon as the prompt sign is there."""
+        """A program that talks through pipes has the answer as soon as the prompt sign is there."""
         said = self.good("-m", "chat", "-n", "4", stdin=b"hello\n").out
         with subprocess.Popen([test_cli.DRUGS, MODEL, "-m", "chat", "-n", "4"], bufsize=0,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -495,7 +495,7 @@ class TestOddModels(test_step_cli.Case):
 
 
 class TestSentences(test_step_cli.Case):
-    """Whoever asks for what cannot be is told so in one line, with the right names and numbers."""
+    """A request for what cannot be is answered in one line, with the right names and numbers."""
 
     def said(self, status, sentence, program, *arguments, **more):
         done = test_step_cli.run(*arguments, program=program, **more)
@@ -549,7 +549,7 @@ class TestSentences(test_step_cli.Case):
                 ("-K 2 is beyond the trip's largest angle, -x 1.5", "-K", "2"),
                 ("-o takes a file that ends in one of: .csv; got 'x.svg'", "-o", "x.svg")):
             self.said(2, sentence, LAB, MODEL, "trip", "-i", LESSON, *arguments)
-        self.said(2, "behind the model comes trip, probe, explore or shower, got 'trap'", LAB, MODEL, "trap")
+        self.said(2, "after the model comes trip, probe, explore or shower, got 'trap'", LAB, MODEL, "trap")
         self.said(2, "the model file comes first; lab -h lists what follows",
                   LAB, "-k", "trip")
 
