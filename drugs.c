@@ -113,10 +113,11 @@
  * wq, wk, wv, wo, w1, w2 and w3 are the layer's matrices.
  * From q to att everything is done for each head separately.
  *
- * token            a word or a part of one, as a number: its place in the vocabulary. What it spells
- *                  is its piece.
- * weight           a number of the model. Weights come in matrices and vectors, both called tensors.
- *                  The vector that belongs to a norm is its gain.
+ * vocabulary       the list of all tokens.
+ * token            a word or a part of one, as a number: its place in the vocabulary. What it
+ *                  spells is its piece.
+ * weight           a number of the model. Weights come in matrices and vectors, both called
+ *                  tensors. The vector that belongs to a norm is its gain.
  * embedding        the table in which each token has a row of dim numbers: its first x.
  * residual stream  the x on the left. Nothing replaces it, each half of a layer only adds to it:
  *                  so it is the memory that all layers share.
@@ -134,10 +135,10 @@
  *                  each times its probability.
  * causal           a query sees the keys up to its own position and never looks ahead. So what was
  *                  computed for a token stays valid when the text grows.
- * cache            therefore keys and values are kept, layer by layer: the model's memory of a text.
- * FFN              feed-forward network: the second half of a layer. Attention carries something from
- *                  token to token; the FFN works on each token alone, on what was found.
- * BOS              a token of its own, "begin of sequence", with which each text begins.
+ * cache            the keys and values of a text so far, layer by layer: the model's memory of it.
+ * FFN              feed-forward network: the second half of a layer. Attention carries something
+ *                  from token to token; the FFN works on each token alone, on what was found.
+ * BOS              "begin of sequence", the token with which each text begins if the model has one.
  * classifier       the last matrix, with a row for each token of the vocabulary.
  * logit            the last vector's product with a row of the classifier: one number for each
  *                  token of the vocabulary, the larger the more probable. softmax makes
@@ -164,9 +165,9 @@ static int min(int a, int b) {
  * A model is a page of numbers, a few tensors for each layer, and a vocabulary.
  * All of it lies in one file that export.py wrote; section 9 reads it.
  *
- * The numbers were found by showing text to the model, and by taking very many steps like the one of
- * train_step.c.
- * They are many: a layer of Llama 2 7B has 4 * 4096² + 3 * 4096 * 11008 = 202 million.
+ * The numbers were found in training: the model was shown text, and took very many steps like the
+ * one of train_step.c.
+ * A layer of Llama 2 7B has 4 * 4096² + 3 * 4096 * 11008 = 202 million of them.
  * 32 layers, the embedding and the classifier have 6.7 billion together.
  */
 
@@ -344,8 +345,7 @@ static void rmsnorm(float *y, const float *x, const float *gain, int dim, float 
 // The key then looks like one at position 0, and the query like one at m - n.
 // So q.k depends on how far back the key lies, m - n, and on nothing else of the positions.
 // That is why a passage reads alike anywhere in a text.
-// (Hugging Face pairs i with i + head_dim / 2 instead; export.py puts the rows of wq and wk
-// in our order.)
+// (Hugging Face pairs i with i + head_dim / 2; export.py puts the rows of wq and wk in our order.)
 static void rope(float *x,             // (head_dim)
                  const float *cos_sin, // (head_dim) the cosine and the sine for each pair
                  int head_dim) {
@@ -389,8 +389,9 @@ static double softmax(float *x, int n, float scale) {
 // silu is nearly 0 for a very negative z and nearly z for a large one.
 // So each gate decides how much of its up gets through.
 //
-// A layer needs such bends: softmax and silu are what is not linear in it.
-// Without them a row of matrices could do no more than a single one, their product.
+// A layer needs something that is not linear: here silu and the product with up, in attention
+// softmax, and the norms.
+// Matrices alone, one after the other, could do no more than a single one, their product.
 static void swiglu(float *h, const float *gate, const float *up, // (n_rows, hidden_dim) each
                    int n_rows, int hidden_dim) {
     ptrdiff_t size = (ptrdiff_t)n_rows * hidden_dim;
@@ -430,11 +431,10 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *     o = u - (u.x / x.x) x                        the part of u that is perpendicular to x
  *     r = x cos(angle) + o |x| sin(angle) / |o|
  *
- * (In a space of many dimensions a random direction is nearly perpendicular to x anyway, so o is
- * nearly all of u.)
+ * (In many dimensions a random direction is nearly perpendicular to x anyway, so o is nearly u.)
  *
- * By Pythagoras |r|² = |x|² (cos² + sin²) = |x|². Put o in, and collect what stands before x
- * and before u:
+ * By Pythagoras |r|² = |x|² (cos² + sin²) = |x|².
+ * Put o in, and collect what stands before x and before u:
  *
  *     r = a x + b u       with  b = sin(angle) |x| / |o|  and  a = cos(angle) - b u.x / x.x
  *
@@ -443,7 +443,7 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *
  * The dose is theta, and the angle is theta times a random number, uniform in [0, 1).
  * So a glitch turns by half of theta on average.
- * At pi, half a turn, a vector can come to point the other way; a larger theta only goes round again.
+ * At pi, half a turn, a vector can come to point the other way. A larger theta goes round again.
  * On V and A of the included model .5 is a light dose and 1 a lot; the other sites, and models with
  * more layers, take less (the original doses A of a 7B model with .1).
  * Five sites can be dosed, the letters of the drawing in section 1:
@@ -454,9 +454,10 @@ static void add(float *y, const float *a, const float *b, ptrdiff_t n) {
  *     V  a value, while a query head reads it
  *     A  the output of each head, before wo
  *
- * K and V belong to the reader: each query turns what it reads with glitches of its own, and the
- * cache stays clean.
- * So they act on the prompt's keys and values, too, as soon as a drugged token reads them.
+ * K and V belong to the reader: each query turns what it reads with glitches of its own, and what
+ * the cache holds of the token that is read stays as it is.
+ * (But the reader finds something else then, and the next layer makes its keys and values of that.)
+ * So K and V act on the prompt's keys and values, too, as soon as a drugged token reads them.
  *
  * No random generator runs along.
  * Each glitch is a pure function of (seed, place), where a place is site, layer, head, query
@@ -490,7 +491,8 @@ enum { FAMILY_CENTRED, FAMILY_UPSTREAM };
 // Models learn to put them on the first tokens then: a sink (Xiao et al. 2023).
 // Large models break when the sink is moved.
 // So keys and values of positions 0 to 5 are read as they are.
-// And nothing is turned in the rows of these positions: their keys in the next layer come from it.
+// In the rows of these positions nothing is turned either: the next layer makes their keys and
+// values of what is computed there.
 // Six is the original's choice.
 enum { SINK = 6 };
 
@@ -512,8 +514,8 @@ typedef struct {
     float a, b;
 } Glitch;
 
-// splitmix64's finaliser (Steele, Lea, Flood 2014): if one bit of z changes, about half of the bits
-// of the result change.
+// splitmix64's finaliser (Steele, Lea, Flood 2014).
+// If one bit of z changes, about half of the bits of the result change.
 static uint64_t scramble(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -541,8 +543,7 @@ static inline float uniform(uint64_t hash, uint32_t j) {
 }
 
 // The rotation of x (n) towards u (n), as derived above.
-// A vector of zeros has no direction, and one that is parallel to u, to rounding, has nowhere to
-// turn: they stay.
+// A vector of zeros has no direction, and one that is parallel to u has nowhere to turn: both stay.
 static Glitch rotation(const float *x, const float *u, int n, float angle) {
     double xx = dot(x, x, n);
     double ux = dot(u, x, n);
@@ -666,8 +667,7 @@ typedef struct Run {
 } Run;
 
 // The floats of scratch memory that a head needs, for as many keys as there can be.
-// The system brings in memory page by page when it is first touched, so short texts need
-// little of it.
+// The system brings in memory page by page when it is first touched, so short texts need little.
 static ptrdiff_t head_scratch(const Config *c) {
     ptrdiff_t most = c->seq_len;
     if (c->sliding_window)
@@ -713,7 +713,7 @@ typedef struct {
 } Head;
 
 // What a head of row r sees: the keys from position `first` to the row's own.
-// Later keys are never read. That is all there is to being causal.
+// Later keys are never read: that makes attention causal.
 // With a sliding window only the last keys are read. The older ones stay in the cache unread.
 // Late queries then do not see the sink, as it was when such models were trained.
 static Head head_of(const Run *run, ptrdiff_t r, int layer, int head, float *scratch) {
@@ -747,8 +747,7 @@ static Place place_of_key(const Head *h, int site, int t) {
     return place;
 }
 
-// How many of the keys are read as they are: those in the sink, or all of them if the site has
-// no dose here.
+// How many of the keys are read as they are: those in the sink, or all if the site has no dose.
 static int n_untouched_keys(const Head *h, int site) {
     int n = h->places[site].theta > 0 ? SINK - h->first : h->n_keys;
     return n < 0 ? 0 : min(n, h->n_keys);
@@ -768,10 +767,10 @@ static void attend(const Head *h, int head_dim,
     turn(h->places[SITE_Q], h->q, head_dim, h->u);
     rope(h->q, h->cos_sin, head_dim);
 
-    // A turned key is a key + b u, so its product with q is a q.key + b q.u, and the key itself
-    // is left alone.
-    // If it were stored, each later reader would turn it once more: noise would pile up, and depend
-    // on who came first.
+    // A turned key is a key + b u, so its product with q is a q.key + b q.u.
+    // The turned key is not stored.
+    // If it were, each later reader would turn it once more: noise would pile up, and depend on
+    // which reader came first.
     dots(h->prob, h->q, h->keys, h->stride, head_dim, h->n_keys);
     for (int t = n_untouched_keys(h, SITE_K); t < h->n_keys; t++) {
         Place place = place_of_key(h, SITE_K, t);
@@ -1014,8 +1013,8 @@ static int read_block(Run *run, Sequence *s, const int *tokens, int n, int how) 
 }
 
 // Lets a sequence read tokens (n), block by block.
-// Returns the logits of the last token if they are wanted, else NULL; they are valid until
-// the next forward.
+// Returns the logits of the last token, NULL if they are not wanted.
+// They are valid until the next forward.
 static float *feed(Run *run, Sequence *s, const int *tokens, int n, int how) {
     float *logits = NULL;
     for (int done = 0; done < n;) {
@@ -1087,8 +1086,7 @@ static int cold_shower(Run *run, Sequence *s) {
  * A layer that lies on a point belongs to the stretch that ends there.
  * On the first point it belongs to the first stretch.
  * An option has the curve after the dose: -V .5@ceil:.3=0,.4=1,.5=0 has three points.
- * It looks like a triangle and is a rectangle: all layers from .3 to .5 get the full theta, all
- * others none.
+ * It looks like a triangle and is a rectangle: layers from .3 to .5 get all of theta, others none.
  */
 
 // Depths are floats. -d .4 -w .1 gives .4 - .1, computed in double and rounded to a float once.
@@ -1118,7 +1116,7 @@ static double dose_at(const Dose *dose, float depth) {
     while (depth > left[1].depth)
         left++;
     const Point *right = left + 1;
-    if (dose->mode == MODE_CEIL || left->depth == right->depth) // a stretch of no length
+    if (dose->mode == MODE_CEIL || left->depth == right->depth) // of no length: always the larger
         return dose->theta * fmax(left->ratio, right->ratio);
     if (dose->mode == MODE_FLOOR)
         return dose->theta * fmin(left->ratio, right->ratio);
@@ -1139,18 +1137,18 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
 //
 //     section 1          its place in the drawing
 //     section 4          its line in the list, its name in the enum, its letter in SITES
-//     section 5          its turn: in layer_forward, as H has it, or in attend or attention, as Q, K,
-//                        V and A; and a buffer in Slot for the vector, if there is none yet
+//     section 5          its turn: in layer_forward, as H has it, or in attend or attention, as Q,
+//                        K, V and A; and a buffer in Slot for the vector, if there is none yet
 //                        (run_init, in section 13, gives it memory)
-//     section 11         its letter in NOISE_OPTIONS, and in the help texts of drugs.c, train_step.c
-//                        and tests/laboratory/lab.c
-//     train_step.c       its way back: the same glitch, drawn for the vector as it was before it was
-//                        turned; so that one must be kept, or computed once more. In `factors`, a
-//                        matrix that reads what was turned has the turned vector as its x, and one
-//                        that made it has as its dy the gradient before the turn.
+//     section 11         its letter in NOISE_OPTIONS, and in the help texts of drugs.c,
+//                        train_step.c and tests/laboratory/lab.c
+//     train_step.c       its way back: the same glitch, drawn for the vector before it was turned.
+//                        So that vector must be kept, or computed once more. In `factors`, a matrix
+//                        that reads what was turned has the turned vector as its x. A matrix that
+//                        made it has as its dy the gradient of the vector before the turn.
 //
-// Doses, showers and the laboratory follow from SITES. The compiler catches a forgotten letter, the
-// tests a forgotten way back.
+// Doses, showers and the laboratory follow from SITES.
+// The compiler catches a forgotten letter, and the tests catch a forgotten way back.
 
 /* ================================================================================================
  * 8  The tokenizer
@@ -1183,9 +1181,9 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  *
  * ---- Cutting, and what an automaton is
  *
- * Words are cut by a pattern, such as "letters with one space before them, or one digit". export.py
- * turns the pattern into an automaton: a few states, and a table that says for each state and each
- * class of characters which state comes next.
+ * Words are cut by a pattern, such as "letters, perhaps with one space before them, or one digit".
+ * export.py turns the pattern into an automaton: a few states, and a table that says for each state
+ * and each class of characters which state comes next.
  * For that pattern, with the classes space, letter, digit and any other, the table is
  *
  *                space   letter   digit   other   the end
@@ -1201,7 +1199,8 @@ static void dose_layers(float *theta, const Dose *doses, int n_layers) {
  * So the walk never has to go back, however odd the pattern is, and a pattern may even look one
  * character ahead ("spaces, unless a letter follows").
  *
- * What no match has taken is a gap, here all other signs, and a gap is a word, too.
+ * What no match has taken is a gap, and a gap is a word, too.
+ * Here gaps are all other signs, and spaces that no letter follows.
  * Some vocabularies have several patterns: the second one cuts the words of the first one again.
  */
 
@@ -1828,8 +1827,8 @@ static void print_token(Printer *printer, const Model *m, int token) {
  * A file may come from anybody, so nothing in it is trusted.
  * Each number that is an index or a size is checked before it is used.
  * The checks are `if` and not assert, which a build may leave out.
- * An error does not end the program: m->error says what is wrong, so tests can try thousands of
- * broken files.
+ * An error does not end the program: m->error says what is wrong.
+ * So tests can try thousands of broken files.
  */
 // On a big-endian machine the bytes of all weights would have to be swapped.
 // That takes a copy of them, for which there may be no memory.
@@ -1851,8 +1850,7 @@ static bool broken(Model *m, const char *format, ...) {
 }
 
 // Says whether the numbers of the header can be true.
-// The bounds are far above any real model, and far below where a product of two could
-// overflow 64 bits.
+// The bounds are far above any real model, and a product of two of them fits into 64 bits.
 static bool check_config(Model *m) {
     const Config *c = &m->config;
 #define FIELD(name) #name, c->name
@@ -2080,8 +2078,7 @@ static bool model_parse(Model *m,
 #ifdef __APPLE__
 #define st_mtim st_mtimespec // its name for when a file was written last
 #endif
-// The file that model_open mapped last: its name, a descriptor (-1: none), and when it
-// had been written.
+// The file that model_open mapped last: its name, a descriptor (-1: none), the time of its writing.
 static const char *mapped = "";
 static int mapped_file = -1;
 static struct timespec mapped_time;
@@ -2157,7 +2154,7 @@ static int argmax(const float *x, int n) {
     return best;
 }
 
-// The usual way, for comparison: chance at the very end.
+// The usual way to vary a text, for comparison: chance comes in at the very end.
 // A temperature below 1 makes the probable tokens more probable still, one above 1 evens them out.
 typedef struct {
     double temperature; // 0: take the most probable token
@@ -2398,8 +2395,7 @@ static void write_typed(Writer *writer, const Model *m, int before, Span text, i
 //     later            AFTER_ANSWER BEFORE_QUESTION       question AFTER_QUESTION
 //
 // BOS comes before the first round, if the strings do not spell it.
-// AFTER_ANSWER has the end piece of the answer before, because the program stops at that and does
-// not feed it.
+// AFTER_ANSWER has the end piece of the last answer: the program stops there and does not feed it.
 // For Llama 2, OPENING is "<s>[INST] " and AFTER_QUESTION " [/INST]".
 static void write_round(Writer *writer, const Talk *talk, Span question) {
     const Model *m = talk->run.model;
@@ -2500,9 +2496,8 @@ static void chat(Talk *talk) {
  *
  * The model comes first, then options. getopt of the C library takes the line apart.
  * All programs read the options about noise with the same functions.
- * A value that makes no sense ends the program with status 2, before anything is computed, and so
- * does an option that would change nothing.
- * So no run has a dose that you did not ask for.
+ * A value that makes no sense ends the program with status 2, before anything is computed.
+ * So does an option that lacks what it needs, such as -d without a dose.
  */
 
 // Reads a number within [least, most] for an option. Exits with 2 on anything else.
@@ -2746,7 +2741,7 @@ static const char USAGE[] =
     "  -t <temp>    temperature, 0: take the most probable token (0)\n"
     "  -p <top_p>   keep the most probable tokens up to this probability, with -t (.9)\n"
     "  -h, --help   this help\n"
-    "An option that would change nothing in a run is an error.\n";
+    "An option that lacks what it needs is an error.\n";
 
 // Which option goes with which.
 static void check_drugs(const Options *options) {
@@ -2871,8 +2866,7 @@ int main(int argc, char **argv) {
  * Each w comes from memory once.
  *
  * With a single row of x each weight is used only once, and the speed is that of the memory.
- * Memory is fastest when it is read from one end to the other: four rows at a time are read half as
- * fast.
+ * Memory is fastest when it is read in order, and four rows at a time take twice as long.
  * So then the rows of w are taken one by one.
  *
  * Why the results are the same everywhere.
@@ -3033,8 +3027,7 @@ static inline __attribute__((always_inline)) void
 chunk(float *out, const float *x, Weights w, ptrdiff_t first, ptrdiff_t n_w,
       ptrdiff_t n_rows, ptrdiff_t n_in, ptrdiff_t n_out) {
     const ptrdiff_t last = first + n_w;
-    // whole tiles, one at least
-    // as many rows of x as fill these bytes, in whole tiles
+    // As many rows of x as fill X_BYTES, in whole tiles, one at least.
     const ptrdiff_t n_block = ((X_BYTES - 1) / (TILE_X * n_in * (ptrdiff_t)sizeof *x) + 1) * TILE_X;
     for (ptrdiff_t begin = 0; begin < n_rows; begin += n_block) {
         const ptrdiff_t end = min(begin + n_block, n_rows);
@@ -3085,7 +3078,7 @@ static void widen(float *to, Weights w, ptrdiff_t first, ptrdiff_t n) {
 // All layers do the same work, so they can be compared.
 // Now and then every second layer is computed the other way.
 // If these take less than .8 of the time of their neighbours, the way is changed.
-// The next trial comes after a hundred times as long, so trials take a hundredth of the time.
+// The next trial comes after a hundred times the time of this one: trials take one percent.
 // Single rows and many rows are decided upon separately, as their products differ in length.
 static struct {
     bool one_thread;   // the way now
@@ -3131,8 +3124,8 @@ static float sum_of(const float *x, int n) {
     return sum_lanes(sum);
 }
 
-// exp without libm, whose expf may differ in the last digit from system to system, and whose call
-// no compiler can do eight at a time.
+// exp without libm, whose expf may differ in the last digit from system to system.
+// A compiler can also do eight of these at a time, which it cannot with calls of libm.
 //
 //     x = n ln 2 + r,   n a whole number,   |r| <= ln 2 / 2 = .35
 //     exp(x) = 2^n exp(r)
@@ -3201,8 +3194,7 @@ static void cos_sin_of(double angle, double *cosine, double *sine) {
     *sine = s;
 }
 
-// In double precision: an angle of thousands of radians leaves a float only three digits
-// after the point.
+// In double precision: at thousands of radians a float has only three digits after the point.
 static void rope_angles(const Model *m, int position, float *cos_sin) {
     for (int i = 0; i < m->config.head_dim / 2; i++) {
         double cosine, sine;
@@ -3272,7 +3264,6 @@ static void sequence_free(const Model *m, Sequence *s) {
 // A buffer with a row of `width` floats for each row of a run, which notes it for run_free.
 static float *new_buffer(Run *run, ptrdiff_t width) {
     float *buffer = resize(NULL, run->max_rows * width, sizeof(float));
-    // The list grows by one.
     run->buffers = resize(run->buffers, run->n_buffers + 1, sizeof *run->buffers);
     run->buffers[run->n_buffers++] = buffer;
     return buffer;

@@ -2,8 +2,8 @@
  *
  * A model that continues "To be" with business advice, as Llama 2 does and the small model in
  * tests/ too, is shown "To be, or not to be, that is the question:" once.
- * A model gives each token of a text a probability. -log of it is the surprise by that token, and the
- * mean surprise over the phrase is its loss.
+ * A model gives each token of a text a probability.
+ * -log of it is the surprise by that token, and the mean surprise over the phrase is its loss.
  * The gradient says how this loss changes with each of the model's numbers.
  * It points uphill, so we subtract a little of it from the weights:
  *
@@ -45,15 +45,15 @@
 /* ================================================================================================
  * 1  Derivatives
  *
- * The chain rule is all there is to it.
+ * All of them follow from the chain rule.
  * Say the loss L depends on y, and y on x.
  * If x moves by a little, y moves by ∂y/∂x times that, and L by ∂L/∂y times that.
  * For vectors each number of x may move all numbers of y, so the ways add up:
  *
  *     dx_j = sum over i of dy_i * ∂y_i/∂x_j
  *
- * Each function of the forward pass needs only this rule for itself: its twin gets dy from the function
- * that comes after it, and hands dx to the one before.
+ * Each function of the forward pass needs this rule only for itself.
+ * Its _backward gets dy from the function that comes after it, and hands dx to the one before.
  *
  * A derivative can be checked without any theory.
  * Move one weight w by a little e, both ways, and compute the loss twice:
@@ -139,8 +139,7 @@ static void rope_backward(float *dx,            // (head_dim) dy, becomes dx
 //
 //     dx_j = sum over i of dp_i ∂p_i/∂x_j = scale * p_j * (dp_j - sum over i of dp_i p_i)
 //
-// Only the difference to the average counts: p adds up to 1, so adding the same number to every x
-// changes nothing.
+// Only the difference to the average counts, as adding the same number to every x changes no p.
 // dp (n) becomes dx.
 // The divisor is 1 / scale, in attention sqrt(head_dim).
 static void softmax_backward(float *dp,      // (n)
@@ -293,7 +292,7 @@ static void turn_backward(Place place,
  * Look at the left side: the gradient also runs straight along the residual stream, unchanged.
  * y = x + f(x) has the derivative 1 + f'(x).
  * A product of many small f' is nearly 0, but a product of many 1 + f' is not.
- * That is why networks with this many layers can learn.
+ * That is why networks of many layers can learn.
  */
 typedef struct {
     const Model *model;
@@ -953,8 +952,8 @@ static double gradient_norm2(const Step *step, int layer, int which) {
  *
  *     step size    0             .001     .1
  *     call 1       "a"           ","      ","       three rows, one pass over the weights
- *     call 2       "successful"  "or"     "or"
- *     call 3       "business"    "not"    "or"
+ *     call 2       "successful"  "or"     "To"
+ *     call 3       "business"    "not"    "be"
  *
  * As reading the weights is what takes most of the time, eight texts cost far less than
  * eight times one.
@@ -1066,9 +1065,9 @@ static char *text_of(const Model *m, const int *tokens, int n) {
  * The theme is plasticity against stability.
  * A model that learns from one sentence is plastic, one that keeps what it knew is stable, and the
  * step size trades the one for the other.
- * The surprise is that some step sizes give both.
- * After a lesson on its first line the model recites the whole soliloquy, and other texts go on as
- * before.
+ * Some step sizes give both, which was not to be expected.
+ * After a lesson on its first line the model recites the whole soliloquy.
+ * Other texts go on as before.
  * The model knew the soliloquy all along; the step only makes it more probable after "To be".
  */
 enum { MAX_STEP_SIZES = 64, MEASURE_ROWS = 128 }; // 128 rows of 32,000 logits: 16 MB
@@ -1359,7 +1358,7 @@ static void write_stepped(const Step *step, float step_size, Output *output) {
 /* ================================================================================================
  * 7  The command line
  *
- * Built like that of drugs: options about noise are read by the same function.
+ * It is built like that of drugs: the same function reads the options about noise.
  * Doses make the lesson a drugged one; the gradient then goes back through the very same glitches,
  * as if they were part of the model.
  */
@@ -1380,7 +1379,7 @@ static const char STEP_USAGE[] =
     "  -o <file>    the stepped model, a .bin, for one step size\n"
     "  -H -Q -K -V -A <theta>, -d, -w, -r, -s  doses for the lesson, as in drugs\n"
     "  -h, --help   this help\n"
-    "An option that would change nothing in a run is an error.\n";
+    "An option that lacks what it needs is an error.\n";
 
 // What is taught if nothing else is asked for, and how it goes on (Hamlet, act 3).
 static const char PHRASE[] = "To be, or not to be, that is the question:";
@@ -1594,7 +1593,7 @@ enum {
     VECS = 4,
     COLUMNS = VECS * WIDTH,
     STRIP = 4 * COLUMNS,
-    BLOCK = 32,     // rows of b: with a strip of 128 columns 16 KB, half of a first-level cache
+    BLOCK = 32,     // rows of b: with 32 columns 4 KB, which the first-level cache holds
     MANY_ROWS = 32, // of out
 };
 

@@ -1872,7 +1872,7 @@ static const char USAGE[] =
     "  -s <seed>    the first one, of the noise and the sampling (420)\n"
     "  -r <family>  of random directions: centred (default) or upstream\n"
     "  -h, --help   this help\n"
-    "An option that would change nothing in a run is an error.\n";
+    "An option that lacks what it needs is an error.\n";
 
 // Which option goes with which, and with which experiment.
 static void check_lab(const LabOptions *options, const char *experiment) {
