@@ -3076,12 +3076,15 @@ static void widen(float *to, Weights w, ptrdiff_t first, ptrdiff_t n) {
 // That can cost far more than is gained, above all where products are short.
 //
 // All layers do the same work, so they can be compared.
-// Now and then every second layer is computed the other way.
-// If these take less than .8 of the time of their neighbours, the way is changed.
-// The next trial comes after a hundred times the time of this one: trials take one percent.
+// Now and then two layers are computed the other way, layers 1 and 3.
+// If they take less than .8 of the time of layers 2 and 4, they have won, and the way is changed.
+// One thread must win once, but all threads three times in a row: on a busy machine they may be
+// lucky for a while.
+// A trial that was lost cost some time, and the next one comes after a hundred times as long.
 // Single rows and many rows are decided upon separately, as their products differ in length.
 static struct {
     bool one_thread;   // the way now
+    int n_won;         // trials in a row that the other way has won
     double next_trial; // the time, in seconds
 } teams[2];            // for one row, for many rows
 static bool solo;      // whether what is computed now has one thread
@@ -3092,8 +3095,9 @@ static bool worth_threads(double bytes) {
 
 static void all_layers(Run *run) {
     const int n_layers = run->model->config.n_layers;
-    const int last = (n_layers - 1) / 2 * 2; // layers 1 to last are pairs
+    const int last = n_layers > 4 ? 4 : (n_layers - 1) / 2 * 2; // layers 1 to last are compared
     bool *one_thread = &teams[run->n_rows > 1].one_thread;
+    int *n_won = &teams[run->n_rows > 1].n_won;
     double *next_trial = &teams[run->n_rows > 1].next_trial;
     const bool trial = last > 0 && now() >= *next_trial;
     double seconds[] = {0, 0}; // of the layers that are compared: the way now, the other way
@@ -3105,10 +3109,15 @@ static void all_layers(Run *run) {
         if (layer > 0 && layer <= last)
             seconds[other] += now() - start;
     }
-    if (trial && seconds[true] < .8 * seconds[false])
+    if (trial) {
+        const double lost = seconds[true] - seconds[false];
+        *n_won = seconds[true] < .8 * seconds[false] ? *n_won + 1 : 0;
+        *next_trial = now() + 100 * fmax(lost, 0);
+    }
+    if (*n_won > (*one_thread ? 2 : 0)) {
         *one_thread = !*one_thread;
-    if (trial)
-        *next_trial = now() + 100 * seconds[true];
+        *n_won = 0;
+    }
     solo = *one_thread;
 }
 

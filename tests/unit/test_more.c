@@ -408,14 +408,12 @@ Test(speed, the_other_way_is_tried) {
         Sequence s = sequence_new((Noise){0});
         for (int many = 0; many < 2; many++) {
             const int n = many ? 4 : 1;
-            teams[many].next_trial = 0;
+            memset(teams, 0, sizeof teams);
             teams[many].one_thread = true;
-            teams[!many].next_trial = 0;
-            teams[!many].one_thread = false;
             const double before = now();
             feed(&b.run, &s, tokens, n, WANTS_LOGITS);
             cr_assert_eq(teams[many].next_trial > before, n_layers > 2, "%d layers", n_layers);
-            cr_assert_eq(solo, teams[many].one_thread);
+            cr_assert(solo && teams[many].one_thread, "all threads have not won three times");
             cr_assert(teams[!many].next_trial == 0 && !teams[!many].one_thread, "%d rows", n);
             teams[many].next_trial = INFINITY;
             teams[many].one_thread = true;
