@@ -126,12 +126,6 @@ def reading_json(path):
         yield content
 
 
-def refuse_pointer(start):
-    """A clone without Git LFS has a note of 130 bytes in the place of every large file."""
-    demand(not start.startswith(b"version https://git-lfs"), "is not the file itself but a Git LFS "
-           "pointer to it; fetch the file with: git lfs pull")
-
-
 def visible(text):
     """On one line, and nothing that a terminal would obey: names in a checkpoint hold anything."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -297,6 +291,8 @@ def rope_frequencies(theta, scaling, head_dim):
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     demand(kind in SCALINGS, f"rope_scaling is of type {kind}; only {', '.join(SCALINGS)} can be "
            "exported")
+    demand(kind != "default" or "factor" not in scaling,
+           "rope_scaling has a factor, but no type that says what to do with it")
     numbers = [scaling.get(name) for name in SCALINGS[kind]]
     for name, number in zip(SCALINGS[kind], numbers):
         demand(type(number) in (int, float) and 0 < number < math.inf,
@@ -405,7 +401,10 @@ class File:
     def __init__(self, path):
         self.path, self.stream = path, open(path, "rb")
         self.size = os.fstat(self.stream.fileno()).st_size
-        refuse_pointer(self.stream.read(64))
+        self.start = self.stream.read(64)
+        # A clone without Git LFS has a note of 130 bytes in the place of every large file.
+        demand(not self.start.startswith(b"version https://git-lfs"), "is not the file itself but "
+               "a Git LFS pointer to it; fetch the file with: git lfs pull")
 
     def read(self, offset, length):
         # The size comes first, so that a file cannot make us reserve memory it does not fill.
@@ -506,17 +505,15 @@ def gather(config, found, family):
 # match is a word, and so is what lies between two.  To try the alternatives of an expression one
 # after the other takes a long program.  An automaton is a table, and walking it is a loop.
 #
-#     expression --parse--> tree --thompson--> nodes --determinise--> table
+#     expression --parse--> tree --determinise--> table
 #
-# The nodes are a machine that may be at several places at once: at a set of characters, which it
-# steps over; at a fork, whose ways come in the order in which a regular expression tries them; at a
-# look-ahead; or at the end, a match.  A state of the table is the list of all places where the
-# machine may be, the most wanted first (Thompson 1968; with the order as in RE2).
-#
+# A state of the table is the list of all that may be ahead, the most wanted first: the order is the
+# one in which a regular expression tries its ways.  To be ahead is to be a row of trees, and the
+# empty row is a match.  (It is Thompson's machine of 1968, with the order as in RE2.)
 # The expressions are those of Oniguruma, as far as tokenizers use them: characters, classes,
 # groups, alternatives, greedy repeats, a look-ahead of one character.  All else is refused.
 
-MOST_STATES, MOST_CLASSES, MOST_NODES = 1 << 16, 1 << 10, 1 << 14
+MOST_STATES, MOST_CLASSES, MOST_SIZE = 1 << 16, 1 << 10, 1 << 14
 
 # A set of characters: whether it is what is not in it, and of what it is made, which is a range
 # (first, last), a general category ("Lu", or "L" for all of them) or another set.
@@ -556,14 +553,16 @@ def foldings():
 
 class Expression:
     """Parses a regular expression: .tree is ("set", Chars), ("ahead", wanted, Chars),
-    ("row", trees), ("or", trees) or ("repeat", tree, least, most), most None for any number."""
+    ("row", trees), ("or", trees) or ("repeat", tree, least, most), most None for any number;
+    .sets are all the sets in it, and .bounds are where their ranges begin and end."""
 
     def __init__(self, text):
-        self.text, self.at, self.fold = text, 0, False
+        self.text, self.at, self.fold, self.sets, self.bounds = text, 0, False, set(), set()
         self.tree = self.alternatives()
         self.check(self.at == len(text), "a ) without its (")
-        self.check(not may_be_empty(self.tree), "it can match nothing at all")
-
+        fewest, size = measure(self.tree)
+        self.check(fewest, "it can match nothing at all")
+        demand(size < MOST_SIZE, "cuts text by a pattern that is too long")
     def check(self, fine, what):
         demand(fine, f"cuts text by {self.text[:200]!r}, which drugs.c does not know: {what}")
 
@@ -585,7 +584,7 @@ class Expression:
         rows = [self.row()]
         while self.skip("|"):
             rows.append(self.row())
-        return ("or", rows) if len(rows) > 1 else rows[0]
+        return ("or", tuple(rows)) if len(rows) > 1 else rows[0]
 
     def row(self):
         parts, spelt = [], ""           # spelt: the characters that the last parts spell
@@ -598,30 +597,30 @@ class Expression:
                 odd = [text for text in foldings()[1] if text in spelt.casefold()]
                 self.check(not odd, f"in any case, {some(odd)} may be one character")
             parts.append(part)
-        return ("row", parts)
+        return parts[0] if len(parts) == 1 else ("row", tuple(parts))
 
     def repeated(self, part):
-        least, most = 1, 1
-        if self.peek() in ("?", "*", "+") and self.peek():
-            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None)}[self.take()]
+        repeat = re.compile(r"([?*+])|\{(\d+)(,?)(\d*)\}").match(self.text, self.at)
+        if not repeat:
+            self.check(self.peek() != "{", "a { that counts nothing")
+            return part
+        self.at = repeat.end()
+        if repeat[1]:
+            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None)}[repeat[1]]
         else:
-            counts = re.compile(r"\{(\d+)(,?)(\d*)\}").match(self.text, self.at)
-            if not counts:
-                self.check(self.peek() != "{", "a { that counts nothing")
-                return part
-            self.at = counts.end()
-            least, most = int(counts[1]), int(counts[3]) if counts[3] else None
-            most = most if counts[2] else least
-        self.check(self.peek() not in ("?", "+", "*", "{") or not self.peek(),
-                   f"a repeat that is followed by {self.peek()}")
-        self.check(max(least, most or 0) <= 1000 and (most is None or least <= most),
+            least, most = int(repeat[2]), int(repeat[4]) if repeat[4] else None
+            most = most if repeat[3] else least
+        self.check(self.peek() not in tuple("?+*{"), f"a repeat that is followed by {self.peek()}")
+        self.check(max(least, most or 0) <= 1000 and (most is None or max(least, 1) <= most),
                    "a repeat of a wrong number")
-        self.check(part[0] != "ahead" and not may_be_empty(part), "a repeat of what can be empty")
+        self.check(measure(part)[0], "a repeat of what can be empty")
         return ("repeat", part, least, most)
 
     def part(self):
         if not self.skip("("):
-            return ("set", self.chars())
+            chars = self.chars()
+            self.sets.add(chars)
+            return ("set", chars)
         ahead = next((sign for sign in ("?=", "?!") if self.skip(sign)), None)
         fold = self.fold
         if not ahead and not self.skip("?:"):
@@ -630,12 +629,8 @@ class Expression:
         tree = self.alternatives()
         self.check(self.skip(")"), "a ( without its )")
         self.fold = fold
-        if not ahead:
-            return tree
-        while tree[0] == "row" and len(tree[1]) == 1:
-            tree = tree[1][0]
-        self.check(tree[0] == "set", "a look-ahead of more than one character")
-        return ("ahead", ahead == "?=", tree[1])
+        self.check(not ahead or tree[0] == "set", "a look-ahead of more than one character")
+        return ("ahead", ahead == "?=", tree[1]) if ahead else tree
 
     def chars(self):
         if self.peek() == "[":
@@ -656,6 +651,7 @@ class Expression:
                 folded = chr(code).casefold()
                 items += [(alike, alike) for alike in foldings()[0][folded]]
                 items += [(ord(folded), ord(folded))] if len(folded) == 1 else []
+        self.bounds.update(bound for item in items for bound in (item[0], item[1] + 1))
         return Chars(False, tuple(sorted(set(items))))
 
     def escape(self):
@@ -701,81 +697,58 @@ class Expression:
         return self.escape() if character == "\\" else character
 
 
-def may_be_empty(tree):
+def measure(tree):
+    """(the fewest characters that a tree matches, its size with all repeats written out)."""
     kind, *rest = tree
-    if kind == "row":
-        return all(map(may_be_empty, rest[0]))
-    if kind == "or":
-        return any(map(may_be_empty, rest[0]))
-    return kind == "ahead" or kind == "repeat" and (not rest[1] or may_be_empty(rest[0]))
+    if kind in ("row", "or"):
+        fewest, sizes = zip(*map(measure, rest[0])) if rest[0] else ((), ())
+        return (sum if kind == "row" else min)(fewest), 1 + sum(sizes)
+    if kind == "repeat":
+        part, least, most = rest
+        fewest, size = measure(part)
+        return fewest * least, 1 + size * max(least, most or 1)
+    return int(kind == "set"), 1
 
 
-def thompson(tree, following, nodes):
-    """Adds the nodes of a tree, after which `following` comes; returns the first one."""
-    demand(len(nodes) < MOST_NODES, "cuts text by a pattern that is too long")
-    kind, *rest = tree
-    if kind in ("set", "ahead"):
-        nodes.append((kind, *rest, following))
-        return len(nodes) - 1
-    if kind == "row":
-        for part in reversed(rest[0]):
-            following = thompson(part, following, nodes)
-        return following
-    if kind == "or":
-        ways = [thompson(part, following, nodes) for part in rest[0]]
-        nodes.append(("fork", ways))
-        return len(nodes) - 1
-    part, least, most = rest
-    if most is None:                    # once more, or on; and back to here
-        fork = len(nodes)
-        nodes.append(None)
-        nodes[fork] = ("fork", [thompson(part, fork, nodes), following])
-        following = fork
-    for _ in range(0 if most is None else most - least):
-        nodes.append(("fork", [thompson(part, following, nodes), following]))
-        following = len(nodes) - 1
-    for _ in range(least):
-        following = thompson(part, following, nodes)
-    return following
-
-
-def advance(state, within, nodes):
-    """(the state after a character, whether the places before it are a match).
+def advance(state, within):
+    """(the state after a character, whether what was read before it is a match).
 
     `within` says whether the character that comes is in a set; at the end of a text it is in none.
     """
-    after, seen, matched = {}, set(), False
-    waiting = list(reversed(state))
+    after, seen, waiting = {}, set(), list(reversed(state))
     while waiting:
-        place = waiting.pop()
-        if place in seen:
+        row = waiting.pop()
+        if row in seen:
             continue
-        seen.add(place)
-        kind, *rest = nodes[place]
-        if kind == "match":
-            matched = True              # what is wanted less is not tried any more
-            break
-        if kind == "fork":
-            waiting += reversed(rest[0])
+        seen.add(row)
+        if not row:                     # what is wanted less is not tried any more
+            return tuple(after), True
+        kind, *rest = row[0]
+        following = row[1:]
+        if kind == "row":
+            waiting.append(rest[0] + following)
+        elif kind == "or":
+            waiting += [(way, *following) for way in reversed(rest[0])]
+        elif kind == "repeat":          # once more if that may be, or else on
+            part, least, most = rest
+            more = () if most == 1 else (("repeat", part, max(least - 1, 0), most and most - 1),)
+            waiting += [following] if least == 0 else []
+            waiting.append((part, *more, *following))
         elif kind == "ahead":
-            waiting += [rest[2]] if within(rest[1]) == rest[0] else []
+            waiting += [following] if within(rest[1]) == rest[0] else []
         elif within(rest[0]):
-            after[rest[1]] = True       # a dict keeps the order
-    return tuple(after), matched
+            after[following] = True     # a dict keeps the order
+    return tuple(after), False
 
 
-def classes_of(sets):
+def classes_of(sets, bounds):
     """([(first, last, class)], [for each class the sets that have its characters]).
 
     Characters are of one class if every set has all of them or none.  Class 0, that of most
-    characters, has no ranges.
+    characters, has no ranges.  `bounds` are where the ranges of the sets begin and end.
     """
-    bounds = {0}
-    for chars in sets:
-        bounds.update(bound for first, last in explicit(chars) for bound in (first, last + 1))
-    bounds.update(code for code in category_runs())
     runs = collections.defaultdict(list)        # the sets that have them -> [(first, last)]
-    starts = sorted(code for code in bounds if code <= sys.maxunicode)
+    starts = sorted(code for code in {0, *bounds, *category_runs()} if code <= sys.maxunicode)
     for first, beyond in zip(starts, starts[1:] + [sys.maxunicode + 1]):
         owners = frozenset(chars for chars in sets if has(chars, first))
         if runs[owners] and runs[owners][-1][1] == first - 1:
@@ -787,43 +760,30 @@ def classes_of(sets):
     return ranges, order
 
 
-def explicit(chars):
-    for item in chars.items:
-        if isinstance(item, Chars):
-            yield from explicit(item)
-        elif isinstance(item, tuple):
-            yield item
-
-
 @functools.lru_cache(maxsize=None)
 def category_runs():
     """Where the general category changes, or White_Space."""
-    changes, before = [], None
-    for code in range(sys.maxunicode + 1):
-        now = unicodedata.category(chr(code)), code in WHITE_SPACE
-        if now != before:
-            changes.append(code)
-        before = now
-    return changes
+    kinds = ((unicodedata.category(chr(code)), code in WHITE_SPACE)
+             for code in range(sys.maxunicode + 1))
+    return list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(kinds)))
 
 
 def build_automata(patterns):
     """(ranges, n_classes, rows of the table) for patterns that cut one after the other."""
     if not patterns:
         return (), 1, ()
-    nodes = [("match",)]
-    starts = [(thompson(Expression(pattern).tree, 0, nodes),) for pattern in patterns]
-    sets = list(dict.fromkeys(part for node in nodes for part in node if isinstance(part, Chars)))
-    ranges, owners = classes_of(sets)
+    expressions = list(map(Expression, patterns))
+    ranges, owners = classes_of({chars for each in expressions for chars in each.sets},
+                                {bound for each in expressions for bound in each.bounds})
     demand(len(owners) <= MOST_CLASSES and len(ranges) <= 1 << 16,
            "cuts text by patterns with too many classes of characters")
-    numbers, states, rows = {}, list(starts), []
+    numbers, rows, states = {}, [], [((each.tree,),) for each in expressions]
     for number, state in enumerate(states, 1):
         numbers.setdefault(state, number)
     while len(rows) < len(states):
         row = []
         for owned in owners + [frozenset()]:
-            after, matched = advance(states[len(rows)], owned.__contains__, nodes)
+            after, matched = advance(states[len(rows)], owned.__contains__)
             if after and after not in numbers:
                 states.append(after)
                 numbers[after] = len(states)
@@ -832,14 +792,6 @@ def build_automata(patterns):
         rows.append(tuple(row))
     return tuple(ranges), len(owners), tuple(rows)
 
-
-# ------------------------------------------------------------------------------------------------
-# 6. Tokenizers
-#
-# A text becomes pieces by merging: start from single characters (or bytes), and as long as two
-# neighbours are a pair, join the pair of the lowest rank.  There are two schools.  SentencePiece
-# has a score for each piece and joins any two neighbours whose union is a piece.  Hugging Face's
-# tokenizer.json lists the pairs, the best first.  Both become one table of pairs.
 
 SPACE = "\u2581"                    # how SentencePiece writes one
 NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END = range(6)
@@ -889,16 +841,12 @@ class Tokenizer:
 
     def may_be_control(self, token):
         """Whether no text has this piece; it may have been forgotten to mark it as control."""
-        piece = self.pieces.get(token, EMPTY)
-        if piece.kind == NORMAL:
-            return bool(piece.text) and self.scores is None and token not in self.made()
-        return bool(piece.text) and piece.kind != BYTE
-
-    def made(self):
-        """The pieces that merges make, and those that they begin with."""
-        single = {token for token, piece in self.pieces.items() if piece.kind == NORMAL
-                  and len(piece.text if self.byte_level else piece.text.decode()) == 1}
-        return single | {merged for _, _, merged in self.merges}
+        kind, text = self.pieces.get(token, EMPTY)
+        if kind == NORMAL:              # a text has what merges begin with and what they make
+            single = len(text if self.byte_level else text.decode()) == 1
+            return self.scores is None and not single and all(
+                token != merged for _, _, merged in self.merges)
+        return bool(text) and kind != BYTE
 
     def of_kind(self, *kinds):
         return [token for token, piece in sorted(self.pieces.items()) if piece.kind in kinds]
@@ -906,17 +854,17 @@ class Tokenizer:
 
 def settle_tables(tokenizer, vocab_size):
     """Makes the tables of the flat file, when nothing about the pieces changes any more."""
-    first = first_of_text(tokenizer)
+    first, scores = first_of_text(tokenizer), tokenizer.scores
     tokenizer.automata = build_automata(tokenizer.patterns)
     tokenizer.words = sorted(first.values(), key=lambda token: tokenizer.pieces[token].text) \
         if tokenizer.takes_words else []
-    tokenizer.units = units_of(tokenizer, first, vocab_size)
-    if tokenizer.scores is None:
+    tokenizer.units = units_of(tokenizer, first, None if scores is None else vocab_size)
+    if scores is None:
         normal = set(tokenizer.of_kind(NORMAL))
         known = [merge for merge in tokenizer.merges if normal.issuperset(merge)]
         tokenizer.pairs = sorted((*merge, rank) for rank, merge in enumerate(known))
     else:
-        tokenizer.pairs = pairs_of(tokenizer.scores, first, tokenizer.units)
+        tokenizer.pairs = pairs_of(scores, first, tokenizer.units)
 
 
 def first_of_text(tokenizer):
@@ -924,19 +872,22 @@ def first_of_text(tokenizer):
     return {tokenizer.pieces[token].text: token for token in reversed(tokenizer.of_kind(NORMAL))}
 
 
-def units_of(tokenizer, first, vocab_size):
-    """What merging begins with: {unit: id}."""
+def units_of(tokenizer, first, unnamed):
+    """What merging begins with: {unit: id}.
+
+    SentencePiece also joins characters that are no pieces.  `unnamed` is the first of their ids, or
+    None if such are not joined.
+    """
     if tokenizer.byte_level:
         return {BYTE_UNIT + text[0]: token for text, token in first.items() if len(text) == 1}
-    texts, units = {}, {}
+    texts = {}
     for text, token in first.items():
         with contextlib.suppress(UnicodeDecodeError):       # no characters make what is no UTF-8
             texts[text.decode()] = token
-    units.update((ord(text), token) for text, token in texts.items() if len(text) == 1)
-    if tokenizer.scores is not None:
-        # SentencePiece also joins characters that are no pieces.
-        unnamed = sorted(set(map(ord, "".join(texts))) - units.keys())
-        units.update(zip(unnamed, itertools.count(vocab_size)))
+    units = {ord(text): token for text, token in texts.items() if len(text) == 1}
+    if unnamed is not None:
+        others = sorted(set(map(ord, "".join(texts))) - units.keys())
+        units.update(zip(others, itertools.count(unnamed)))
     if ord(" ") in units:
         units[ord(SPACE)] = units[ord(" ")]
     raw = tokenizer.of_kind(BYTE)
@@ -1236,7 +1187,7 @@ def read_tokenizer_json(path, added):
         plan = Plan(path, content)
         tokenizer = Tokenizer({}, plan.flags, plan.byte_level, tuple(plan.patterns),
                               takes_words=bool(model.get("ignore_merges")))
-        read_vocabulary(path, model, plan, tokenizer)
+        read_vocabulary(model, plan, tokenizer)
         add_tokens(path, tokenizer, added or content.get("added_tokens") or [])
         read_merges(path, model, plan, tokenizer)
         one_by_one = model.get("unk_token") and not model.get("fuse_unk") and not plan.byte_level
@@ -1258,30 +1209,25 @@ class Plan:
         self.spaces = False         # whether a space is written as U+2581
         self.split = False          # whether Metaspace cuts before every space
         self.stripped = self.prepended = False
-        for part, take in (("normalizer", self.normalizer), ("pre_tokenizer", self.pre_tokenizer),
-                           ("decoder", self.decoder)):
+        for part in "normalizer", "pre_tokenizer", "decoder":
             for step in steps(content.get(part)):
                 # Most of these are one word; what follows says which of its settings are known.
-                demand(take(step["type"], step), f"has a {part} {self.spell(step)}, "
-                       "which drugs.c does not know")
+                known, kind = getattr(self, part)(step["type"], step), step.pop("type")
+                text = json.dumps(step, ensure_ascii=False) if step else ""
+                demand(known, f"has a {part} {kind} {text[:200]}, which drugs.c does not know")
+        cut, unknown = self.byte_level, "which drugs.c does not know"
         demand(self.spaces or not self.prepended,
                "has a normalizer that puts U+2581 before a text, but none that makes it of spaces")
         demand(not self.stripped or self.flags & COLLAPSE_SPACES,
-               "has a normalizer that strips spaces, but none that joins them, which drugs.c "
-               "does not know")
-        demand(self.byte_level or not self.patterns,
-               "has a pre_tokenizer Digits or Split without ByteLevel, which drugs.c does not know")
+               f"has a normalizer that strips spaces, but none that joins them, {unknown}")
+        demand(cut or not self.patterns,
+               f"has a pre_tokenizer Digits or Split without ByteLevel, {unknown}")
         demand(len(self.patterns) <= MOST_CUTTERS,
                f"cuts text by {len(self.patterns)} patterns; {MOST_CUTTERS} are the most")
-        demand(self.byte_level or not content["model"].get("ignore_merges"),
-               "sets ignore_merges for text that is not cut, which drugs.c does not know")
+        demand(cut or not content["model"].get("ignore_merges"),
+               f"sets ignore_merges for text that is not cut, {unknown}")
         for doubt in self.doubts:
             warn(path, doubt)
-
-    def spell(self, step):
-        settings = sorted(step.keys() - {"type"}, key=lambda key: (key == "pattern", key))
-        text = json.dumps({key: step[key] for key in settings}, ensure_ascii=False)
-        return step["type"] + ("" if text == "{}" else " " + text[:100])
 
     def normalizer(self, kind, step):
         if kind in ("NFC", "NFKC", "Nmt", "Precompiled"):
@@ -1292,35 +1238,26 @@ class Plan:
             self.flags |= PREFIX_SPACE | PREFIX_EACH
             self.prepended = True
             return step["prepend"] == SPACE
-        if kind == "Strip" and self.untouched():
+        as_typed = not self.spaces and not self.prepended       # spaces are still spaces
+        if kind == "Strip" and as_typed:
             self.doubts.append("its normalizer Strip also takes line feeds from both ends of a "
                                "text; drugs.c takes only spaces")
             self.stripped = step["strip_left"] and step["strip_right"]
             return self.stripped
-        return kind == "Replace" and self.replacement(step["pattern"], step["content"])
-
-    def untouched(self):
-        """Whether spaces are still spaces, as they were typed."""
-        return not (self.spaces or self.prepended)
-
-    def replacement(self, pattern, content):
-        if pattern == {"String": " "} and content == SPACE:
+        rule = kind == "Replace" and (*step["pattern"].items(), step["content"])
+        if rule == (("String", " "), SPACE):
             self.spaces = True
-            return True
-        if not self.untouched():
-            return False
-        if pattern == {"Regex": ENDS_REGEX} and content == "":
+        elif rule == (("Regex", ENDS_REGEX), "") and as_typed:
             self.stripped = True
-            return True
-        if pattern == {"Regex": " {2,}"} and content == " " and self.stripped:
+        elif rule == (("Regex", " {2,}"), " ") and as_typed and self.stripped:
             self.flags |= COLLAPSE_SPACES
-            return True
-        if pattern == {"String": "\n"} and content == "\n " and not self.stripped:
+        elif rule == (("String", "\n"), "\n ") and as_typed and not self.stripped:
             self.flags |= NEWLINE_SPACE
-            self.doubts.append("its normalizer puts a space behind every newline; so will drugs.c, "
+            self.doubts.append("its normalizer puts a space after every newline; so will drugs.c, "
                                "which does not print it")
-            return True
-        return False
+        else:
+            return False
+        return True
 
     def pre_tokenizer(self, kind, step):
         if self.byte_level:
@@ -1401,28 +1338,23 @@ def byte_alphabet():
     """How GPT-2 writes a byte as a character that can be seen: {character: byte}."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    alphabet = {chr(byte): byte for byte in shown}
-    alphabet.update((chr(256 + place), byte) for place, byte in enumerate(hidden))
-    return alphabet
+    return {**{chr(byte): byte for byte in shown},
+            **{chr(256 + place): byte for place, byte in enumerate(hidden)}}
 
 
-def bytes_of(name, plan, alphabet):
-    """What the piece of this name stands for."""
-    if plan.byte_level and alphabet.keys() >= set(name):
-        return bytes(alphabet[character] for character in name)
-    return (name.replace(SPACE, " ") if plan.spaces else name).encode()
-
-
-def read_vocabulary(path, model, plan, tokenizer):
+def read_vocabulary(model, plan, tokenizer):
     pieces, alphabet = tokenizer.pieces, byte_alphabet()
     for name, token in model["vocab"].items():
         demand(token not in pieces, f"pieces {name!r} and {tokenizer.text_of(token)!r} "
                f"have one id, {token!r}")
-        pieces[token] = Piece(NORMAL, bytes_of(name, plan, alphabet))
+        kind, text = NORMAL, (name.replace(SPACE, " ") if plan.spaces else name).encode()
+        if plan.byte_level and alphabet.keys() >= set(name):
+            text = bytes(alphabet[character] for character in name)
         if name == model.get("unk_token"):
-            pieces[token] = Piece(UNKNOWN, bytes_of(name, plan, alphabet))
+            kind = UNKNOWN
         elif model.get("byte_fallback") and not plan.byte_level and byte_piece(name):
-            pieces[token] = Piece(BYTE, byte_piece(name))
+            kind, text = BYTE, byte_piece(name)
+        pieces[token] = Piece(kind, text)
     demand(plan.spaces or plan.byte_level or all(SPACE not in name for name in model["vocab"]),
            "has pieces with U+2581, but no normalizer or pre_tokenizer that makes it of spaces")
 
@@ -1453,19 +1385,11 @@ def read_merges(path, model, plan, tokenizer):
 # A chat template is a small program in the language Jinja, and only running it says what it writes.
 # It is run here: cut into tags, its expressions parsed by Python's `ast` and walked node by node.
 # Python itself never runs any of it.  Work is counted, a unit for each step and for each character
-# that is made, and is bounded: so loops end and texts stay small.  The grammar is what chats need:
+# that is made, and is bounded: so loops end and texts stay small.
 #
-#     template    = { text | {{ expression }} | {# comment #} | statement }
-#     statement   = {% for NAMES in expression [if expression] %} template [{% else %} template]
-#                   {% endfor %}  |  {% break %}  |  {% continue %}
-#                 | {% if expression %} template {elif and else as usual} {% endif %}
-#                 | {% set NAMES = expression %}  |  {% set NAME.NAME = expression %}
-#                 | {% set NAME %} template {% endset %}
-#                 | {% macro NAME(NAMES, perhaps with defaults) %} template {% endmacro %}
-#                 | {% generation %} template {% endgeneration %}
-#     expression  = constants, names, lists, tuples, dictionaries, a.b, a[b], a[b:c:d], calls,
-#                   + - * / // %, a ~ b (joined as texts), comparisons, in, and, or, not,
-#                   a if b [else c], a | FILTER [(...)], a is [not] TEST [argument]
+# What follows knows the statements of STATEMENTS below, constants, names, lists, tuples,
+# dictionaries, a.b, a[b], a[b:c:d], calls, arithmetic, a ~ b (joined as texts), comparisons, in,
+# and, or, not, a if b [else c], a | FILTER [(...)], a is [not] TEST [argument].
 #
 # A tag with a - at an end takes all white space there.  As Hugging Face sets it, a tag with % or #
 # also takes the line feed after it (trim_blocks), and the spaces before it if nothing else stands
@@ -1520,7 +1444,8 @@ def cut_tags(text):
 STATEMENTS = {
     "if": ("if (%s): 0", "elif else endif"), "for": ("for %s: 0", "else endfor"),
     "macro": ("def %s: 0", "endmacro"), "set": ("%s", ""), "set block": ("with %s: 0", "endset"),
-    "generation": ("if 1: 0", "endgeneration"), "break": ("break", ""), "continue": ("continue", "")}
+    "generation": ("if 1: 0", "endgeneration"),
+    "break": ("break", ""), "continue": ("continue", "")}
 STATEMENTS["elif"] = STATEMENTS["if"]
 
 
@@ -1946,6 +1871,8 @@ def settle(path, config, tokenizer, says, beside, form):
         tokenizer.flags &= ~PREFIX_EACH
         if settings.get("add_prefix_space") is False:
             tokenizer.flags &= ~PREFIX_SPACE
+    if settings.get("eos_token", "") is None:
+        tokenizer.eos = -1              # a tokenizer.json does not say, but here it is said
     for name, text in special_tokens(beside).items():
         token, end = tokenizer.id_of(text.encode()), name[:-len("_token")]
         if end in ("bos", "eos") and token >= 0:
@@ -1994,16 +1921,15 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
                 demand(whole(token, 0, config.vocab_size), f"eos_token_id is {token!r} in {file}, "
                        f"but there are {config.vocab_size} tokens")
                 named[token] = file
-    ends = {tokenizer.eos, *chat_ends, *named} - {-1}
-    for token in sorted(ends):
-        piece = tokenizer.pieces.get(token, EMPTY)
-        # What begins a text ends one only where nothing else does.
-        if tokenizer.may_be_control(token) and piece.kind != UNKNOWN and (
-                token != tokenizer.begins or len(ends) == 1):
-            tokenizer.pieces[token] = Piece(END, piece.text)
-        elif token in named:
-            warn(path, f"{named[token]} says that token {token} ends a text (eos_token_id), but "
-                 f"the tokenizer knows it as {tokenizer.text_of(token)!r}; it was not believed")
+    fitting = {token for token in {tokenizer.eos, *chat_ends, *named}
+               if tokenizer.may_be_control(token) and tokenizer.pieces[token].kind != UNKNOWN}
+    # What begins a text ends one only where nothing else does.
+    ends = fitting - {tokenizer.begins} or fitting
+    for token in ends:
+        tokenizer.pieces[token] = Piece(END, tokenizer.pieces[token].text)
+    for token in sorted(named.keys() - ends):
+        warn(path, f"{named[token]} says that token {token} ends a text (eos_token_id), but the "
+             f"tokenizer knows it as {tokenizer.text_of(token)!r}; it was not believed")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2016,7 +1942,7 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
 #     after_system     between it and the first question; both empty: it has no place
 #     before_question  before every later question
 #     after_question   between a question and its answer
-#     after_answer     behind an answer, up to the control piece that ends it, if there is one
+#     after_answer     after an answer, up to the control piece that ends it, if there is one
 #
 # They are what a chat template writes around texts that it is given.  The kind of a string says
 # whether the template takes the spaces that were typed before it (1), after it (2), or both (3).
@@ -2098,8 +2024,8 @@ def settle_chat(path, tokenizer, beside, form):
     except Refused as why:
         no_system = why
     if no_system:
-        warn(path, "what its chat template makes of a system prompt, drugs.c follows for one round: "
-             f"{no_system}" if chat[1] + chat[2] else
+        warn(path, "what its chat template makes of a system prompt, drugs.c follows for one "
+             f"round: {no_system}" if chat[1] + chat[2] else
              f"its chat template has no place for a system prompt{no_system}")
     if "strftime_now" in program.asked:
         warn(path, "its chat template wants today's date; its own default is written, so that a "
@@ -2130,7 +2056,7 @@ def render_talk(program, names, texts, system=None, prompt=True):
 
 
 def around(written, *texts):
-    """What stands before, between and behind these texts."""
+    """What stands before, between and after these texts."""
     found = []
     for text in texts:
         demand(written.count(text) == 1, "it does not write each text once, and in order")
@@ -2239,7 +2165,7 @@ OWN_TEMPLATE = """\
   {%- elif message.role == 'user' and loop.first %}
     {{- #0 + #first + #4 }}
   {%- elif message.role == 'user' and loop.index0 == 1 and messages[0].role == 'system' %}
-    {{- #behind + #4 }}
+    {{- #second + #4 }}
   {%- elif message.role == 'user' %}
     {{- #3 + #later + #4 }}
   {%- else %}
@@ -2255,7 +2181,7 @@ def own_template(chat, takes):
         return "message.content" + left + right
     spelt = {str(place): "'" + string.encode("unicode_escape").decode().replace("'", "\\x27") + "'"
              for place, string in enumerate(chat)}
-    spelt.update(first=typed(OPENING, AFTER_QUESTION), behind=typed(AFTER_SYSTEM, AFTER_QUESTION),
+    spelt.update(first=typed(OPENING, AFTER_QUESTION), second=typed(AFTER_SYSTEM, AFTER_QUESTION),
                  later=typed(BEFORE_QUESTION, AFTER_QUESTION))
     spelt["system"] = f"{spelt['1']} + {typed(BEFORE_SYSTEM, AFTER_SYSTEM)} + {spelt['2']}" \
         if chat[1] + chat[2] else "raise_exception('a system prompt has no place')"
@@ -2407,7 +2333,7 @@ def safetensors(path):
                    f"tensor {name}: {shape} of {dtype} does not fill its {last - first} bytes")
             found[name], end = Stored(file, start + first, dtype, tuple(shape)), last
         demand(start + end == file.size, f"is damaged: {file.size - start - end} bytes are left "
-               "over behind the last tensor")
+               "over after the last tensor")
     return found
 
 
@@ -2466,11 +2392,14 @@ class TorchFile(pickle.Unpickler):
 
     def __init__(self, path):
         self.file, self.strangers = File(path), {}
-        demand(self.file.read(0, min(10, self.file.size)) != OLD_TORCH, OLD_TORCH_ADVICE)
+        demand(not self.file.start.startswith(OLD_TORCH), OLD_TORCH_ADVICE)
         self.zip = zipfile.ZipFile(self.file.stream)
         pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl")]
         demand(len(pickles) == 1, "is a zip, but not one that torch.save() wrote")
         self.prefix = pickles[0][:-len("data.pkl")]
+        if self.prefix + "byteorder" in self.zip.namelist():
+            demand(self.file.read(*self.record("byteorder")) == b"little",
+                   "was saved on a machine of another byte order; save it on a common one")
         program = self.file.read(*self.record("data.pkl"))
         # Unpickling reserves memory for whatever count or place in its memo is named, gigabytes if
         # need be, and only then notices a lie.  Looking through the program first is safe: genops
@@ -2672,9 +2601,7 @@ def reader_of(path):
             if os.path.exists(os.path.join(path, name)):
                 return reader
         raise Refused("holds neither config.json (Hugging Face) nor params.json (Meta)")
-    with open(path, "rb") as stream:
-        start = stream.read(64)
-    refuse_pointer(start)
+    start = File(path).start
     for magic, why in STRANGERS.items():
         demand(not start.startswith(magic), why)
     demand(not INNER.match(os.path.basename(path)),
@@ -2806,7 +2733,7 @@ def replacing(output, folder=False):
 def read_flat(path):
     demand(not os.path.isdir(path), "is a folder; --to needs a flat file")
     file = File(path)
-    demand(file.read(0, min(8, file.size)) == MAGIC, "is no flat file, which --to needs")
+    demand(file.start.startswith(MAGIC), "is no flat file, which --to needs")
     said = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
     demand(said[1] == VERSION, f"is a flat file of version {said[1]}; this export.py knows "
            f"version {VERSION}: export the checkpoint again")
@@ -2908,8 +2835,10 @@ def is_sentencepiece(tokenizer):
     """Whether pieces are joined as SentencePiece does; then tokenizer.model says it best."""
     if tokenizer.byte_level or tokenizer.flags & ~(PREFIX_SPACE | PREFIX_EACH | COLLAPSE_SPACES):
         return False
-    return tokenizer.pairs == pairs_of(ranks_of(tokenizer), first_of_text(tokenizer),
-                                       tokenizer.units)
+    first = first_of_text(tokenizer)
+    units = units_of(tokenizer, first, len(tokenizer.pieces))
+    return tokenizer.units == units and tokenizer.pairs == pairs_of(
+        ranks_of(tokenizer), first, units)
 
 
 def ranks_of(tokenizer):
