@@ -21,48 +21,23 @@ what the matrices have, so nothing is rounded and little is computed; gains beco
 all of a checkpoint whose matrices are mixed.
 
 The flat file, all little-endian.  It says everything that using the model as its makers meant
-needs, so that the C program need not know one family from another:
+The flat file, all little-endian, says everything that using the model as its makers meant needs, so
+that the C program need not know one family from another.  Struct Config, struct Tokenizer and
+section 9 of drugs.c say what each number means:
 
-    byte 0     char[8] magic "drugs.c\\0"
-         8     i32 version = 3
-        12     i32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, seq_len
-        44     i32 shared_classifier: 1 = the embedding is also the classifier
-        48     i32 sliding_window: how many positions attention looks back, 0 = all of them
-        52     f32 norm_eps
-        56     i32 storage of the matrices: 0 = fp32, 1 = bf16, 2 = fp16
-        60     i32 bos: the piece that begins a text, -1 = none
-        64     i32 unknown: the piece for what is unknown, -1 = none
-        68     i32 text_flags, see section 6
-        72     i32 n_cutters, n_states, n_classes, n_ranges, n_units, n_pairs, n_whole, n_words,
-               n_text: the sizes of what follows
-       108     zeros
-       256     head_dim / 2 times f64: by how many radians RoPE turns a pair at each position
-       ...     n_ranges times {u32 first, last, class}: the classes of characters, for cutting
-       ...     n_states times (n_classes + 1) u32: the automata that cut a text, see section 5.  A
-               cell is 2 * next state (from 1 on, 0 = the walk ends), + 1 if what was read so far is
-               a word; the last column is for the end of the text
-       ...     n_units times {u32 unit, unit, id}: what merging begins with.  A unit is a character,
-               or 0x110000 + a byte; an id of vocab_size and more is a character that is no piece
-       ...     n_pairs times {u32 left, right, merged, rank}: what two ids become; low ranks first
-       ...     vocab_size + 6 + n_cutters times {u32 end, kind}: strings, one after the other in the
-               text below: the pieces; the six strings of a chat, see section 9; the patterns that
-               the automata were made of.  The kind of a piece: 0 normal, 1 control (never made from
-               text, prints nothing), 2 unknown, 3 one raw byte, 4 user-defined (found whole, before
-               merging), 5 end of a text
-       ...     n_whole times u32: the pieces that are found whole, by first byte, longer ones first
-       ...     n_words times u32: the pieces that are taken where they are a word, by their bytes
-       ...     n_text bytes: the strings
-       ...     the tensors, each from a multiple of 64 bytes on, in the order of use (gains fp32):
-
-    tok_emb   (vocab_size, dim)
-    then for every layer
-      att_norm  (dim)
-      wq        (n_heads * head_dim, dim)       wk, wv  (n_kv_heads * head_dim, dim)
-      wo        (dim, n_heads * head_dim)
-      ffn_norm  (dim)
-      w1, w3    (hidden_dim, dim): gate, up     w2      (dim, hidden_dim): down
-    final_norm  (dim)
-    wcls        (vocab_size, dim), only if the classifier is not shared
+    header      256 bytes: "drugs.c\\0", i32 version, i32 each of SIZES, f32 norm_eps, i32 storage
+                of the matrices (its place in STORAGES), i32 bos and unknown (-1 = none), i32 flags
+                of section 6, i32 n_cutters and the other sizes of what follows, then zeros
+    RoPE        head_dim / 2 times f64: by how many radians a pair is turned at each position
+    tables      of u32: {first, last, class} of characters; the automata that cut a text, a cell
+                is 2 * next state (from 1 on, 0 = the walk ends), + 1 if what was read so far is a
+                word, and the last column is for the end of the text; {unit, unit, id}, what merging
+                begins with; {left, right, merged, rank}, what two ids become; {end, kind} of the
+                strings, which are the pieces, six of a chat (section 9) and the patterns that the
+                automata were made of; the pieces that are found whole, by first byte, longer ones
+                first; the pieces that are taken where they are a word, by their bytes
+    text        the strings
+    tensors     of KINDS, layer after layer, each from a multiple of 64 bytes on (gains fp32)
 
 A matrix is stored row after row, (out, in).  Rows of wq and wk are in *interleaved* order: RoPE
 turns rows 2i and 2i+1 of a head together.
@@ -145,18 +120,10 @@ def reading(path):
 @contextlib.contextmanager
 def reading_json(path):
     with reading(path):
-        with open(path, "rb") as stream:
-            data = stream.read()
-        refuse_pointer(data)
-        content = json.loads(data.decode("utf-8"))
+        file = File(path)
+        content = json.loads(file.read(0, file.size).decode("utf-8"))
         demand(isinstance(content, dict), "is damaged: a JSON object was expected")
         yield content
-
-
-def refuse_pointer(start):
-    """A clone without Git LFS has a note of 130 bytes in the place of every large file."""
-    demand(not start.startswith(b"version https://git-lfs"), "is not the file itself but a Git LFS "
-           "pointer to it; fetch the file with: git lfs pull")
 
 
 def visible(text):
@@ -174,7 +141,6 @@ def some(names, most=3):
     """A few of many, for a message of one line."""
     names = list(names)
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
-
 
 # ------------------------------------------------------------------------------------------------
 # 2. What a model is
@@ -212,14 +178,30 @@ def name_of(kind, layer, family):
 
 
 def without_prefix(found):
-    return {PREFIX.sub("", name): tensor for name, tensor in found.items()}
+    names = {PREFIX.sub("", name): tensor for name, tensor in found.items()}
+    demand(len(names) == len(found), "has two tensors of one name, but for what is put before it")
+    return names
 
 
-# The least and the most that drugs.c accepts: what is written here must load there.
-BOUNDS = {
-    "dim": (1, 1 << 20), "hidden_dim": (1, 1 << 20), "n_layers": (1, 1 << 12),
-    "n_heads": (1, 1 << 12), "n_kv_heads": (1, 1 << 12), "head_dim": (2, 1 << 12),
-    "vocab_size": (1, 1 << 24), "seq_len": (1, 1 << 28), "sliding_window": (0, 1 << 28)}
+Field = collections.namedtuple("Field", "hf meta least most")
+
+# The numbers of a model: their names in config.json and in params.json, and for those that the
+# header of the flat file has in this order the bounds of drugs.c.  What is written must load there.
+FIELDS = {
+    "dim": Field("hidden_size", "dim", 1, 1 << 20),
+    "hidden_dim": Field("intermediate_size", "hidden_dim", 1, 1 << 20),
+    "n_layers": Field("num_hidden_layers", "n_layers", 1, 1 << 12),
+    "n_heads": Field("num_attention_heads", "n_heads", 1, 1 << 12),
+    "n_kv_heads": Field("num_key_value_heads", "n_kv_heads", 1, 1 << 12),
+    "head_dim": Field("head_dim", "head_dim", 2, 1 << 12),
+    "vocab_size": Field("vocab_size", "vocab_size", 1, 1 << 24),
+    "seq_len": Field("max_position_embeddings", "max_seq_len", 1, 1 << 28),
+    "shared_classifier": Field("tie_word_embeddings", "tied_embeddings", 0, 1),
+    "sliding_window": Field("sliding_window", "sliding_window", 0, 1 << 28),
+    "norm_eps": Field("rms_norm_eps", "norm_eps", None, None),
+    "rope_theta": Field("rope_theta", "rope_theta", None, None),
+    "rope_scaling": Field("rope_scaling", None, None, None)}
+SIZES = [name for name, field in FIELDS.items() if field.most]
 MOST_RADIANS = float(1 << 20)
 MOST_CUTTERS = 16
 
@@ -235,8 +217,8 @@ class Config:
     head_dim: int
     vocab_size: int
     seq_len: int
-    shared_classifier: bool
-    sliding_window: int = None
+    shared_classifier: int          # 1: the embedding is also the classifier
+    sliding_window: int = None      # how many positions attention looks back, 0: all of them
     norm_eps: float = 1e-5
     rope_theta: float = None
     rope_scaling: dict = None       # as Hugging Face writes it
@@ -250,7 +232,7 @@ class Config:
         if self.head_dim is None:
             demand(self.dim % self.n_heads == 0, f"{self.n_heads} heads do not cut dim {self.dim}")
             self.head_dim = self.dim // self.n_heads
-        self.check_bounds(*BOUNDS)
+        self.check_bounds(*SIZES)
         demand(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: it must be even, for RoPE")
         demand(self.n_heads % self.n_kv_heads == 0,
                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key heads evenly")
@@ -265,7 +247,7 @@ class Config:
 
     def check_bounds(self, *names):
         for name in names:
-            value, (least, most) = getattr(self, name), BOUNDS[name]
+            value, least, most = getattr(self, name), FIELDS[name].least, FIELDS[name].most
             demand(whole(value, least, most + 1),
                    f"{name} is {value!r}: it must be a whole number from {least} to {most}")
 
@@ -293,25 +275,6 @@ class Config:
 PLAIN_THETA = 10000.0
 
 
-def rope_frequencies(theta, scaling, head_dim):
-    theta = PLAIN_THETA if theta is None else theta
-    demand(type(theta) in (int, float) and 0 < theta < math.inf and float(theta) == theta,
-           f"rope_theta is {theta!r}: it must be a positive number that a double can hold")
-    n_pairs = head_dim // 2
-    plain = [float(theta) ** (-pair / n_pairs) for pair in range(n_pairs)]
-    scaling = scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    demand(kind in SCALINGS, f"rope_scaling is of type {kind}; only {', '.join(SCALINGS)} can be "
-           "exported")
-    names = SCALINGS[kind]
-    for name in names:
-        number = scaling.get(name)
-        demand(type(number) in (int, float) and 0 < number < math.inf,
-               f"rope_scaling: {name} is {number!r}: it must be a positive number")
-    scale = {"default": list, "linear": scale_linear, "llama3": scale_llama3}[kind]
-    return tuple(scale(plain, *(float(scaling[name]) for name in names)))
-
-
 # The kinds of scaling, and the numbers that each of them has.
 SCALINGS = {
     "default": (), "linear": ("factor",),
@@ -319,9 +282,24 @@ SCALINGS = {
                "original_max_position_embeddings")}
 
 
-def scale_linear(plain, factor):
-    """All pairs turn more slowly, as if positions lay closer to each other."""
-    return [radians / factor for radians in plain]
+def rope_frequencies(theta, scaling, head_dim):
+    theta, scaling = PLAIN_THETA if theta is None else theta, scaling or {}
+    demand(type(theta) in (int, float) and 0 < theta < math.inf and float(theta) == theta,
+           f"rope_theta is {theta!r}: it must be a positive number that a double can hold")
+    n_pairs = head_dim // 2
+    plain = [float(theta) ** (-pair / n_pairs) for pair in range(n_pairs)]
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    demand(kind in SCALINGS, f"rope_scaling is of type {kind}; only {', '.join(SCALINGS)} can be "
+           "exported")
+    demand(kind != "default" or "factor" not in scaling,
+           "rope_scaling has a factor, but no type that says what to do with it")
+    numbers = [scaling.get(name) for name in SCALINGS[kind]]
+    for name, number in zip(SCALINGS[kind], numbers):
+        demand(type(number) in (int, float) and 0 < number < math.inf,
+               f"rope_scaling: {name} is {number!r}: it must be a positive number")
+    if kind == "linear":                # as if positions lay closer to each other
+        return tuple(radians / numbers[0] for radians in plain)
+    return tuple(scale_llama3(plain, *map(float, numbers)) if numbers else plain)
 
 
 def scale_llama3(plain, factor, low, high, trained_length):
@@ -346,48 +324,40 @@ def scale_llama3(plain, factor, low, high, trained_length):
 
 def explain_frequencies(frequencies):
     """(theta, scaling) from which exactly these frequencies come: the way back."""
-    head_dim = 2 * len(frequencies)
-    for scaling in possible_scalings(frequencies):
-        for theta in possible_thetas(frequencies, scaling):
-            with contextlib.suppress(Refused, OverflowError):
-                if rope_frequencies(theta, scaling, head_dim) == frequencies:
-                    return theta, scaling
+    for theta, scaling in explanations(frequencies):
+        with contextlib.suppress(Refused, OverflowError):
+            if rope_frequencies(theta, scaling, 2 * len(frequencies)) == frequencies:
+                return theta, scaling
     raise Refused("RoPE's frequencies are neither plain nor those of a scaling that can be named")
 
 
-def possible_scalings(frequencies):
-    """The first frequency is 1 before scaling, and only a linear scaling changes it."""
-    yield None
-    for factor in near(1 / frequencies[0]):
-        yield {"rope_type": "linear", "factor": factor}
-    # Of Llama 3's four numbers the file shows only the outcome: so the usual ones are tried.
+def explanations(frequencies):
+    """(theta, scaling) that may be the right ones.
+
+    The first frequency is 1 before scaling, and only a linear scaling changes it.  The slowest
+    unscaled pair shows theta best; with llama3 only the first ones are unscaled.  The last pair
+    then shows the factor.  Of llama3's other numbers the file shows only the outcome: so the usual
+    ones are tried.
+    """
+    first, last, n_pairs = frequencies[0], frequencies[-1], len(frequencies)
+
+    def thetas(radians, pair):
+        with contextlib.suppress(OverflowError, ZeroDivisionError):
+            return near(radians ** (-n_pairs / pair))
+        return [PLAIN_THETA]            # a single pair turns by 1 radian, whatever theta is
+    for theta in thetas(last, n_pairs - 1):
+        yield theta, None
+    for factor in near(1 / first):
+        for theta in thetas(last * factor, n_pairs - 1):
+            yield theta, {"rope_type": "linear", "factor": factor}
+    if n_pairs < 3 or not 0 < frequencies[1] < first == 1:
+        return
+    factor = float(f"{frequencies[1] ** (n_pairs - 1) / last:.4g}")
     lengths = [2 ** power for power in range(8, 21)]
     for low, high, length in itertools.product((1.0, 2.0, 0.5), (4.0, 2.0, 8.0, 16.0), lengths):
-        for factor in usual_factors(frequencies):
-            yield dict(zip(("rope_type",) + SCALINGS["llama3"],
-                           ("llama3", factor, low, high, length)))
-
-
-def usual_factors(frequencies):
-    """The last pair is the slowest.  Where an unscaled one would be, the first ones tell."""
-    n_pairs = len(frequencies)
-    if n_pairs > 2 and 0 < frequencies[1] < frequencies[0] == 1:
-        unscaled = frequencies[1] ** (n_pairs - 1)
-        yield float(f"{unscaled / frequencies[-1]:.4g}")
-
-
-def possible_thetas(frequencies, scaling):
-    n_pairs = len(frequencies)
-    if n_pairs == 1:
-        return [PLAIN_THETA]            # a single pair turns by 1 radian, whatever theta is
-    # The slowest unscaled pair shows theta best; with llama3 only the first ones are unscaled.
-    kind = scaling["rope_type"] if scaling else "default"
-    pair = 1 if kind == "llama3" else n_pairs - 1
-    radians = frequencies[pair] * (scaling["factor"] if kind == "linear" else 1)
-    try:
-        return near(radians ** (-n_pairs / pair))
-    except OverflowError:
-        return []
+        for theta in thetas(frequencies[1], 1):
+            yield theta, dict(zip(("rope_type",) + SCALINGS["llama3"],
+                                  ("llama3", factor, low, high, length)))
 
 
 def near(number):
@@ -431,7 +401,10 @@ class File:
     def __init__(self, path):
         self.path, self.stream = path, open(path, "rb")
         self.size = os.fstat(self.stream.fileno()).st_size
-        refuse_pointer(self.stream.read(64))
+        self.start = self.stream.read(64)
+        # A clone without Git LFS has a note of 130 bytes in the place of every large file.
+        demand(not self.start.startswith(b"version https://git-lfs"), "is not the file itself but "
+               "a Git LFS pointer to it; fetch the file with: git lfs pull")
 
     def read(self, offset, length):
         # The size comes first, so that a file cannot make us reserve memory it does not fill.
@@ -532,17 +505,15 @@ def gather(config, found, family):
 # match is a word, and so is what lies between two.  To try the alternatives of an expression one
 # after the other takes a long program.  An automaton is a table, and walking it is a loop.
 #
-#     expression --parse--> tree --thompson--> nodes --determinise--> table
+#     expression --parse--> tree --determinise--> table
 #
-# The nodes are a machine that may be at several places at once: at a set of characters, which it
-# steps over; at a fork, whose ways come in the order in which a regular expression tries them; at a
-# look-ahead; or at the end, a match.  A state of the table is the list of all places where the
-# machine may be, the most wanted first (Thompson 1968; with the order as in RE2).
-#
+# A state of the table is the list of all that may be ahead, the most wanted first: the order is the
+# one in which a regular expression tries its ways.  To be ahead is to be a row of trees, and the
+# empty row is a match.  (It is Thompson's machine of 1968, with the order as in RE2.)
 # The expressions are those of Oniguruma, as far as tokenizers use them: characters, classes,
 # groups, alternatives, greedy repeats, a look-ahead of one character.  All else is refused.
 
-MOST_STATES, MOST_CLASSES, MOST_NODES = 1 << 16, 1 << 10, 1 << 14
+MOST_STATES, MOST_CLASSES, MOST_SIZE = 1 << 16, 1 << 10, 1 << 14
 
 # A set of characters: whether it is what is not in it, and of what it is made, which is a range
 # (first, last), a general category ("Lu", or "L" for all of them) or another set.
@@ -582,14 +553,16 @@ def foldings():
 
 class Expression:
     """Parses a regular expression: .tree is ("set", Chars), ("ahead", wanted, Chars),
-    ("row", trees), ("or", trees) or ("repeat", tree, least, most), most None for any number."""
+    ("row", trees), ("or", trees) or ("repeat", tree, least, most), most None for any number;
+    .sets are all the sets in it, and .bounds are where their ranges begin and end."""
 
     def __init__(self, text):
-        self.text, self.at, self.fold = text, 0, False
+        self.text, self.at, self.fold, self.sets, self.bounds = text, 0, False, set(), set()
         self.tree = self.alternatives()
         self.check(self.at == len(text), "a ) without its (")
-        self.check(not may_be_empty(self.tree), "it can match nothing at all")
-
+        fewest, size = measure(self.tree)
+        self.check(fewest, "it can match nothing at all")
+        demand(size < MOST_SIZE, "cuts text by a pattern that is too long")
     def check(self, fine, what):
         demand(fine, f"cuts text by {self.text[:200]!r}, which drugs.c does not know: {what}")
 
@@ -611,7 +584,7 @@ class Expression:
         rows = [self.row()]
         while self.skip("|"):
             rows.append(self.row())
-        return ("or", rows) if len(rows) > 1 else rows[0]
+        return ("or", tuple(rows)) if len(rows) > 1 else rows[0]
 
     def row(self):
         parts, spelt = [], ""           # spelt: the characters that the last parts spell
@@ -624,30 +597,30 @@ class Expression:
                 odd = [text for text in foldings()[1] if text in spelt.casefold()]
                 self.check(not odd, f"in any case, {some(odd)} may be one character")
             parts.append(part)
-        return ("row", parts)
+        return parts[0] if len(parts) == 1 else ("row", tuple(parts))
 
     def repeated(self, part):
-        least, most = 1, 1
-        if self.peek() in ("?", "*", "+") and self.peek():
-            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None)}[self.take()]
+        repeat = re.compile(r"([?*+])|\{(\d+)(,?)(\d*)\}").match(self.text, self.at)
+        if not repeat:
+            self.check(self.peek() != "{", "a { that counts nothing")
+            return part
+        self.at = repeat.end()
+        if repeat[1]:
+            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None)}[repeat[1]]
         else:
-            counts = re.compile(r"\{(\d+)(,?)(\d*)\}").match(self.text, self.at)
-            if not counts:
-                self.check(self.peek() != "{", "a { that counts nothing")
-                return part
-            self.at = counts.end()
-            least, most = int(counts[1]), int(counts[3]) if counts[3] else None
-            most = most if counts[2] else least
-        self.check(self.peek() not in ("?", "+", "*", "{") or not self.peek(),
-                   f"a repeat that is followed by {self.peek()}")
-        self.check(max(least, most or 0) <= 1000 and (most is None or least <= most),
+            least, most = int(repeat[2]), int(repeat[4]) if repeat[4] else None
+            most = most if repeat[3] else least
+        self.check(self.peek() not in tuple("?+*{"), f"a repeat that is followed by {self.peek()}")
+        self.check(max(least, most or 0) <= 1000 and (most is None or max(least, 1) <= most),
                    "a repeat of a wrong number")
-        self.check(part[0] != "ahead" and not may_be_empty(part), "a repeat of what can be empty")
+        self.check(measure(part)[0], "a repeat of what can be empty")
         return ("repeat", part, least, most)
 
     def part(self):
         if not self.skip("("):
-            return ("set", self.chars())
+            chars = self.chars()
+            self.sets.add(chars)
+            return ("set", chars)
         ahead = next((sign for sign in ("?=", "?!") if self.skip(sign)), None)
         fold = self.fold
         if not ahead and not self.skip("?:"):
@@ -656,12 +629,8 @@ class Expression:
         tree = self.alternatives()
         self.check(self.skip(")"), "a ( without its )")
         self.fold = fold
-        if not ahead:
-            return tree
-        while tree[0] == "row" and len(tree[1]) == 1:
-            tree = tree[1][0]
-        self.check(tree[0] == "set", "a look-ahead of more than one character")
-        return ("ahead", ahead == "?=", tree[1])
+        self.check(not ahead or tree[0] == "set", "a look-ahead of more than one character")
+        return ("ahead", ahead == "?=", tree[1]) if ahead else tree
 
     def chars(self):
         if self.peek() == "[":
@@ -682,6 +651,7 @@ class Expression:
                 folded = chr(code).casefold()
                 items += [(alike, alike) for alike in foldings()[0][folded]]
                 items += [(ord(folded), ord(folded))] if len(folded) == 1 else []
+        self.bounds.update(bound for item in items for bound in (item[0], item[1] + 1))
         return Chars(False, tuple(sorted(set(items))))
 
     def escape(self):
@@ -727,81 +697,58 @@ class Expression:
         return self.escape() if character == "\\" else character
 
 
-def may_be_empty(tree):
+def measure(tree):
+    """(the fewest characters that a tree matches, its size with all repeats written out)."""
     kind, *rest = tree
-    if kind == "row":
-        return all(map(may_be_empty, rest[0]))
-    if kind == "or":
-        return any(map(may_be_empty, rest[0]))
-    return kind == "ahead" or kind == "repeat" and (not rest[1] or may_be_empty(rest[0]))
+    if kind in ("row", "or"):
+        fewest, sizes = zip(*map(measure, rest[0])) if rest[0] else ((), ())
+        return (sum if kind == "row" else min)(fewest), 1 + sum(sizes)
+    if kind == "repeat":
+        part, least, most = rest
+        fewest, size = measure(part)
+        return fewest * least, 1 + size * max(least, most or 1)
+    return int(kind == "set"), 1
 
 
-def thompson(tree, following, nodes):
-    """Adds the nodes of a tree, after which `following` comes; returns the first one."""
-    demand(len(nodes) < MOST_NODES, "cuts text by a pattern that is too long")
-    kind, *rest = tree
-    if kind in ("set", "ahead"):
-        nodes.append((kind, *rest, following))
-        return len(nodes) - 1
-    if kind == "row":
-        for part in reversed(rest[0]):
-            following = thompson(part, following, nodes)
-        return following
-    if kind == "or":
-        ways = [thompson(part, following, nodes) for part in rest[0]]
-        nodes.append(("fork", ways))
-        return len(nodes) - 1
-    part, least, most = rest
-    if most is None:                    # once more, or on; and back to here
-        fork = len(nodes)
-        nodes.append(None)
-        nodes[fork] = ("fork", [thompson(part, fork, nodes), following])
-        following = fork
-    for _ in range(0 if most is None else most - least):
-        nodes.append(("fork", [thompson(part, following, nodes), following]))
-        following = len(nodes) - 1
-    for _ in range(least):
-        following = thompson(part, following, nodes)
-    return following
-
-
-def advance(state, within, nodes):
-    """(the state after a character, whether the places before it are a match).
+def advance(state, within):
+    """(the state after a character, whether what was read before it is a match).
 
     `within` says whether the character that comes is in a set; at the end of a text it is in none.
     """
-    after, seen, matched = {}, set(), False
-    waiting = list(reversed(state))
+    after, seen, waiting = {}, set(), list(reversed(state))
     while waiting:
-        place = waiting.pop()
-        if place in seen:
+        row = waiting.pop()
+        if row in seen:
             continue
-        seen.add(place)
-        kind, *rest = nodes[place]
-        if kind == "match":
-            matched = True              # what is wanted less is not tried any more
-            break
-        if kind == "fork":
-            waiting += reversed(rest[0])
+        seen.add(row)
+        if not row:                     # what is wanted less is not tried any more
+            return tuple(after), True
+        kind, *rest = row[0]
+        following = row[1:]
+        if kind == "row":
+            waiting.append(rest[0] + following)
+        elif kind == "or":
+            waiting += [(way, *following) for way in reversed(rest[0])]
+        elif kind == "repeat":          # once more if that may be, or else on
+            part, least, most = rest
+            more = () if most == 1 else (("repeat", part, max(least - 1, 0), most and most - 1),)
+            waiting += [following] if least == 0 else []
+            waiting.append((part, *more, *following))
         elif kind == "ahead":
-            waiting += [rest[2]] if within(rest[1]) == rest[0] else []
+            waiting += [following] if within(rest[1]) == rest[0] else []
         elif within(rest[0]):
-            after[rest[1]] = True       # a dict keeps the order
-    return tuple(after), matched
+            after[following] = True     # a dict keeps the order
+    return tuple(after), False
 
 
-def classes_of(sets):
+def classes_of(sets, bounds):
     """([(first, last, class)], [for each class the sets that have its characters]).
 
     Characters are of one class if every set has all of them or none.  Class 0, that of most
-    characters, has no ranges.
+    characters, has no ranges.  `bounds` are where the ranges of the sets begin and end.
     """
-    bounds = {0}
-    for chars in sets:
-        bounds.update(bound for first, last in explicit(chars) for bound in (first, last + 1))
-    bounds.update(code for code in category_runs())
     runs = collections.defaultdict(list)        # the sets that have them -> [(first, last)]
-    starts = sorted(code for code in bounds if code <= sys.maxunicode)
+    starts = sorted(code for code in {0, *bounds, *category_runs()} if code <= sys.maxunicode)
     for first, beyond in zip(starts, starts[1:] + [sys.maxunicode + 1]):
         owners = frozenset(chars for chars in sets if has(chars, first))
         if runs[owners] and runs[owners][-1][1] == first - 1:
@@ -813,43 +760,30 @@ def classes_of(sets):
     return ranges, order
 
 
-def explicit(chars):
-    for item in chars.items:
-        if isinstance(item, Chars):
-            yield from explicit(item)
-        elif isinstance(item, tuple):
-            yield item
-
-
 @functools.lru_cache(maxsize=None)
 def category_runs():
     """Where the general category changes, or White_Space."""
-    changes, before = [], None
-    for code in range(sys.maxunicode + 1):
-        now = unicodedata.category(chr(code)), code in WHITE_SPACE
-        if now != before:
-            changes.append(code)
-        before = now
-    return changes
+    kinds = ((unicodedata.category(chr(code)), code in WHITE_SPACE)
+             for code in range(sys.maxunicode + 1))
+    return list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(kinds)))
 
 
 def build_automata(patterns):
     """(ranges, n_classes, rows of the table) for patterns that cut one after the other."""
     if not patterns:
         return (), 1, ()
-    nodes = [("match",)]
-    starts = [(thompson(Expression(pattern).tree, 0, nodes),) for pattern in patterns]
-    sets = list(dict.fromkeys(part for node in nodes for part in node if isinstance(part, Chars)))
-    ranges, owners = classes_of(sets)
+    expressions = list(map(Expression, patterns))
+    ranges, owners = classes_of({chars for each in expressions for chars in each.sets},
+                                {bound for each in expressions for bound in each.bounds})
     demand(len(owners) <= MOST_CLASSES and len(ranges) <= 1 << 16,
            "cuts text by patterns with too many classes of characters")
-    numbers, states, rows = {}, list(starts), []
+    numbers, rows, states = {}, [], [((each.tree,),) for each in expressions]
     for number, state in enumerate(states, 1):
         numbers.setdefault(state, number)
     while len(rows) < len(states):
         row = []
         for owned in owners + [frozenset()]:
-            after, matched = advance(states[len(rows)], owned.__contains__, nodes)
+            after, matched = advance(states[len(rows)], owned.__contains__)
             if after and after not in numbers:
                 states.append(after)
                 numbers[after] = len(states)
@@ -858,14 +792,6 @@ def build_automata(patterns):
         rows.append(tuple(row))
     return tuple(ranges), len(owners), tuple(rows)
 
-
-# ------------------------------------------------------------------------------------------------
-# 6. Tokenizers
-#
-# A text becomes pieces by merging: start from single characters (or bytes), and as long as two
-# neighbours are a pair, join the pair of the lowest rank.  There are two schools.  SentencePiece
-# has a score for each piece and joins any two neighbours whose union is a piece.  Hugging Face's
-# tokenizer.json lists the pairs, the best first.  Both become one table of pairs.
 
 SPACE = "\u2581"                    # how SentencePiece writes one
 NORMAL, CONTROL, UNKNOWN, BYTE, USER_DEFINED, END = range(6)
@@ -915,16 +841,12 @@ class Tokenizer:
 
     def may_be_control(self, token):
         """Whether no text has this piece; it may have been forgotten to mark it as control."""
-        piece = self.pieces.get(token, EMPTY)
-        if piece.kind == NORMAL:
-            return bool(piece.text) and self.scores is None and token not in self.made()
-        return bool(piece.text) and piece.kind != BYTE
-
-    def made(self):
-        """The pieces that merges make, and those that they begin with."""
-        single = {token for token, piece in self.pieces.items() if piece.kind == NORMAL
-                  and len(piece.text if self.byte_level else piece.text.decode()) == 1}
-        return single | {merged for _, _, merged in self.merges}
+        kind, text = self.pieces.get(token, EMPTY)
+        if kind == NORMAL:              # a text has what merges begin with and what they make
+            single = len(text if self.byte_level else text.decode()) == 1
+            return self.scores is None and not single and all(
+                token != merged for _, _, merged in self.merges)
+        return bool(text) and kind != BYTE
 
     def of_kind(self, *kinds):
         return [token for token, piece in sorted(self.pieces.items()) if piece.kind in kinds]
@@ -932,48 +854,46 @@ class Tokenizer:
 
 def settle_tables(tokenizer, vocab_size):
     """Makes the tables of the flat file, when nothing about the pieces changes any more."""
-    pieces, first = tokenizer.pieces, {}        # first: text -> id, of equal pieces the first
-    for token in tokenizer.of_kind(NORMAL):
-        first.setdefault(pieces[token].text, token)
+    first, scores = first_of_text(tokenizer), tokenizer.scores
     tokenizer.automata = build_automata(tokenizer.patterns)
-    tokenizer.words = sorted(first.values(), key=lambda token: pieces[token].text) \
+    tokenizer.words = sorted(first.values(), key=lambda token: tokenizer.pieces[token].text) \
         if tokenizer.takes_words else []
-    settle_units(tokenizer, first, vocab_size)
-    if tokenizer.scores is None:
+    tokenizer.units = units_of(tokenizer, first, None if scores is None else vocab_size)
+    if scores is None:
         normal = set(tokenizer.of_kind(NORMAL))
         known = [merge for merge in tokenizer.merges if normal.issuperset(merge)]
         tokenizer.pairs = sorted((*merge, rank) for rank, merge in enumerate(known))
     else:
-        tokenizer.pairs = pairs_of(tokenizer.scores, first, tokenizer.units)
+        tokenizer.pairs = pairs_of(scores, first, tokenizer.units)
 
 
-def settle_units(tokenizer, first, vocab_size):
-    pieces, units = tokenizer.pieces, {}
+def first_of_text(tokenizer):
+    """{text: id} of normal pieces, of equal ones the first."""
+    return {tokenizer.pieces[token].text: token for token in reversed(tokenizer.of_kind(NORMAL))}
+
+
+def units_of(tokenizer, first, unnamed):
+    """What merging begins with: {unit: id}.
+
+    SentencePiece also joins characters that are no pieces.  `unnamed` is the first of their ids, or
+    None if such are not joined.
+    """
     if tokenizer.byte_level:
-        units.update((BYTE_UNIT + text[0], token) for text, token in first.items()
-                     if len(text) == 1)
-    else:
-        texts = {characters_of(text): token for text, token in first.items()}
-        texts.pop(None, None)
-        units.update((ord(text), token) for text, token in texts.items() if len(text) == 1)
-        if tokenizer.scores is not None:
-            # SentencePiece also joins characters that are no pieces.
-            unnamed = sorted(set(map(ord, "".join(texts))) - units.keys())
-            units.update(zip(unnamed, itertools.count(vocab_size)))
-        if ord(" ") in units:
-            units[ord(SPACE)] = units[ord(" ")]
-        raw = tokenizer.of_kind(BYTE)
-        if len(raw) == 256:
-            units.update((BYTE_UNIT + pieces[token].text[0], token) for token in raw)
-    tokenizer.units = units
-
-
-def characters_of(text):
-    """None for what is no UTF-8, which no characters make."""
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        return None
+        return {BYTE_UNIT + text[0]: token for text, token in first.items() if len(text) == 1}
+    texts = {}
+    for text, token in first.items():
+        with contextlib.suppress(UnicodeDecodeError):       # no characters make what is no UTF-8
+            texts[text.decode()] = token
+    units = {ord(text): token for text, token in texts.items() if len(text) == 1}
+    if unnamed is not None:
+        others = sorted(set(map(ord, "".join(texts))) - units.keys())
+        units.update(zip(others, itertools.count(unnamed)))
+    if ord(" ") in units:
+        units[ord(SPACE)] = units[ord(" ")]
+    raw = tokenizer.of_kind(BYTE)
+    if len(raw) == 256:
+        units.update((BYTE_UNIT + tokenizer.pieces[token].text[0], token) for token in raw)
+    return units
 
 
 def pairs_of(scores, first, units):
@@ -981,14 +901,11 @@ def pairs_of(scores, first, units):
     symbols = {chr(unit).encode(): token for unit, token in units.items()
                if unit < BYTE_UNIT and unit != ord(SPACE)}
     symbols.update(first)
-    found = []
-    for text, merged in first.items():
-        for cut in range(1, len(text)):
-            left, right = symbols.get(text[:cut]), symbols.get(text[cut:])
-            if left is not None and right is not None:
-                found.append((left, right, merged))
-    ranks = {score: rank for rank, score in
-             enumerate(sorted({scores[merged] for _, _, merged in found}, reverse=True))}
+    found = [(symbols[text[:cut]], symbols[text[cut:]], merged)
+             for text, merged in first.items() for cut in range(1, len(text))
+             if text[:cut] in symbols and text[cut:] in symbols]
+    best = sorted({scores[merged] for _, _, merged in found}, reverse=True)
+    ranks = {score: rank for rank, score in enumerate(best)}
     return sorted((*pair, ranks[scores[pair[2]]]) for pair in found)
 
 
@@ -1005,8 +922,8 @@ def find_tokenizer(folder, named, rows):
     If the folder has tokenizer.model *and* tokenizer.json, both are right and neither is all.
     tokenizer.model is what the model was trained with: it has true scores and settings, of which
     tokenizer.json is a translation.  But tokens added later, as for chats, are only found in the
-    latter (or, in older folders, in smaller files).  So take the pieces from the one and the
-    added tokens from the other.
+    latter, or in smaller files.  So take the pieces from the one and the added tokens from the
+    others.
     """
     if named:
         return read_tokenizer(named, rows)
@@ -1014,37 +931,34 @@ def find_tokenizer(folder, named, rows):
     model, older, translated = (os.path.join(folder, "tokenizer." + kind)
                                 for kind in ("model", "bin", "json"))
     model = versions[-1] if versions and not os.path.exists(model) else model
-    if not os.path.exists(model):
-        for path in translated, older:
-            if os.path.exists(path):
-                return read_tokenizer(path, rows)
-        raise Refused("comes without tokenizer.model, tokenizer.json or tokenizer.bin; name one "
-                      "with --tokenizer FILE")
-    if not os.path.exists(translated):
-        return read_tokenizer(model, rows, added_beside(folder))
+    has_model, has_json = os.path.exists(model), os.path.exists(translated)
+    demand(has_model or has_json or os.path.exists(older), "comes without tokenizer.model, "
+           "tokenizer.json or tokenizer.bin; name one with --tokenizer FILE")
+    if not has_json:
+        return read_tokenizer(model, rows, added_beside(folder, {})) if has_model \
+            else read_tokenizer(older, rows)
     with reading_json(translated) as content:
-        if is_tiktoken(model) or is_stale(model, content):
-            return read_tokenizer(translated, rows)
-        tokenizer = read_tokenizer(model, rows, content.get("added_tokens") or [])
+        if not has_model or is_tiktoken(model) or is_stale(model, content):
+            return read_tokenizer(translated, rows, added_beside(folder, content))
+        tokenizer = read_tokenizer(model, rows, added_beside(folder, content))
         template = begin_of_template(translated, content)
         tokenizer.begins = template if template >= 0 else tokenizer.begins
         return tokenizer
 
 
-def added_beside(folder):
-    """Added tokens of a folder that has no tokenizer.json."""
-    added = {}
+def added_beside(folder, translated):
+    """The added tokens of tokenizer.json, and those that only the files beside it have."""
+    added = {entry["id"]: entry for entry in translated.get("added_tokens") or []}
     for name in "tokenizer_config.json", "added_tokens.json":
         path = os.path.join(folder, name)
         if os.path.exists(path):
             with reading_json(path) as content:
                 if name == "added_tokens.json":
-                    added.update((token, {"id": token, "content": text})
-                                 for text, token in content.items() if token not in added)
+                    found = {token: {"content": text} for text, token in content.items()}
                 else:
-                    found = (content.get("added_tokens_decoder") or {}).items()
-                    added.update((int(token), dict(entry, id=int(token)))
-                                 for token, entry in found)
+                    found = content.get("added_tokens_decoder") or {}
+                for token, entry in found.items():
+                    added.setdefault(int(token), dict(entry, id=int(token)))
     return list(added.values())
 
 
@@ -1056,16 +970,16 @@ def is_tiktoken(path):
 
 def is_stale(model, content):
     """Whether tokenizer.json has pieces that the tokenizer.model beside it does not have so."""
-    if content["model"].get("type", "BPE") != "BPE" or "vocab" not in content["model"]:
+    if content["model"].get("type", "BPE") != "BPE":
         return False
     with reading(model):
         known = read_sentencepiece(model, quiet=True).pieces
     added = {entry["id"] for entry in content.get("added_tokens") or []}
     strange = 0
-    for name, token in content["model"]["vocab"].items():
-        piece = known.get(token)
-        other = piece and piece.kind == NORMAL and piece.text != name.replace(SPACE, " ").encode()
-        strange += token not in added and (piece is None or bool(other))
+    for name, token in content["model"].get("vocab", {}).items():
+        kind, text = known.get(token, (NORMAL, None))
+        strange += token not in added and kind == NORMAL \
+            and text != name.replace(SPACE, " ").encode()
     if strange:
         warn(model, f"lacks {strange} pieces that tokenizer.json beside it has; "
              "tokenizer.json was taken instead")
@@ -1073,24 +987,22 @@ def is_stale(model, content):
 
 
 def read_tokenizer(path, rows, added=()):
-    readers = {".json": read_tokenizer_json, ".bin": read_tokenizer_bin}
     with reading(path):
-        tokenizer = readers.get(os.path.splitext(path)[1], read_sentencepiece)(path)
-        add_tokens(path, tokenizer, added)
-        drop_unreachable(path, tokenizer, rows)
+        if path.endswith(".json"):
+            tokenizer = read_tokenizer_json(path, added)
+        else:
+            tokenizer = (read_tokenizer_bin if path.endswith(".bin") else read_sentencepiece)(path)
+            add_tokens(path, tokenizer, added)
+        # No text of the model ever has a token that its embedding has no row for.
+        beyond = sorted(token for token in tokenizer.added if token >= rows)
+        if beyond:
+            warn(path, f"added tokens have ids after the model's last, {rows - 1}: "
+                 f"{some(map(tokenizer.text_of, beyond))}; they were dropped")
+        for token in beyond:
+            del tokenizer.pieces[token]
         check_tokenizer(tokenizer, rows)
         doubt_tokenizer(path, tokenizer, rows)
     return tokenizer
-
-
-def doubt_bytes(path, texts):
-    """What a byte-level vocabulary lacks; an added token may take the id of a byte."""
-    # These bytes never occur in UTF-8: no text needs a piece for them.
-    absent = {bytes([byte]) for byte in (0xc0, 0xc1, *range(0xf5, 0x100))}
-    missing = 256 - len(absent.union(text for text in texts if len(text) == 1))
-    if missing:
-        warn(path, f"has no pieces for {missing} bytes; like Hugging Face, drugs.c leaves "
-             "them out of a text")
 
 
 def check_tokenizer(tokenizer, rows):
@@ -1118,12 +1030,17 @@ def doubt_tokenizer(path, tokenizer, rows):
     if 10 * (rows - n_known) > rows:
         warn(path, f"knows only {n_known} of the {rows} ids of the model; the others print nothing."
              "  Is it the tokenizer of this model?")
-    texts = [piece.text for piece in tokenizer.pieces.values() if piece.kind == NORMAL]
+    texts = [tokenizer.pieces[token].text for token in tokenizer.of_kind(NORMAL)]
     n_doubled = len(texts) - len(set(texts))
     if n_doubled >= 100:
         warn(path, f"has {n_doubled} pieces that spell the same as others; is it of a known kind?")
-    if tokenizer.byte_level:
-        doubt_bytes(path, texts)
+    # These bytes never occur in UTF-8: no text needs a piece for them.
+    needed = {bytes([byte]) for byte in range(256)} - {
+        bytes([byte]) for byte in (0xc0, 0xc1, *range(0xf5, 0x100))}
+    missing = len(needed.difference(texts))     # an added token may have taken the id of one
+    if tokenizer.byte_level and missing:
+        warn(path, f"has no pieces for {missing} bytes; like Hugging Face, drugs.c leaves "
+             "them out of a text")
 
 
 def byte_piece(name):
@@ -1151,16 +1068,6 @@ def add_tokens(path, tokenizer, added):
     if odd:
         warn(path, f"wants spaces or words around added tokens ({some(odd)}) to be heeded; "
              "drugs.c takes these tokens wherever they stand, and leaves what is around them")
-
-
-def drop_unreachable(path, tokenizer, rows):
-    """No text of the model ever has a token that its embedding has no row for."""
-    behind = sorted(token for token in tokenizer.added if token >= rows)
-    if behind:
-        warn(path, f"added tokens have ids behind the model's last, {rows - 1}: "
-             f"{some(tokenizer.text_of(token) for token in behind)}; they were dropped")
-    for token in behind:
-        del tokenizer.pieces[token]
 
 
 # SentencePiece's tokenizer.model is a protocol buffer: a sequence of fields, each a number that
@@ -1203,37 +1110,25 @@ SP_KINDS = {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 6: BYTE, UNUSED:
 def read_sentencepiece(path, quiet=False):
     demand(not is_tiktoken(path), "is a tiktoken list of Llama 3, which does not say how text is "
            "cut; put tokenizer.json of the same model beside it")
-    pieces, scores, settings, file, seen = {}, {}, {2: {}, 3: {}}, File(path), set()
+    pieces, scores, trainer, normaliser, file, seen = {}, {}, {}, {}, File(path), set()
     for number, value in proto_fields(file.read(0, file.size)):
         if number == 1:
-            piece = dict(proto_fields(value))
-            name = piece[1].decode()
-            demand(name and name not in seen, f"is damaged: piece {len(pieces)} is "
+            piece, token = dict(proto_fields(value)), len(pieces)
+            name, kind = piece[1].decode(), SP_KINDS[piece.get(3, 1)]
+            demand(name and name not in seen, f"is damaged: piece {token} is "
                    + (f"{name!r}, as another one" if name else "empty"))
             seen.add(name)
-            scores[len(pieces)], = struct.unpack("<f", piece.get(2, bytes(4)))
-            pieces[len(pieces)] = sentencepiece_piece(piece, name, len(pieces))
-        elif number in settings:
-            settings[number].update(proto_fields(value))
+            demand(kind != BYTE or byte_piece(name),
+                   f"is damaged: byte piece {token} names no byte")
+            scores[token], = struct.unpack("<f", piece.get(2, bytes(4)))
+            pieces[token] = EMPTY if piece.get(3) == UNUSED else Piece(
+                kind, byte_piece(name) if kind == BYTE else name.replace(SPACE, " ").encode())
+        elif number in (2, 3):
+            (trainer if number == 2 else normaliser).update(proto_fields(value))
     demand(pieces, "is damaged, or no SentencePiece model: it has no pieces")
-    return sentencepiece_settings(path, pieces, scores, settings[2], settings[3], quiet)
-
-
-def sentencepiece_piece(piece, name, token):
-    number = piece.get(3, 1)
-    kind = SP_KINDS[number]
-    if kind == BYTE:
-        text = byte_piece(name)
-        demand(text is not None, f"is damaged: byte piece {token} names no byte")
-    else:
-        text = b"" if number == UNUSED else name.replace(SPACE, " ").encode()
-    return Piece(kind, text)
-
-
-def sentencepiece_settings(path, pieces, scores, trainer, normaliser, quiet):
     demand(trainer.get(3, 1) == 2, f"is not a BPE tokenizer (SentencePiece model_type "
            f"{trainer.get(3, 1)}); only BPE can be exported")
-    demand(not trainer.get(24, 0), "puts spaces behind words (treat_whitespace_as_suffix), which "
+    demand(not trainer.get(24, 0), "puts spaces after words (treat_whitespace_as_suffix), which "
            "drugs.c does not know")
     demand(normaliser.get(5, 1), "keeps spaces as they are (escape_whitespaces is off), which "
            "drugs.c does not know")
@@ -1241,12 +1136,12 @@ def sentencepiece_settings(path, pieces, scores, trainer, normaliser, quiet):
         warn(path, "its normaliser replaces some characters (wide and joined letters, and perhaps "
              "line feeds by spaces); drugs.c takes text as it is")
     flags = PREFIX_SPACE if normaliser.get(3, 1) else 0
-    flags |= COLLAPSE_SPACES if normaliser.get(4, 1) else 0
-    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
     # Hugging Face cuts a text at control pieces before SentencePiece sees it, section by section.
     # (At user-defined pieces it is SentencePiece itself that cuts, and puts no further space.)
-    if all(piece.kind != USER_DEFINED for piece in pieces.values()):
-        flags |= (flags & PREFIX_SPACE) * PREFIX_EACH
+    if flags and all(piece.kind != USER_DEFINED for piece in pieces.values()):
+        flags |= PREFIX_EACH
+    flags |= COLLAPSE_SPACES if normaliser.get(4, 1) else 0
+    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
     return Tokenizer(pieces, flags, scores=scores, begins=bos, bos=bos, eos=eos,
                      by_sentencepiece=True)
 
@@ -1283,7 +1178,7 @@ GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 ENDS_REGEX = r"\A +| +\z"
 
 
-def read_tokenizer_json(path):
+def read_tokenizer_json(path, added):
     with reading_json(path) as content:
         model = content["model"]
         demand(model.get("type", "BPE") == "BPE",
@@ -1292,17 +1187,15 @@ def read_tokenizer_json(path):
         plan = Plan(path, content)
         tokenizer = Tokenizer({}, plan.flags, plan.byte_level, tuple(plan.patterns),
                               takes_words=bool(model.get("ignore_merges")))
-        read_vocabulary(path, model, plan, tokenizer)
-        add_tokens(path, tokenizer, content.get("added_tokens") or [])
+        read_vocabulary(model, plan, tokenizer)
+        add_tokens(path, tokenizer, added or content.get("added_tokens") or [])
         read_merges(path, model, plan, tokenizer)
         one_by_one = model.get("unk_token") and not model.get("fuse_unk") and not plan.byte_level
         demand(not one_by_one or len(tokenizer.of_kind(BYTE)) == 256,
                "makes each unknown character a token of its own (fuse_unk is off), which drugs.c "
                "does not know")
         tokenizer.begins = begin_of_template(path, content)
-        tokenizer.bos = tokenizer.begins
-        if tokenizer.begins < 0:
-            tokenizer.bos = tokenizer.id_of(b"<s>")
+        tokenizer.bos = tokenizer.begins if tokenizer.begins >= 0 else tokenizer.id_of(b"<s>")
         tokenizer.eos = tokenizer.id_of(b"</s>")
         return tokenizer
 
@@ -1316,30 +1209,25 @@ class Plan:
         self.spaces = False         # whether a space is written as U+2581
         self.split = False          # whether Metaspace cuts before every space
         self.stripped = self.prepended = False
-        for part, take in (("normalizer", self.normalizer), ("pre_tokenizer", self.pre_tokenizer),
-                           ("decoder", self.decoder)):
+        for part in "normalizer", "pre_tokenizer", "decoder":
             for step in steps(content.get(part)):
                 # Most of these are one word; what follows says which of its settings are known.
-                demand(take(step["type"], step), f"has a {part} {self.spell(step)}, "
-                       "which drugs.c does not know")
+                known, kind = getattr(self, part)(step["type"], step), step.pop("type")
+                text = json.dumps(step, ensure_ascii=False) if step else ""
+                demand(known, f"has a {part} {kind} {text[:200]}, which drugs.c does not know")
+        cut, unknown = self.byte_level, "which drugs.c does not know"
         demand(self.spaces or not self.prepended,
                "has a normalizer that puts U+2581 before a text, but none that makes it of spaces")
         demand(not self.stripped or self.flags & COLLAPSE_SPACES,
-               "has a normalizer that strips spaces, but none that joins them, which drugs.c "
-               "does not know")
-        demand(self.byte_level or not self.patterns,
-               "has a pre_tokenizer Digits or Split without ByteLevel, which drugs.c does not know")
+               f"has a normalizer that strips spaces, but none that joins them, {unknown}")
+        demand(cut or not self.patterns,
+               f"has a pre_tokenizer Digits or Split without ByteLevel, {unknown}")
         demand(len(self.patterns) <= MOST_CUTTERS,
                f"cuts text by {len(self.patterns)} patterns; {MOST_CUTTERS} are the most")
-        demand(self.byte_level or not content["model"].get("ignore_merges"),
-               "sets ignore_merges for text that is not cut, which drugs.c does not know")
+        demand(cut or not content["model"].get("ignore_merges"),
+               f"sets ignore_merges for text that is not cut, {unknown}")
         for doubt in self.doubts:
             warn(path, doubt)
-
-    def spell(self, step):
-        settings = sorted(step.keys() - {"type"}, key=lambda key: (key == "pattern", key))
-        text = json.dumps({key: step[key] for key in settings}, ensure_ascii=False)
-        return step["type"] + ("" if text == "{}" else " " + text[:100])
 
     def normalizer(self, kind, step):
         if kind in ("NFC", "NFKC", "Nmt", "Precompiled"):
@@ -1350,35 +1238,26 @@ class Plan:
             self.flags |= PREFIX_SPACE | PREFIX_EACH
             self.prepended = True
             return step["prepend"] == SPACE
-        if kind == "Strip" and self.untouched():
+        as_typed = not self.spaces and not self.prepended       # spaces are still spaces
+        if kind == "Strip" and as_typed:
             self.doubts.append("its normalizer Strip also takes line feeds from both ends of a "
                                "text; drugs.c takes only spaces")
             self.stripped = step["strip_left"] and step["strip_right"]
             return self.stripped
-        return kind == "Replace" and self.replacement(step["pattern"], step["content"])
-
-    def untouched(self):
-        """Whether spaces are still spaces, as they were typed."""
-        return not (self.spaces or self.prepended)
-
-    def replacement(self, pattern, content):
-        if pattern == {"String": " "} and content == SPACE:
+        rule = kind == "Replace" and (*step["pattern"].items(), step["content"])
+        if rule == (("String", " "), SPACE):
             self.spaces = True
-            return True
-        if not self.untouched():
-            return False
-        if pattern == {"Regex": ENDS_REGEX} and content == "":
+        elif rule == (("Regex", ENDS_REGEX), "") and as_typed:
             self.stripped = True
-            return True
-        if pattern == {"Regex": " {2,}"} and content == " " and self.stripped:
+        elif rule == (("Regex", " {2,}"), " ") and as_typed and self.stripped:
             self.flags |= COLLAPSE_SPACES
-            return True
-        if pattern == {"String": "\n"} and content == "\n " and not self.stripped:
+        elif rule == (("String", "\n"), "\n ") and as_typed and not self.stripped:
             self.flags |= NEWLINE_SPACE
-            self.doubts.append("its normalizer puts a space behind every newline; so will drugs.c, "
+            self.doubts.append("its normalizer puts a space after every newline; so will drugs.c, "
                                "which does not print it")
-            return True
-        return False
+        else:
+            return False
+        return True
 
     def pre_tokenizer(self, kind, step):
         if self.byte_level:
@@ -1459,28 +1338,23 @@ def byte_alphabet():
     """How GPT-2 writes a byte as a character that can be seen: {character: byte}."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    alphabet = {chr(byte): byte for byte in shown}
-    alphabet.update((chr(256 + place), byte) for place, byte in enumerate(hidden))
-    return alphabet
+    return {**{chr(byte): byte for byte in shown},
+            **{chr(256 + place): byte for place, byte in enumerate(hidden)}}
 
 
-def bytes_of(name, plan, alphabet):
-    """What the piece of this name stands for."""
-    if plan.byte_level and alphabet.keys() >= set(name):
-        return bytes(alphabet[character] for character in name)
-    return (name.replace(SPACE, " ") if plan.spaces else name).encode()
-
-
-def read_vocabulary(path, model, plan, tokenizer):
+def read_vocabulary(model, plan, tokenizer):
     pieces, alphabet = tokenizer.pieces, byte_alphabet()
     for name, token in model["vocab"].items():
         demand(token not in pieces, f"pieces {name!r} and {tokenizer.text_of(token)!r} "
                f"have one id, {token!r}")
-        pieces[token] = Piece(NORMAL, bytes_of(name, plan, alphabet))
+        kind, text = NORMAL, (name.replace(SPACE, " ") if plan.spaces else name).encode()
+        if plan.byte_level and alphabet.keys() >= set(name):
+            text = bytes(alphabet[character] for character in name)
         if name == model.get("unk_token"):
-            pieces[token] = Piece(UNKNOWN, bytes_of(name, plan, alphabet))
+            kind = UNKNOWN
         elif model.get("byte_fallback") and not plan.byte_level and byte_piece(name):
-            pieces[token] = Piece(BYTE, byte_piece(name))
+            kind, text = BYTE, byte_piece(name)
+        pieces[token] = Piece(kind, text)
     demand(plan.spaces or plan.byte_level or all(SPACE not in name for name in model["vocab"]),
            "has pieces with U+2581, but no normalizer or pre_tokenizer that makes it of spaces")
 
@@ -1511,19 +1385,11 @@ def read_merges(path, model, plan, tokenizer):
 # A chat template is a small program in the language Jinja, and only running it says what it writes.
 # It is run here: cut into tags, its expressions parsed by Python's `ast` and walked node by node.
 # Python itself never runs any of it.  Work is counted, a unit for each step and for each character
-# that is made, and is bounded: so loops end and texts stay small.  The grammar is what chats need:
+# that is made, and is bounded: so loops end and texts stay small.
 #
-#     template    = { text | {{ expression }} | {# comment #} | statement }
-#     statement   = {% for NAMES in expression [if expression] %} template [{% else %} template]
-#                   {% endfor %}  |  {% break %}  |  {% continue %}
-#                 | {% if expression %} template {elif and else as usual} {% endif %}
-#                 | {% set NAMES = expression %}  |  {% set NAME.NAME = expression %}
-#                 | {% set NAME %} template {% endset %}
-#                 | {% macro NAME(NAMES, perhaps with defaults) %} template {% endmacro %}
-#                 | {% generation %} template {% endgeneration %}
-#     expression  = constants, names, lists, tuples, dictionaries, a.b, a[b], a[b:c:d], calls,
-#                   + - * / // %, a ~ b (joined as texts), comparisons, in, and, or, not,
-#                   a if b [else c], a | FILTER [(...)], a is [not] TEST [argument]
+# What follows knows the statements of STATEMENTS below, constants, names, lists, tuples,
+# dictionaries, a.b, a[b], a[b:c:d], calls, arithmetic, a ~ b (joined as texts), comparisons, in,
+# and, or, not, a if b [else c], a | FILTER [(...)], a is [not] TEST [argument].
 #
 # A tag with a - at an end takes all white space there.  As Hugging Face sets it, a tag with % or #
 # also takes the line feed after it (trim_blocks), and the spaces before it if nothing else stands
@@ -1548,7 +1414,6 @@ class Namespace(dict):
 
 class Raised(Refused):
     """The template itself refuses a conversation."""
-
 
 class Jump(Exception):
     """{% break %} or {% continue %}."""
@@ -1575,8 +1440,17 @@ def cut_tags(text):
     yield "", text[at:]
 
 
-def parse_expression(text):
-    """The tree of an expression, as Python's ast has it.
+# What Python has in the place of a statement, and the words that end it or a part of it.
+STATEMENTS = {
+    "if": ("if (%s): 0", "elif else endif"), "for": ("for %s: 0", "else endfor"),
+    "macro": ("def %s: 0", "endmacro"), "set": ("%s", ""), "set block": ("with %s: 0", "endset"),
+    "generation": ("if 1: 0", "endgeneration"),
+    "break": ("break", ""), "continue": ("continue", "")}
+STATEMENTS["elif"] = STATEMENTS["if"]
+
+
+def parse_python(text, form="(%s)"):
+    """The tree of an expression, or of the head of a statement, as Python's ast has it.
 
     A name gets a prefix, so that it is no keyword of Python's and says what it is: v_ for most, f_
     for a filter, t_ for a test, n_ for a test that is negated.  a | b becomes a.f_b(), a is b
@@ -1615,7 +1489,7 @@ def parse_expression(text):
             out.append("()")
     for ending in "", " else v_undefined":      # Jinja needs no else
         with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            return ast.parse("(" + " ".join(out) + ending + ")", mode="eval").body
+            return ast.parse(form.replace("%s", " ".join(out) + ending)).body[0]
     raise Refused(f"{text[:80]!r} is not understood")
 
 
@@ -1626,16 +1500,6 @@ def python_of(token):
     if token["name"]:
         return token["name"] if token["name"] in WORDS else "v_" + token["name"]
     return token["number"] or token["sign"].replace("~", "@")
-
-
-def names_of(tree):
-    """The names that a loop or a set gives values to, (name, attribute) for a.b."""
-    if isinstance(tree, ast.Tuple):
-        return [name for part in tree.elts for name in names_of(part)]
-    if isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name):
-        return [(tree.value.id[2:], tree.attr[2:])]
-    demand(isinstance(tree, ast.Name), "it gives a value to what is no name")
-    return [tree.id[2:]]
 
 
 def attribute_of(value, path):
@@ -1705,13 +1569,42 @@ COMPARISONS = {
 
 
 class Template:
-    """A template as a list of functions, one for each tag and each text, that run it in a scope."""
+    """A template as a list of trees, one for each tag and each text, which are walked."""
 
     def __init__(self, text):
         demand(isinstance(text, str) and len(text) <= 200000, "it is too long, or no text")
-        self.tags, self.loops = cut_tags(text), 0
+        self.tags = cut_tags(text)
         self.asked = set()              # the names that were looked up
-        self.body, _ = self.parse()
+        self.body, _, _ = self.parse()
+
+    def parse(self, *ends):
+        """(what stands before a statement of one of these words, that word, what follows it)."""
+        body = []
+        for opening, content in self.tags:
+            word, rest = re.match(r"(\w*)(.*)", content, re.S).groups()
+            if opening == "{%" and word in ends:
+                return body, word, rest
+            if opening == "{%":
+                demand(word in STATEMENTS,
+                       f"it has {{% {content[:40]} %}}, which is not known here")
+                body.append(self.statement(word, rest))
+            elif opening == "{{":
+                body.append(parse_python(content))
+            elif not opening:
+                body.append(ast.Expr(ast.Constant(content)))
+        demand(not ends, f"it has no {{% {ends and ends[-1]} %}}")
+        return body, "", ""
+
+    def statement(self, word, rest):
+        form, ends = STATEMENTS["set block" if word == "set" and "=" not in rest else word]
+        tree = parse_python(rest, form)
+        if ends:
+            tree.body, end, rest = self.parse(*ends.split())
+            if end == "elif":
+                tree.orelse = [self.statement(end, rest)]
+            elif end == "else":
+                tree.orelse, _, _ = self.parse(ends.split()[-1])
+        return tree
 
     def render(self, **variables):
         """What the template writes.  Raises Refused if it cannot, Raised if it does not want to."""
@@ -1728,9 +1621,8 @@ class Template:
             raise Refused(f"it fails: {error}")
 
     def run(self, scope, body):
-        for step in body:
-            self.spend(1)
-            step(scope)
+        for tree in body:
+            self.value(scope, tree)
 
     def spend(self, amount):
         self.work += amount
@@ -1749,28 +1641,6 @@ class Template:
 
     # ---- statements
 
-    def parse(self, *ends):
-        """(what stands before a statement that begins with one of these words, that statement)."""
-        body = []
-        for opening, content in self.tags:
-            word = re.match(r"\w*", content).group()
-            if opening == "{%" and word in ends:
-                return body, content
-            if opening == "{%":
-                parse = getattr(self, "parse_" + word, None)
-                demand(parse, f"it has {{% {content[:40]} %}}, which is not known here")
-                body.append(parse(content[len(word):].strip()))
-            elif opening != "{#":
-                body.append(self.writer(parse_expression(content) if opening else content))
-        demand(not ends, f"it has no {{% {ends and ends[-1]} %}}")
-        return body, ""
-
-    def writer(self, content):
-        def write(scope):
-            value = content if isinstance(content, str) else self.value(scope, content)
-            self.out.append(self.weigh(str(self.weigh(value))))
-        return write
-
     def captured(self, scope, body):
         """What is written meanwhile."""
         out, self.out = self.out, []
@@ -1780,107 +1650,82 @@ class Template:
         finally:
             self.out = out
 
-    def parse_if(self, rest):
-        test, other = parse_expression(rest), []
-        body, end = self.parse("elif", "else", "endif")
-        if end.startswith("elif"):
-            other = [self.parse_if(end[4:])]
-        elif end == "else":
-            other, _ = self.parse("endif")
-        return lambda scope: self.run(scope, body if self.value(scope, test) else other)
+    def bind(self, scope, target, value):
+        """Gives a value to a name, to an attribute of a namespace, or values to several."""
+        if isinstance(target, ast.Tuple):
+            values = list(value)
+            demand(len(values) == len(target.elts),
+                   f"it gives {len(values)} values to {len(target.elts)} names")
+            for part, value in zip(target.elts, values):
+                self.bind(scope, part, value)
+        elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+            space = scope.get(target.value.id[2:])
+            demand(isinstance(space, Namespace), f"{target.value.id[2:]} is no namespace")
+            space[target.attr[2:]] = value
+        else:
+            demand(isinstance(target, ast.Name), "it gives a value to what is no name")
+            scope[target.id[2:]] = value
 
-    def parse_for(self, rest):
-        names, _, values = re.match(r"(.*?)(\bin\b|\Z)(.*)", rest, re.S).groups()
-        names, values, wanted = names_of(parse_expression(names)), parse_expression(values), None
+    def on_Expr(self, scope, tree):
+        self.out.append(self.weigh(str(self.weigh(self.value(scope, tree.value)))))
+
+    def on_Assign(self, scope, tree):
+        self.bind(scope, tree.targets[0], self.value(scope, tree.value))
+
+    def on_With(self, scope, tree):
+        self.bind(scope, tree.items[0].context_expr, self.captured(scope, tree.body))
+
+    def on_If(self, scope, tree):
+        self.run(scope, tree.body if self.value(scope, tree.test) else tree.orelse)
+
+    def on_For(self, scope, tree):
+        values, wanted = tree.iter, None
         if isinstance(values, ast.IfExp):       # the if is the loop's own: an else never follows
             values, wanted = values.body, values.test
-        self.loops += 1
-        body, end = self.parse("else", "endfor")
-        self.loops -= 1
-        other = self.parse("endfor")[0] if end == "else" else []
+        items = self.value(scope, values)
+        demand(items is UNDEFINED or isinstance(items, (str, list, tuple, dict)),
+               f"it loops over {items!r}")
+        rounds = []
+        for item in self.weigh(list(items or ())):
+            inner = scope.new_child()
+            self.bind(inner, tree.target, item)
+            if not wanted or self.value(inner, wanted):
+                rounds.append((inner, item))
+        around = [UNDEFINED, *(item for _, item in rounds), UNDEFINED]
+        for at, (inner, _) in enumerate(rounds):
+            left = len(rounds) - at
+            inner["loop"] = dict(
+                index0=at, index=at + 1, first=at == 0, last=left == 1, length=len(rounds),
+                revindex=left, revindex0=left - 1, previtem=around[at], nextitem=around[at + 2])
+            try:
+                self.run(inner, tree.body)
+            except Jump as jump:
+                if str(jump) == "Break":
+                    break
+        self.run(scope, [] if rounds else tree.orelse)
 
-        def loop(scope):
-            items = self.value(scope, values)
-            demand(items is UNDEFINED or isinstance(items, (str, list, tuple, dict)),
-                   f"it loops over {items!r}")
-            rounds = []
-            for item in self.weigh(list(items or ())):
-                inner = scope.new_child()
-                self.bind(inner, names, item)
-                if not wanted or self.value(inner, wanted):
-                    rounds.append((inner, item))
-            around = [UNDEFINED, *(item for _, item in rounds), UNDEFINED]
-            for at, (inner, _) in enumerate(rounds):
-                left = len(rounds) - at
-                inner["loop"] = dict(
-                    index0=at, index=at + 1, first=at == 0, last=left == 1, length=len(rounds),
-                    revindex=left, revindex0=left - 1, previtem=around[at], nextitem=around[at + 2])
-                try:
-                    self.run(inner, body)
-                except Jump as jump:
-                    if str(jump) == "break":
-                        break
-            self.run(scope, [] if rounds else other)
-        return loop
+    def on_Break(self, _, tree):
+        raise Jump(type(tree).__name__)
 
-    def parse_break(self, _, word="break"):
-        demand(self.loops, f"it has a {{% {word} %}} outside of a loop")
+    on_Continue = on_Break
 
-        def jump(scope):
-            raise Jump(word)
-        return jump
+    def on_FunctionDef(self, scope, tree):
+        names = [argument.arg[2:] for argument in tree.args.args]
+        defaults = list(zip(reversed(names), reversed(tree.args.defaults)))
 
-    def parse_continue(self, _):
-        return self.parse_break(_, "continue")
-
-    def bind(self, scope, names, value):
-        values = [value] if len(names) == 1 else list(value)
-        demand(len(values) == len(names), f"it gives {len(values)} values to {len(names)} names")
-        for name, value in zip(names, values):
-            if isinstance(name, tuple):
-                name, attribute = name
-                demand(isinstance(scope.get(name), Namespace), f"{name} is no namespace")
-                scope[name][attribute] = value
-            else:
-                scope[name] = value
-
-    def parse_set(self, rest):
-        found = re.match(r"([\w\s,.]+)=(?!=)(.*)", rest, re.S)
-        names = names_of(parse_expression(found[1] if found else rest))
-        if found:
-            tree = parse_expression(found[2])
-            return lambda scope: self.bind(scope, names, self.value(scope, tree))
-        body, _ = self.parse("endset")
-        return lambda scope: self.bind(scope, names, self.captured(scope, body))
-
-    def parse_macro(self, rest):
-        tree, loops, self.loops = parse_expression(rest), self.loops, 0
-        demand(isinstance(tree, ast.Call), f"{rest[:40]!r} is no macro")
-        name, = names_of(tree.func)
-        names = [name for part in tree.args for name in names_of(part)]
-        defaults = {keyword.arg[2:]: keyword.value for keyword in tree.keywords}
-        body, _ = self.parse("endmacro")
-        self.loops = loops
-
-        def define(scope):
-            def call(*arguments, **named):
-                inner = scope.new_child(dict.fromkeys(names, UNDEFINED))
-                inner.update((key, self.value(scope, default)) for key, default in defaults.items())
-                inner.update(zip([*names, *defaults], arguments), **named)
-                return self.captured(inner, body)
-            scope[name] = call
-        return define
-
-    def parse_generation(self, _):
-        body, _ = self.parse("endgeneration")
-        return lambda scope: self.run(scope, body)
+        def call(*arguments, **named):
+            inner = scope.new_child(dict.fromkeys(names, UNDEFINED))
+            inner.update((name, self.value(scope, default)) for name, default in defaults)
+            inner.update(zip(names, arguments), **named)
+            return self.captured(inner, tree.body)
+        scope[tree.name[2:]] = call
 
     # ---- expressions
 
     def value(self, scope, tree):
         self.spend(1)
         walk = getattr(self, "on_" + type(tree).__name__, None)
-        demand(walk, f"its expressions have a {type(tree).__name__}, which is not known here")
+        demand(walk, f"it has a {type(tree).__name__}, which is not known here")
         return walk(scope, tree)
 
     def on_Constant(self, _, tree):
@@ -2006,44 +1851,43 @@ def read_beside(folder):
 
 
 def special_tokens(beside):
-    """The texts of bos_token, eos_token and their like, those that are named."""
+    """The texts of bos_token, eos_token and their like, and of additional ones."""
     found = {}
     for file in "special_tokens_map", "tokenizer_config":
         for name, token in beside[file].items():
-            token = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and token and isinstance(token, str):
-                found[name] = token
+            several = isinstance(token, list) and name.endswith("_special_tokens")
+            for token in token if several else [token]:
+                token = token.get("content") if isinstance(token, dict) else token
+                if name.endswith(("_token", "_tokens")) and token and isinstance(token, str):
+                    found[f"{name} {token}" if several else name] = token
     return found
 
 
 def settle(path, config, tokenizer, says, beside, form):
     """Makes one out of all opinions.  `says` is config.json, `form` is what --chat names."""
-    settle_prefix(tokenizer, beside)
-    for name in "bos", "eos":
-        text = special_tokens(beside).get(name + "_token")
-        token = tokenizer.id_of(text.encode()) if text else -1
-        if token >= 0:
-            setattr(tokenizer, name, token)
-        elif text:
-            warn(path, f"{name}_token is {text!r}, which is no control piece; it was not "
-                 "believed")
-    settle_begin(path, config, tokenizer, says, beside)
+    settings = beside["tokenizer_config"]
+    if tokenizer.by_sentencepiece and settings.get("legacy") is False:
+        # Hugging Face's newer reading of tokenizer.model: no space after control pieces.
+        tokenizer.flags &= ~PREFIX_EACH
+        if settings.get("add_prefix_space") is False:
+            tokenizer.flags &= ~PREFIX_SPACE
+    if settings.get("eos_token", "") is None:
+        tokenizer.eos = -1              # a tokenizer.json does not say, but here it is said
+    for name, text in special_tokens(beside).items():
+        token, end = tokenizer.id_of(text.encode()), name[:-len("_token")]
+        if end in ("bos", "eos") and token >= 0:
+            setattr(tokenizer, end, token)
+        elif end in ("bos", "eos"):
+            warn(path, f"{name} is {text!r}, which is no control piece; it was not believed")
+        if token >= 0 and tokenizer.pieces[token].kind == USER_DEFINED:
+            tokenizer.pieces[token] = Piece(CONTROL, text.encode())
+    settle_begin(path, config, tokenizer, says, settings)
     chat_ends = settle_chat(path, tokenizer, beside, form)
     settle_ends(path, config, tokenizer, says, beside, chat_ends)
 
 
-def settle_prefix(tokenizer, beside):
-    """Hugging Face's newer reading of tokenizer.model: no space behind control pieces."""
-    settings = beside["tokenizer_config"]
-    if tokenizer.by_sentencepiece and settings.get("legacy") is False:
-        tokenizer.flags &= ~PREFIX_EACH
-        if settings.get("add_prefix_space") is False:
-            tokenizer.flags &= ~PREFIX_SPACE
-
-
-def settle_begin(path, config, tokenizer, says, beside):
+def settle_begin(path, config, tokenizer, says, settings):
     """Puts the piece that begins every text into tokenizer.begins, or -1."""
-    settings = beside["tokenizer_config"]
     adds = tokenizer.begins >= 0
     # Only some of Hugging Face's classes look at this setting.
     by_setting = "Llama" in settings.get("tokenizer_class", "Llama")
@@ -2077,18 +1921,15 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
                 demand(whole(token, 0, config.vocab_size), f"eos_token_id is {token!r} in {file}, "
                        f"but there are {config.vocab_size} tokens")
                 named[token] = file
-    own = {tokenizer.eos, *chat_ends} - {-1}
-    for token in sorted(own | set(named)):
-        piece = tokenizer.pieces.get(token, EMPTY)
-        fits = tokenizer.may_be_control(token) and piece.kind != UNKNOWN
-        # What begins a text ends one only where nothing else does.
-        if token == tokenizer.begins and len(own | set(named)) > 1:
-            fits = False
-        if fits:
-            tokenizer.pieces[token] = Piece(END, piece.text)
-        elif token in named:
-            warn(path, f"{named[token]} says that token {token} ends a text (eos_token_id), but "
-                 f"the tokenizer knows it as {tokenizer.text_of(token)!r}; it was not believed")
+    fitting = {token for token in {tokenizer.eos, *chat_ends, *named}
+               if tokenizer.may_be_control(token) and tokenizer.pieces[token].kind != UNKNOWN}
+    # What begins a text ends one only where nothing else does.
+    ends = fitting - {tokenizer.begins} or fitting
+    for token in ends:
+        tokenizer.pieces[token] = Piece(END, tokenizer.pieces[token].text)
+    for token in sorted(named.keys() - ends):
+        warn(path, f"{named[token]} says that token {token} ends a text (eos_token_id), but the "
+             f"tokenizer knows it as {tokenizer.text_of(token)!r}; it was not believed")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2101,7 +1942,7 @@ def settle_ends(path, config, tokenizer, says, beside, chat_ends):
 #     after_system     between it and the first question; both empty: it has no place
 #     before_question  before every later question
 #     after_question   between a question and its answer
-#     after_answer     behind an answer, up to the control piece that ends it, if there is one
+#     after_answer     after an answer, up to the control piece that ends it, if there is one
 #
 # They are what a chat template writes around texts that it is given.  The kind of a string says
 # whether the template takes the spaces that were typed before it (1), after it (2), or both (3).
@@ -2183,8 +2024,8 @@ def settle_chat(path, tokenizer, beside, form):
     except Refused as why:
         no_system = why
     if no_system:
-        warn(path, "what its chat template makes of a system prompt, drugs.c follows for one round: "
-             f"{no_system}" if chat[1] + chat[2] else
+        warn(path, "what its chat template makes of a system prompt, drugs.c follows for one "
+             f"round: {no_system}" if chat[1] + chat[2] else
              f"its chat template has no place for a system prompt{no_system}")
     if "strftime_now" in program.asked:
         warn(path, "its chat template wants today's date; its own default is written, so that a "
@@ -2215,7 +2056,7 @@ def render_talk(program, names, texts, system=None, prompt=True):
 
 
 def around(written, *texts):
-    """What stands before, between and behind these texts."""
+    """What stands before, between and after these texts."""
     found = []
     for text in texts:
         demand(written.count(text) == 1, "it does not write each text once, and in order")
@@ -2324,7 +2165,7 @@ OWN_TEMPLATE = """\
   {%- elif message.role == 'user' and loop.first %}
     {{- #0 + #first + #4 }}
   {%- elif message.role == 'user' and loop.index0 == 1 and messages[0].role == 'system' %}
-    {{- #behind + #4 }}
+    {{- #second + #4 }}
   {%- elif message.role == 'user' %}
     {{- #3 + #later + #4 }}
   {%- else %}
@@ -2340,7 +2181,7 @@ def own_template(chat, takes):
         return "message.content" + left + right
     spelt = {str(place): "'" + string.encode("unicode_escape").decode().replace("'", "\\x27") + "'"
              for place, string in enumerate(chat)}
-    spelt.update(first=typed(OPENING, AFTER_QUESTION), behind=typed(AFTER_SYSTEM, AFTER_QUESTION),
+    spelt.update(first=typed(OPENING, AFTER_QUESTION), second=typed(AFTER_SYSTEM, AFTER_QUESTION),
                  later=typed(BEFORE_QUESTION, AFTER_QUESTION))
     spelt["system"] = f"{spelt['1']} + {typed(BEFORE_SYSTEM, AFTER_SYSTEM)} + {spelt['2']}" \
         if chat[1] + chat[2] else "raise_exception('a system prompt has no place')"
@@ -2350,20 +2191,15 @@ def own_template(chat, takes):
 # ------------------------------------------------------------------------------------------------
 # 10. Reader: a Hugging Face folder
 
-# What config.json calls the fields of a Config.
-SETTINGS = dict(
-    dim="hidden_size", hidden_dim="intermediate_size", n_layers="num_hidden_layers",
-    n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
-    vocab_size="vocab_size", seq_len="max_position_embeddings",
-    shared_classifier="tie_word_embeddings", sliding_window="sliding_window",
-    norm_eps="rms_norm_eps", rope_theta="rope_theta", rope_scaling="rope_scaling")
 READ_ELSEWHERE = ("architectures model_type hidden_act attention_bias mlp_bias rope_parameters "
                   "partial_rotary_factor bos_token_id eos_token_id").split()
 # Settings of training, of other programs and of how a model is run.
 HARMLESS = re.compile(
-    r"_.*|.*(dropout|_pdrop|dtype|_version|token_id|_fixed|_implementation)|id2label|label2id|"
-    r"initializer_range|pretraining_tp|use_cache|auto_map|tokenizer_class|gradient_checkpointing|"
-    r"multiple_of|ffn_dim_multiplier|max_batch_size|return_dict|output_.*|transformers.*")
+    r"_name_or_path|_commit_hash|_attn.*|.*(dropout|_pdrop|dtype|_version|token_id|_fixed|"
+    r"_implementation)|id2label|label2id|initializer_range|pretraining_tp|use_cache|auto_map|"
+    r"tokenizer_class|gradient_checkpointing|multiple_of|ffn_dim_multiplier|max_batch_size|"
+    r"return_dict|output_.*|transformers.*")
+# What config.json calls the two, as the class of a model and as its type.
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "LLaMAForCausalLM": "llama", "llama": "llama",
                  "MistralForCausalLM": "mistral", "mistral": "mistral"}
 
@@ -2372,15 +2208,22 @@ def read_hf(folder):
     path = os.path.join(folder, "config.json")
     with reading_json(path) as settings:
         config = hf_config(settings)
+    read = {field.hf for field in FIELDS.values()}.union(READ_ELSEWHERE)
     # A window that a Llama has is read by nobody.
-    warn_of_unread(path, settings, {*SETTINGS.values(), *READ_ELSEWHERE}
-                   - {"" if config.sliding_window else SETTINGS["sliding_window"]})
+    warn_of_unread(path, settings, read - {"" if config.sliding_window else "sliding_window"})
     found = without_prefix(hf_tensors(folder))
     tie(folder, config, found, "hf")
     tensors = reorder(gather(config, found, "hf"), config.head_dim, 2)
     return config, tensors, settings
 
 
+def warn_of_unread(path, settings, read):
+    """What nobody reads is no secret; a setting of nothing, 0 or false asks for nothing."""
+    unread = [name for name, value in settings.items()
+              if value and name not in read and not HARMLESS.fullmatch(name)]
+    if unread:
+        warn(path, f"nothing here reads {some(unread, 8)}; if that changes what the model "
+             "computes, the file is another model")
 def warn_of_unread(path, settings, read):
     """What nobody reads is no secret; a setting of nothing, 0 or false asks for nothing."""
     unread = [name for name, value in settings.items()
@@ -2398,7 +2241,7 @@ def tie(path, config, found, family):
     if same_numbers(found.setdefault(embedding, found[classifier]), found[classifier]):
         del found[classifier]
         return
-    config.shared_classifier = False
+    config.shared_classifier = 0
     warn(path, f"says that its two matrices of the vocabulary are one, but {classifier} is not "
          f"{embedding}; it was taken")
 
@@ -2406,27 +2249,26 @@ def tie(path, config, found, family):
 def same_numbers(a, b):
     if a == b or a.problem or b.problem or (a.shape, a.dtype) != (b.shape, b.dtype):
         return a == b
-    step = max(1, CHUNK_BYTES // (DTYPES[a.dtype][0] * math.prod(a.shape[1:])))
-    return all(a.rows(first, min(first + step, a.shape[0]))
-               == b.rows(first, min(first + step, a.shape[0]))
-               for first in range(0, a.shape[0], step))
+    return all(map(operator.eq, chunks(a), chunks(b)))
 
 
 def hf_config(s):
-    architecture = (s.get("architectures") or [s.get("model_type")])[0]
-    demand(architecture in ARCHITECTURES,
-           f"the architecture is {architecture}; only those of Llama and Mistral can be exported")
-    family = ARCHITECTURES[architecture]
+    # Hugging Face chooses by the type, and without one by the class.
+    names = [name for name in (*(s.get("architectures") or [])[:1], s.get("model_type")) if name]
+    demand(names and ARCHITECTURES.keys() >= set(names), f"the architecture is {some(names)}; only "
+           "those of Llama and Mistral can be exported")
+    family = ARCHITECTURES[names[-1]]
     refuse_settings(s, "attention_bias", "mlp_bias", "quantization_config")
     act = s.get("hidden_act", "silu")
     demand(act == "silu", f"hidden_act is {act}; only silu can be exported")
+    s = {"max_position_embeddings": {"llama": 2048, "mistral": 1 << 17}[family],
+         "rms_norm_eps": 1e-6, **s}
+    fields = {name: s.get(field.hf) for name, field in FIELDS.items()}
+    fields["shared_classifier"] = int(bool(fields["shared_classifier"]))
     # Null means no window; to say nothing at all means 4096, for Hugging Face as well.
-    window = s.get("sliding_window", 4096) if family == "mistral" else 0
-    s = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **s}
-    fields = {ours: s.get(theirs) for ours, theirs in SETTINGS.items()}
-    fields.update(zip(("rope_theta", "rope_scaling"), hf_rope(s)))
-    return Config(**{**fields, "sliding_window": window,
-                     "shared_classifier": bool(fields["shared_classifier"])})
+    fields["sliding_window"] = s.get("sliding_window", 4096) if family == "mistral" else 0
+    fields["rope_theta"], fields["rope_scaling"] = hf_rope(s)
+    return Config(**fields)
 
 
 def hf_rope(s):
@@ -2457,7 +2299,7 @@ def hf_tensors(folder):
 
 
 def sharded_tensors(folder, index, reader):
-    shards = {}
+    shards, found = {}, {}
     with reading_json(index) as content:
         for name, shard in sorted(content["weight_map"].items()):
             demand(os.path.basename(shard) == shard, f"shard {shard} is not in this folder")
@@ -2466,7 +2308,9 @@ def sharded_tensors(folder, index, reader):
                 demand(os.path.exists(path), f"shard {shard} is missing; fetch it, too")
                 shards[shard] = reader(path)
             demand(name in shards[shard], f"tensor {name} is missing from {shard}")
-    return {name: tensor for found in shards.values() for name, tensor in found.items()}
+            found[name] = shards[shard][name]
+    # Others that a shard has are not hidden; but where two have one, it is the index that counts.
+    return {**collections.ChainMap(*shards.values()), **found}
 
 
 def safetensors(path):
@@ -2489,7 +2333,7 @@ def safetensors(path):
                    f"tensor {name}: {shape} of {dtype} does not fill its {last - first} bytes")
             found[name], end = Stored(file, start + first, dtype, tuple(shape)), last
         demand(start + end == file.size, f"is damaged: {file.size - start - end} bytes are left "
-               "over behind the last tensor")
+               "over after the last tensor")
     return found
 
 
@@ -2548,11 +2392,14 @@ class TorchFile(pickle.Unpickler):
 
     def __init__(self, path):
         self.file, self.strangers = File(path), {}
-        demand(self.file.read(0, min(10, self.file.size)) != OLD_TORCH, OLD_TORCH_ADVICE)
+        demand(not self.file.start.startswith(OLD_TORCH), OLD_TORCH_ADVICE)
         self.zip = zipfile.ZipFile(self.file.stream)
         pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl")]
         demand(len(pickles) == 1, "is a zip, but not one that torch.save() wrote")
         self.prefix = pickles[0][:-len("data.pkl")]
+        if self.prefix + "byteorder" in self.zip.namelist():
+            demand(self.file.read(*self.record("byteorder")) == b"little",
+                   "was saved on a machine of another byte order; save it on a common one")
         program = self.file.read(*self.record("data.pkl"))
         # Unpickling reserves memory for whatever count or place in its memo is named, gigabytes if
         # need be, and only then notices a lie.  Looking through the program first is safe: genops
@@ -2680,36 +2527,29 @@ def read_checkpoint(path):
     return (*meta_model(path, params, without_prefix(model)), {})
 
 
-READ_OF_META = ("dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len "
-                "norm_eps rope_theta sliding_window tied_embeddings model_type").split()
-
-
 def meta_model(path, params, found):
     """Of some settings Meta says nothing; tensors and other settings give them away."""
     demand(not params.get("use_scaled_rope"), "use_scaled_rope is set, but not said by how much; "
            "export the Hugging Face folder of the same model")
     refuse_settings(params, "moe", "quantization_args", "quantization")
-    warn_of_unread(path, params, READ_OF_META)
+    warn_of_unread(path, params, {field.meta for field in FIELDS.values()} | {"model_type"})
     embedding, classifier, w1 = (name_of(kind, 0, "meta") for kind in ("tok_emb", "wcls", "w1"))
     for name in embedding, w1:
         demand(name in found, f"tensor {name} is missing")
+    params = {"norm_eps": 1e-5, "vocab_size": -1, **params}
+    fields = {name: params.get(field.meta) for name, field in FIELDS.items()}
+    fields["hidden_dim"] = found[w1].shape[0]
+    if fields["vocab_size"] == -1:
+        fields["vocab_size"] = found[embedding].shape[0]
+    if not fields["seq_len"]:           # Code Llama and Llama 3; else Llama 2 and Llama 1
+        fields["seq_len"] = {1e6: 16384, 5e5: 8192}.get(
+            fields["rope_theta"], 4096 if fields["norm_eps"] == 1e-5 else 2048)
     # Tied weights are saved once and referred to twice.
-    shared = bool(params.get("tied_embeddings")) or found[embedding] == found.get(classifier)
-    pieces, seq_len = params.get("vocab_size", -1), params.get("max_seq_len")
-    if not seq_len and params.get("rope_theta") == 1e6:
-        seq_len = 16384                                                 # Code Llama
-    elif not seq_len:
-        seq_len = 4096 if params.get("norm_eps") == 1e-5 else 2048      # Llama 2; Llama 1
-    config = Config(
-        dim=params["dim"], hidden_dim=found[w1].shape[0], n_layers=params["n_layers"],
-        n_heads=params["n_heads"], n_kv_heads=params.get("n_kv_heads"),
-        head_dim=params.get("head_dim"),
-        vocab_size=found[embedding].shape[0] if pieces == -1 else pieces, seq_len=seq_len,
-        shared_classifier=shared, sliding_window=params.get("sliding_window"),
-        rope_theta=params.get("rope_theta"), norm_eps=params.get("norm_eps", 1e-5))
+    fields["shared_classifier"] = int(
+        bool(fields["shared_classifier"]) or found[embedding] == found.get(classifier))
+    config = Config(**fields)
     tie(path, config, found, "meta")
     return config, gather(config, found, "meta")
-
 
 # ------------------------------------------------------------------------------------------------
 # 12. Reader: llama2.c's export, version 0
@@ -2725,7 +2565,7 @@ def read_v0(path):
         "<7i", file.read(0, 28))
     # The sign of vocab_size is a flag: negative if the classifier has a matrix of its own.
     config = Config(dim, hidden_dim, n_layers, n_heads, n_kv_heads, None, abs(vocab_size), seq_len,
-                    shared_classifier=vocab_size > 0)
+                    shared_classifier=int(vocab_size > 0))
     # RoPE is a table of cosines and sines; the flat file has frequencies.
     keys = ((kind, layer) for kind in (V0_ORDER[:-1] if config.shared_classifier else V0_ORDER)
             for layer in range(n_layers if kind in LAYER_KINDS else 1))
@@ -2761,9 +2601,7 @@ def reader_of(path):
             if os.path.exists(os.path.join(path, name)):
                 return reader
         raise Refused("holds neither config.json (Hugging Face) nor params.json (Meta)")
-    with open(path, "rb") as stream:
-        start = stream.read(64)
-    refuse_pointer(start)
+    start = File(path).start
     for magic, why in STRANGERS.items():
         demand(not start.startswith(magic), why)
     demand(not INNER.match(os.path.basename(path)),
@@ -2790,8 +2628,6 @@ def read_model(path, named_tokenizer, form):
 
 # magic, version, ten sizes, norm_eps, storage, bos, unknown, text_flags, nine sizes of tables
 HEADER, HEADER_BYTES, ALIGNMENT = "<8s11if13i", 256, 64
-SIZES = ("dim hidden_dim n_layers n_heads n_kv_heads head_dim vocab_size seq_len shared_classifier "
-         "sliding_window").split()
 STORAGES = "F32", "BF16", "F16"
 CHUNK_BYTES = 1 << 18               # at a time: what stays in the caches is fastest
 
@@ -2799,6 +2635,10 @@ CHUNK_BYTES = 1 << 18               # at a time: what stays in the caches is fas
 def dtype_of(kind, storage):
     """Of a tensor in a file that stores its matrices so."""
     return "F32" if kind.endswith("norm") else storage
+
+
+def size_in(c, kind, storage):
+    return DTYPES[dtype_of(kind, storage)][0] * math.prod(c.shape(kind))
 
 
 def storage_of(tensors):
@@ -2844,21 +2684,24 @@ def numbers(records):
     return struct.pack(f"<{len(flat)}I", *flat)
 
 
+def chunks(tensor):
+    """The rows of a tensor, as many at a time as are little."""
+    width = DTYPES[tensor.dtype][0] * math.prod(tensor.shape[1:])
+    step = max(1, CHUNK_BYTES // width)
+    for first in range(0, tensor.shape[0], step):
+        yield tensor.rows(first, min(first + step, tensor.shape[0]))
+
+
 def write_tensors(stream, c, tensors, alignment=1):
-    storage = storage_of(tensors)
-    done, total = 0, sum(DTYPES[dtype_of(kind, storage)][0] * math.prod(c.shape(kind))
-                         for kind, _ in c.layout())
-    show = sys.stderr and sys.stderr.isatty()
+    storage, done = storage_of(tensors), 0
+    total = sum(size_in(c, kind, storage) for kind, _ in c.layout())
     for kind, layer in c.layout():
-        tensor, dtype = tensors[kind, layer], dtype_of(kind, storage)
-        size, to_fp32 = DTYPES[tensor.dtype]
-        convert = bytes if tensor.dtype == dtype else to_fp32
-        rows, *columns = c.shape(kind)
-        step = max(1, CHUNK_BYTES // (size * math.prod(columns)))
+        tensor = tensors[kind, layer]
+        convert = bytes if tensor.dtype == dtype_of(kind, storage) else DTYPES[tensor.dtype][1]
         stream.write(bytes(-stream.tell() % alignment))
-        for first in range(0, rows, step):
-            done += stream.write(convert(tensor.rows(first, min(first + step, rows))))
-            if show:
+        for rows in chunks(tensor):
+            done += stream.write(convert(rows))
+            if sys.stderr and sys.stderr.isatty():
                 print(f"\r{done / 1e6:.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr)
     return stream.tell()
 
@@ -2890,83 +2733,70 @@ def replacing(output, folder=False):
 def read_flat(path):
     demand(not os.path.isdir(path), "is a folder; --to needs a flat file")
     file = File(path)
-    demand(file.read(0, min(8, file.size)) == MAGIC, "is no flat file, which --to needs")
+    demand(file.start.startswith(MAGIC), "is no flat file, which --to needs")
     said = struct.unpack_from(HEADER, file.read(0, HEADER_BYTES))
     demand(said[1] == VERSION, f"is a flat file of version {said[1]}; this export.py knows "
            f"version {VERSION}: export the checkpoint again")
-    sizes, norm_eps, storage = said[2:12], said[12], said[13]
-    begins, _, flags, n_cutters, *counts = said[14:]
-    demand(0 <= storage < len(STORAGES), "is damaged: its matrices are stored in an unknown way")
-    dtype = STORAGES[storage]
-    demand(sizes[8] in (0, 1), "is damaged: shared_classifier is neither 0 nor 1")
+    norm_eps, storage, begins, _, flags, n_cutters, *counts = said[12:]
     n_states, n_classes, n_ranges, n_units, n_pairs, n_whole, n_words, n_text = counts
+    demand(0 <= storage < len(STORAGES), "is damaged: its matrices are stored in an unknown way")
     demand(0 <= flags <= ALL_FLAGS and 0 <= n_cutters <= MOST_CUTTERS and min(counts) >= 0
            and 0 < n_classes <= MOST_CLASSES,
            "is damaged: its header says impossible things of its tokenizer")
-    # The frequencies are needed, but not before head_dim is known to be sane.
-    sane = Config(*sizes, norm_eps=norm_eps)
-    parts = Parts(file, HEADER_BYTES)
-    config = Config(*sizes, norm_eps=norm_eps, frequencies=tuple(
-        radians for radians, in parts.records("d", 1, sane.head_dim // 2)))
+    config, at = Config(*said[2:12], norm_eps=norm_eps), HEADER_BYTES
     demand(-1 <= begins < config.vocab_size,
            f"bos is {begins}, but there are {config.vocab_size} tokens")
-    ranges = tuple(parts.records("I", 3, n_ranges))
-    rows = tuple(parts.records("I", n_classes + 1, n_states))
-    units = {unit: token for unit, _, token in parts.records("I", 3, n_units)}
-    pairs = list(parts.records("I", 4, n_pairs))
-    strings = list(parts.records("I", 2, config.vocab_size + 6 + n_cutters))
-    parts.take(4 * n_whole)             # which follow from the pieces
-    words = [token for token, in parts.records("I", 1, n_words)]
-    text, ends = parts.take(n_text), [0] + [end for end, _ in strings]
-    demand(ends == sorted(ends) and ends[-1] == n_text,
+
+    def take(length):
+        nonlocal at
+        at += length
+        return file.read(at - length, length)
+
+    def records(kind, width, count):
+        record = struct.Struct(f"<{width}{kind}")
+        return list(record.iter_unpack(take(record.size * count)))
+    config.frequencies = tuple(radians for radians, in records("d", 1, config.head_dim // 2))
+    config.__post_init__()              # are they sane?
+    ranges, rows = records("I", 3, n_ranges), records("I", n_classes + 1, n_states)
+    units = {unit: token for unit, _, token in records("I", 3, n_units)}
+    pairs = records("I", 4, n_pairs)
+    ends, kinds = zip(*records("I", 2, config.vocab_size + 6 + n_cutters))
+    take(4 * n_whole)                   # which follow from the pieces
+    words, text = [token for token, in records("I", 1, n_words)], take(n_text)
+    demand([*ends] == sorted(ends) and ends[-1] == n_text,
            "is damaged: its strings do not fill its text")
-    texts = [text[first:end] for first, end in zip(ends, ends[1:])]
-    pieces = {token: Piece(kind, texts[token])
-              for token, (_, kind) in enumerate(strings[:config.vocab_size])}
-    chat, patterns = (tuple(text.decode() for text in some_texts) for some_texts in (
-        texts[config.vocab_size:][:6], texts[config.vocab_size + 6:]))
+    texts = [text[first:end] for first, end in zip((0, *ends), ends)]
+    pieces = dict(enumerate(map(Piece, kinds[:config.vocab_size], texts)))
+    strings = [text.decode() for text in texts[config.vocab_size:]]
     # Both schools know bytes.  Where no piece is a raw one, they are all that merging begins with.
     byte_level = max(units, default=0) >= BYTE_UNIT and not any(
         piece.kind == BYTE for piece in pieces.values())
     # The automata stay as they are: another Python knows another Unicode.
     tokenizer = Tokenizer(
-        pieces, flags, byte_level, patterns, takes_words=bool(words), begins=begins, chat=chat,
-        takes=tuple(kind for _, kind in strings[config.vocab_size:][:6]),
+        pieces, flags, byte_level, tuple(strings[6:]), takes_words=bool(words), begins=begins,
+        chat=tuple(strings[:6]), takes=kinds[config.vocab_size:][:6],
         automata=(ranges, n_classes, rows), units=units, pairs=pairs, words=words)
     check_tokenizer(tokenizer, config.vocab_size)
-    demand(front(config, tokenizer, dtype) == file.read(0, parts.at),
+    dtype = STORAGES[storage]
+    demand(front(config, tokenizer, dtype) == file.read(0, at),
            "is damaged: its header or its tokenizer is not as export.py writes them")
     layout = ((key, config.shape(key[0]), dtype_of(key[0], dtype)) for key in config.layout())
-    return config, place(file, parts.at, layout, ALIGNMENT), tokenizer
-
-
-class Parts:
-    """Reads a file piece by piece, from one place to the next."""
-
-    def __init__(self, file, at):
-        self.file, self.at = file, at
-
-    def take(self, length):
-        data = self.file.read(self.at, length)
-        self.at += length
-        return data
-
-    def records(self, kind, width, count):
-        record = struct.Struct(f"<{width}{kind}")
-        return record.iter_unpack(self.take(record.size * count))
+    return config, place(file, at, layout, ALIGNMENT), tokenizer
 
 
 def write_hf(c, tensors, tokenizer, folder):
     header, end, storage = {"__metadata__": {"format": "pt"}}, 0, storage_of(tensors)
     for kind, layer in c.layout():
-        dtype = dtype_of(kind, storage)
-        first, end = end, end + DTYPES[dtype][0] * math.prod(c.shape(kind))
-        header[name_of(kind, layer, "hf")] = {"dtype": dtype, "shape": c.shape(kind),
-                                              "data_offsets": [first, end]}
+        first, end = end, end + size_in(c, kind, storage)
+        header[name_of(kind, layer, "hf")] = {
+            "dtype": dtype_of(kind, storage), "shape": c.shape(kind), "data_offsets": [first, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)     # the data shall begin at a multiple of 8 bytes
-    files = {"config.json": hf_settings(c, tokenizer, storage),
-             "generation_config.json": {"_from_model_config": True, **hf_ends(tokenizer)},
+    ends = tokenizer.of_kind(END)
+    ids = {"bos_token_id": tokenizer.begins if tokenizer.begins >= 0 else None,
+           "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
+    files = {"config.json": {**hf_settings(c, storage), **ids},
+             "generation_config.json": {"_from_model_config": True, **ids},
              "tokenizer.json": hf_tokenizer(tokenizer, folder),
              "tokenizer_config.json": hf_tokenizer_settings(tokenizer)}
     with replacing(folder, folder=True) as temporary:
@@ -2981,29 +2811,17 @@ def write_hf(c, tensors, tokenizer, folder):
             return write_tensors(stream, c, reorder(tensors, c.head_dim, c.head_dim // 2))
 
 
-def hf_settings(c, tokenizer, storage):
+def hf_settings(c, storage):
     """config.json; hf_config() is the way back."""
     family = "mistral" if c.sliding_window else "llama"
     theta, scaling = explain_frequencies(c.frequencies)
-    fields = {field: getattr(c, field) for field in SETTINGS}
-    fields.update(shared_classifier=bool(c.shared_classifier), norm_eps=shortest(c.norm_eps),
-                  sliding_window=c.sliding_window or None, rope_theta=theta, rope_scaling=scaling)
+    fields = dict(vars(c), shared_classifier=bool(c.shared_classifier), rope_theta=theta,
+                  norm_eps=shortest(c.norm_eps), sliding_window=c.sliding_window or None,
+                  rope_scaling=scaling)
     return {"architectures": [family.capitalize() + "ForCausalLM"], "model_type": family,
             "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
             "torch_dtype": {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[storage],
-            **{SETTINGS[field]: fields[field] for field in fields},
-            **hf_ends(tokenizer)}
-
-
-def hf_ends(tokenizer):
-    ends = ends_of(tokenizer)
-    begins = tokenizer.begins if tokenizer.begins >= 0 else None
-    return {"bos_token_id": begins,
-            "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
-
-
-def ends_of(tokenizer):
-    return [token for token, piece in tokenizer.pieces.items() if piece.kind == END]
+            **{field.hf: fields[name] for name, field in FIELDS.items()}}
 
 
 def shortest(number):
@@ -3017,10 +2835,10 @@ def is_sentencepiece(tokenizer):
     """Whether pieces are joined as SentencePiece does; then tokenizer.model says it best."""
     if tokenizer.byte_level or tokenizer.flags & ~(PREFIX_SPACE | PREFIX_EACH | COLLAPSE_SPACES):
         return False
-    first = {}
-    for token in tokenizer.of_kind(NORMAL):
-        first.setdefault(tokenizer.pieces[token].text, token)
-    return tokenizer.pairs == pairs_of(ranks_of(tokenizer), first, tokenizer.units)
+    first = first_of_text(tokenizer)
+    units = units_of(tokenizer, first, len(tokenizer.pieces))
+    return tokenizer.units == units and tokenizer.pairs == pairs_of(
+        ranks_of(tokenizer), first, units)
 
 
 def ranks_of(tokenizer):
@@ -3039,17 +2857,15 @@ def hf_sentencepiece(tokenizer):
                if piece.kind != CONTROL and piece.kind != USER_DEFINED)
     for token in range(last + 1):
         kind, text = tokenizer.pieces[token]
-        number, name = numbers[kind], text
-        if kind == BYTE:
-            name = b"<0x%02X>" % text[0]
+        number, name = numbers[kind], b"<0x%02X>" % text[0] if kind == BYTE else text
         # User-defined pieces that Hugging Face looks for, before SentencePiece, are in
         # tokenizer.json; here, as for nameless ones, something must keep their place.
         if not text or kind == USER_DEFINED and flags & PREFIX_EACH:
             number, name = UNUSED, b"<unused %d>" % token
         name = name.replace(b" ", SPACE.encode())
         data += proto(1, proto(1, name) + proto(2, scores[token]) + proto(3, number))
-    ends = ends_of(tokenizer)
-    data += proto(2, proto(3, 2) + proto(41, tokenizer.begins) + proto(42, (ends + [-1])[0]))
+    data += proto(2, proto(3, 2) + proto(41, tokenizer.begins)
+                  + proto(42, (tokenizer.of_kind(END) + [-1])[0]))
     return data + proto(3, proto(1, b"identity") + proto(3, flags & PREFIX_SPACE)
                         + proto(4, int(bool(flags & COLLAPSE_SPACES))))
 
@@ -3074,8 +2890,10 @@ def proto_varint(value):
 def hf_tokenizer(tokenizer, folder):
     """tokenizer.json; read_tokenizer_json() is the way back."""
     names, added, vocab, unknown = hf_names(tokenizer), [], {}, None
-    n_bytes = sum(piece.kind == BYTE for piece in tokenizer.pieces.values())
+    n_bytes, bos = len(tokenizer.of_kind(BYTE)), names.get(tokenizer.begins)
     demand(n_bytes in (0, 256), f"has {n_bytes} byte pieces: tokenizer.json needs all 256, or none")
+    demand(bos is not None or tokenizer.begins < 0, f"begins a text with piece {tokenizer.begins}, "
+           "which has no name: tokenizer.json needs one")
     for token, name in names.items():
         kind = tokenizer.pieces[token].kind
         demand(name not in vocab, f"pieces {vocab.get(name)} and {token} would both be {name!r}, "
@@ -3086,11 +2904,16 @@ def hf_tokenizer(tokenizer, folder):
             # These are looked for before the normaliser has turned spaces into anything.
             added.append(dict(id=token, content=name, single_word=False, lstrip=False, rstrip=False,
                               normalized=False, special=kind != USER_DEFINED))
+    # What puts the begin before a text, and before two.
+    first, second = ([{"SpecialToken": {"id": bos, "type_id": n}},
+                      {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
+    begin = step("TemplateProcessing", single=first, pair=first + second, special_tokens={
+        bos: {"id": bos, "ids": [tokenizer.begins], "tokens": [bos]}})
     normalizer, pre_tokenizer, decoder = hf_steps(tokenizer, folder)
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
-        "post_processor": hf_template(tokenizer, names), "decoder": decoder,
+        "post_processor": begin if bos else None, "decoder": decoder,
         "model": {"type": "BPE", "dropout": None, "unk_token": unknown,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": not tokenizer.byte_level, "byte_fallback": n_bytes > 0,
@@ -3119,9 +2942,8 @@ def hf_names(tokenizer):
 
 def uses_spaces(tokenizer):
     """Whether a space may be a part of a piece, for which tokenizer.json writes U+2581."""
-    texts = (piece.text for piece in tokenizer.pieces.values() if piece.kind == NORMAL)
-    return not tokenizer.byte_level and (
-        bool(tokenizer.flags & PREFIX_SPACE) or any(b" " in text for text in texts))
+    return not tokenizer.byte_level and (bool(tokenizer.flags & PREFIX_SPACE) or any(
+        b" " in tokenizer.pieces[token].text for token in tokenizer.of_kind(NORMAL)))
 
 
 def step(kind, **settings):
@@ -3134,7 +2956,8 @@ def sequence(name, inner):
 
 def hf_steps(tokenizer, folder):
     """(normalizer, pre_tokenizer, decoder); class Plan is the way back."""
-    flags, before, cut, undo = tokenizer.flags, [], [], []
+    flags, before, cut, undo = tokenizer.flags, [], None, []
+    prefix, each = bool(flags & PREFIX_SPACE), flags & PREFIX_EACH
     if flags & NEWLINE_SPACE:
         before.append(step("Replace", pattern={"String": "\n"}, content="\n "))
         undo.append(step("Replace", pattern={"String": "\n "}, content="\n"))
@@ -3142,12 +2965,16 @@ def hf_steps(tokenizer, folder):
         before += [step("Replace", pattern={"Regex": ENDS_REGEX}, content=""),
                    step("Replace", pattern={"Regex": " {2,}"}, content=" ")]
     if tokenizer.byte_level:
-        return sequence("normalizers", before), hf_cut(tokenizer), step(
-            "ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+        gpt2 = tokenizer.patterns == (GPT2_REGEX,)
+        level = step("ByteLevel", add_prefix_space=prefix, trim_offsets=True, use_regex=gpt2)
+        cut = sequence("pretokenizers", [
+            step("Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+            for pattern in tokenizer.patterns if not gpt2] + [level])
+        undo.insert(0, dict(level, add_prefix_space=False, use_regex=True))
+        return sequence("normalizers", before), cut, sequence("decoders", undo)
     fuse = [step("ByteFallback"), step("Fuse")]
     if not uses_spaces(tokenizer):
         return sequence("normalizers", before), None, sequence("decoders", fuse + undo)
-    prefix, each = flags & PREFIX_SPACE, flags & PREFIX_EACH
     if prefix and (flags & PREFIX_UNLESS_SPACE or not each):
         if not flags & PREFIX_UNLESS_SPACE:
             warn(folder, "other tools will put no space before a text that begins with one; "
@@ -3160,28 +2987,7 @@ def hf_steps(tokenizer, folder):
     undo = [step("Replace", pattern={"String": SPACE}, content=" "), *fuse, *undo]
     if prefix:
         undo.append(step("Strip", content=" ", start=1, stop=0))
-    return sequence("normalizers", before), cut or None, sequence("decoders", undo)
-
-
-def hf_cut(tokenizer):
-    """The pre_tokenizer of a byte-level vocabulary."""
-    patterns, gpt2 = tokenizer.patterns, tokenizer.patterns == (GPT2_REGEX,)
-    splits = [] if gpt2 else [step("Split", pattern={"Regex": pattern}, behavior="Isolated",
-                                   invert=False) for pattern in patterns]
-    return sequence("pretokenizers", splits + [
-        step("ByteLevel", add_prefix_space=bool(tokenizer.flags & PREFIX_SPACE),
-             trim_offsets=True, use_regex=gpt2)])
-
-
-def hf_template(tokenizer, names):
-    """The post_processor, which puts the begin before a text."""
-    bos = names.get(tokenizer.begins)
-    if bos is None:
-        return None
-    first, second = ([{"SpecialToken": {"id": bos, "type_id": n}},
-                      {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
-    return step("TemplateProcessing", single=first, pair=first + second, special_tokens={
-        bos: {"id": bos, "ids": [tokenizer.begins], "tokens": [bos]}})
+    return sequence("normalizers", before), cut, sequence("decoders", undo)
 
 
 def hf_merges(tokenizer, names, folder):
@@ -3198,20 +3004,17 @@ def hf_merges(tokenizer, names, folder):
 
 def hf_tokenizer_settings(tokenizer):
     """tokenizer_config.json, without which Hugging Face would add tokens that it thinks usual."""
-    ends = ends_of(tokenizer)
-    unknown = [token for token, piece in tokenizer.pieces.items() if piece.kind == UNKNOWN]
-    begins = tokenizer.begins >= 0
+    bos, eos, unknown = (tokenizer.text_of(tokens[0]) for tokens in (
+        [tokenizer.begins], *(tokenizer.of_kind(kind) + [-1] for kind in (END, UNKNOWN))))
     return {"tokenizer_class": "LlamaTokenizer" if is_sentencepiece(tokenizer)
             else "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"], "add_bos_token": begins,
-            "add_eos_token": False, "legacy": bool(tokenizer.flags & PREFIX_EACH),
-            "bos_token": tokenizer.text_of(tokenizer.begins) if begins else None,
-            "eos_token": tokenizer.text_of(ends[0]) if ends else None,
-            "unk_token": tokenizer.text_of(unknown[0]) if unknown else None,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "add_bos_token": tokenizer.begins >= 0, "add_eos_token": False,
+            "legacy": bool(tokenizer.flags & PREFIX_EACH),
+            "bos_token": bos, "eos_token": eos, "unk_token": unknown,
             # Null says that there is no form, where silence would mean an old one.
             "chat_template": own_template(tokenizer.chat, tokenizer.takes)
             if any(tokenizer.chat) else None}
-
 
 # ------------------------------------------------------------------------------------------------
 # 16. The command line

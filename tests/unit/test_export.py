@@ -547,7 +547,8 @@ class TestKinds(Case):
 
     def test_meta_seq_len(self):
         folder = write_meta(self.path(), Small(False))
-        for changes, seq in (({}, 4096), ({"norm_eps": 1e-6}, 2048), ({"rope_theta": 1e6}, 16384)):
+        for changes, seq in (({}, 4096), ({"norm_eps": 1e-6}, 2048), ({"rope_theta": 1e6}, 16384),
+                             ({"rope_theta": 5e5}, 8192)):
             params = model_args(Small(False), **changes)
             del params["max_seq_len"]
             save(os.path.join(folder, "params.json"), params)
@@ -619,6 +620,11 @@ class TestHuggingFace(Case):
         self.assertEqual(self.header(small, sliding_window=16, **mistral)["window"], 16)
         self.assertEqual(self.header(small, sliding_window=None, **mistral)["window"], 0)
         self.assertEqual(self.header(small, architectures=["LLaMAForCausalLM"])["dim"], small.dim)
+        # What a config.json does not say; and its type counts more than its class.
+        absent = {"max_position_embeddings": "absent", "sliding_window": None}
+        self.assertEqual(self.header(small, **absent)["seq"], 2048)
+        self.assertEqual(self.header(small, **absent, **mistral)["seq"], 131072)
+        self.assertEqual(self.header(small, model_type="mistral", sliding_window=16)["window"], 16)
 
     def test_rope(self):
         small = Small(True)
@@ -659,6 +665,19 @@ class TestHuggingFace(Case):
                     save(os.path.join(folder, "pytorch_model.bin.index.json"),
                          {"weight_map": index})
                 self.assertEqual(self.export(folder), want)
+
+    def test_a_tensor_in_two_shards(self):
+        """It is the one in the shard that the index names."""
+        small = Small(True)
+        folder = write_hf(self.path(), small, shards=2)
+        want, name = self.export(folder), "model.norm.weight"
+        first, second = (os.path.join(folder, "model-0000%d-of-00002.safetensors" % n) for n in (1, 2))
+        weights = hf_weights(small)
+        parts = [{key: weights[key] for key in sorted(weights)[n::2]} for n in (0, 1)]
+        other = ["F32", [small.dim], f32([9] * small.dim)]
+        for path, part in zip((first, second), parts):
+            save(path, safetensors({name: other, **part}))
+        self.assertEqual(self.export(folder), want)
 
     def test_mistral_consolidated(self):
         small = Small(False)
@@ -958,6 +977,11 @@ class TestTokenizers(Case):
         _, pieces = self.pieces(sentencepiece(), "tokenizer.model",
                                 tokenizer_config={"added_tokens_decoder": decoder})
         self.assertEqual(pieces[270:272], want)
+        # A tokenizer.json may lack them; and what a map names as special is no text.
+        for name, content in ("tokenizer.json", tokenizer_json()), ("tokenizer.model", sentencepiece()):
+            _, pieces = self.pieces(content, name, added_tokens={"<|im|>": 270, "x\u2581y": 271},
+                                    special_tokens_map={"additional_special_tokens": ["<|im|>"]})
+            self.assertEqual(pieces[270:272], want)
 
     def test_added_tokens_behind_the_last_row(self):
         want = self.pieces(sentencepiece(), "tokenizer.model")[1]
@@ -1958,6 +1982,41 @@ class TestBack(Case):
         for name in "config.json", "generation_config.json":
             self.assertEqual(self.json(folder, name)["eos_token_id"], [2, 279])
 
+    def test_no_end(self):
+        """Where </s> ends nothing, it does not do so after the way back."""
+        small = Small(True)
+        folder = write_hf(self.path(), small, config=hf_config(small, eos_token_id=None))
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        save(os.path.join(folder, "tokenizer.json"), tokenizer_json(
+            normalizer=None, pre_tokenizer={"type": "Metaspace", "prepend_scheme": "first"}))
+        save(os.path.join(folder, "tokenizer_config.json"), {"eos_token": None})
+        data = self.export(folder)
+        self.assertEqual(parse(data, small)[0]["ends"], [])
+        self.there_and_back(data, small)
+
+    def test_merges_that_scores_cannot_say(self):
+        """SentencePiece would join ab even where neither a nor b is a piece."""
+        small, names = Small(True), NAMES[:259] + ["\u2581", "c", "ab", "abc"]
+        content = tokenizer_json(model={"vocab": {name: n for n, name in enumerate(names)},
+                                        "merges": [["ab", "c"]], "byte_fallback": False})
+        folder = write_hf(self.path(), small)
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        save(os.path.join(folder, "tokenizer.json"), content)
+        data = self.export(folder)
+        self.assertEqual(self.export(self.back(data)), data)
+
+    def test_newlines_of_bytes(self):
+        """The space after a newline is taken back by other tools, too."""
+        small = Small(True)
+        folder = write_hf(self.path(), small)
+        os.remove(os.path.join(folder, "tokenizer.model"))
+        content = dict(byte_level(GPT2_STEPS), normalizer={
+            "type": "Replace", "pattern": {"String": "\n"}, "content": "\n "})
+        save(os.path.join(folder, "tokenizer.json"), content)
+        back = self.back(self.export(folder, quiet=False))
+        self.assertEqual([step["type"] for step in self.json(back)["decoder"]["decoders"]],
+                         ["ByteLevel", "Replace"])
+
     def test_rope(self):
         """From the frequencies back to the settings that they came from."""
         small = Small(True, head=64, heads=1, kv=1, layers=1)
@@ -2102,6 +2161,7 @@ class TestBack(Case):
                 ((0, 0, "x\u2581".encode()), "damaged"), ((0, 0, b"ab"), "both be 'ab'"),
                 ((0, 0, b"<0x41>"), "both be '<0x41>'"), ((0, 1, b"<s>"), "both be '<s>'")):
             refused(flat(PADDED[:-1] + [piece], small), word)
+        refused(flat(PADDED, small, bos=279), "piece 279, which has no name")
         pieces = [(0, 0, b"?") if piece == (0, 3, b"A") else piece for piece in PADDED]
         refused(flat(pieces, small), "255 byte pieces")
         self.refused(self.folder, "folder", to=("--to", "hf"))
@@ -2190,6 +2250,8 @@ class TestRefusals(Case):
         self.hf("rope_scaling", "factor is 0", rope_scaling={"type": "linear", "factor": 0})
         self.hf("rope_scaling", "dynamic", rope_scaling={"type": "dynamic", "factor": 2})
         self.hf("rope_scaling", "yarn", rope_parameters={"rope_type": "yarn"})
+        self.hf("rope_scaling", "no type", rope_scaling={"factor": 2.0})
+        self.hf("granite", model_type="granite")
         self.hf("partial_rotary_factor", partial_rotary_factor=.5)
         self.hf("quantization_config", quantization_config={"bits": 4})
         self.hf("hidden_act", "gelu", hidden_act="gelu")
@@ -2233,6 +2295,7 @@ class TestRefusals(Case):
                 name: [dtype, [16, 32], bytes(512 * size)]}))
         self.hf(name, "(16, 32)", "(32, 16)", weights=dict(weights, **{
             name: ["F32", [32, 16], bytes(2048)]}))
+        self.hf("two tensors of one name", weights=dict(weights, **{"module." + name: weights[name]}))
         del weights[name]
         self.hf(name, "missing", "(16, 32)", weights=weights)
         self.hf("lm_head.weight", "missing", tie_word_embeddings=False)
@@ -2513,6 +2576,13 @@ class TestRefusals(Case):
         at = good.rindex(b"PK\1\2")
         save(path, good[:at + 20] + struct.pack("<II", 10 ** 9, 10 ** 9) + good[at + 28:])
         self.refused(path, "truncated")
+        for order in b"little", b"big":
+            torch_save(path, checkpoint(small))
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr("archive/byteorder", order)
+            if order == b"little":
+                self.export(path)
+        self.refused(path, "byte order")
         torch_save(path, {"model": {}})
         self.refused(path, "model_args")
         name, data = "layers.0.attention.wk.weight", f32([0] * 512)
