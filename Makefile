@@ -105,6 +105,7 @@ TRIP = tests/lab $(call quoted,$(MODEL)) trip -i "$(ADVICE)" -V 1
 EXPLORE = tests/lab $(call quoted,$(MODEL)) explore -i "To be" -n 64 -k 20
 PROBE = tests/lab $(call quoted,$(MODEL)) probe -i "To be" -n 40 -V .5 -k 20
 SHOWER = tests/lab $(call quoted,$(MODEL)) shower -i "To be" -n 100 -H .8 -k 100 -s 1
+STEP = ./train_step $(call quoted,$(MODEL))
 trip: tests/lab
 	$(TRIP)
 
@@ -127,9 +128,11 @@ page: tests/lab train_step
 	$(EXPLORE) -o lab/explore.csv > lab/explore.txt
 	$(PROBE) -o lab/probe.csv > lab/probe.txt
 	$(SHOWER) -o lab/shower.csv > lab/shower.txt
-	./train_step $(call quoted,$(MODEL)) -t lab/words.csv -a lab/losses.csv > lab/step.txt
-	python3 tests/laboratory/page.py $(TABLES) -o lab.html -p trip='$(ADVICE)' \
-		-p explore='To be' -p probe='To be' -p shower='To be' -n $(call quoted,$(NOTE))
+	$(STEP) -t lab/words.csv -a lab/losses.csv > lab/step.txt
+	python3 tests/laboratory/page.py $(TABLES) -o lab.html -n $(call quoted,$(NOTE)) \
+		-c $(call quoted,trip=$(TRIP)) -c $(call quoted,explore=$(EXPLORE)) \
+		-c $(call quoted,probe=$(PROBE)) -c $(call quoted,shower=$(SHOWER)) \
+		-c $(call quoted,step=$(STEP))
 
 pretrain: tests/pretrain
 	tests/pretrain tests/fresh.bin $(SEED)

@@ -692,8 +692,9 @@ static void print_staircase(const Trip *trip, int shown) {
     // what the lines say
     double first = left_of(trip_levels(trip, WINDOW, 0, shown), map.n_levels);
     double last = left_of(trip_levels(trip, WINDOW, n_layers - 1, shown), map.n_levels);
-    const char *verdict = first < last * 3 / 4 ? "early glitches are corrected, late ones cannot be"
-                                               : "here early glitches are not corrected";
+    const char *verdict = first < last * 3 / 4
+                              ? "early glitches fade, late ones have no layers left to fade in"
+                              : "here early glitches do not fade";
     printf("\nOf the first window's peak %.0f %% is left at the end, of the last one's %.0f %%:\n"
            "%s.\n", first, last, verdict);
 }

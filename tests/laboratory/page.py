@@ -310,6 +310,10 @@ PAGE = """<!DOCTYPE html>
 <h1>A model on DRµGS</h1>
 <p>What random turns of hidden vectors, and one gradient step, do to a Llama. Everything on this
 page was measured. Rows, marks and sliders can be chosen.</p>
+<p>A <b>glitch</b> turns a vector inside the network by a random angle of at most θ, the <b>dose</b>, in
+radians. Five <b>sites</b> can be dosed: H, what attention reads; Q, queries; K, keys; V, values; A,
+what attention gives. A model without a dose is <b>sober</b>, and a <b>twin</b> is the same model with a
+dose. A <b>nat</b> measures surprise: −log of a probability; .69 nats are one half, 2.3 one tenth.</p>
 @NOTE@
 <nav aria-label="Questions">@LINKS@</nav>
 <noscript><p>The pictures are drawn by a script in this file. Please allow it.</p></noscript>
@@ -351,15 +355,15 @@ BODIES = {
     "trip": """\
 <p>One site, <b class="site">H, Q, K, V or A</b>, is dosed in a few layers; everything else is
 computed as always. At every level the last token's hidden state is compared with that of a sober
-twin: 1
-− cosine is 0 where nothing has arrived, and about half the square of the angle. Level 0 is the
-embedding, level l + 1 is what leaves layer l.</p>
+twin: 1 − cosine is 0 where nothing has arrived, and about half the square of the angle between the two.
+Level 0 is the embedding, level l + 1 is what leaves layer l.</p>
 <div class="controls">@theta@
 <fieldset data-control="kind"><legend>dosed are</legend></fieldset></div>
 <div class="beside">
 <figure class="model"><figcaption>Where the dose acts</figcaption></figure>
-<figure class="wide"><figcaption>Each row is an injection, in shades of its own peak. Outlined: what
-leaves a dosed layer. On the right: how much of the peak is left at the end.</figcaption>
+<figure class="wide"><figcaption>Each row is a dose around another layer, each column a level. A row has
+shades of its own peak, the largest distance in it. Outlined: what leaves a dosed layer. Last: how much
+of the peak remains at the last level.</figcaption>
 <table class="stairs"></table></figure>
 </div>
 <div class="figures">
@@ -370,10 +374,10 @@ bold.</figcaption><table class="next"></table></figure>
 </div>""",
 
     "probe": """\
-<p>The sober model wrote this text. Drugged twins read it, too, and were asked at every token what
-they would have written. The stronger its shade, the fewer agree; the table has the words of those
-who do not. Agreement is not the same as probability: a token may be a close decision that no twin
-doubts.</p>
+<p>The sober model wrote this text. Drugged twins, each with a seed of its own, read it, too, and were
+asked at every token what they would have written. The stronger its shade, the fewer agree; the table
+has the words of those who do not. Agreement is not the same as probability: twins may all choose a
+token that has a small one.</p>
 <figure><blockquote class="tokens"></blockquote></figure>
 <figure><table class="doubts"></table></figure>""",
 
@@ -387,21 +391,22 @@ class="seeds">seeds</span>.</p>
 </div>
 <figure><figcaption>The sober text:</figcaption><blockquote class="before"></blockquote></figure>
 <figure><figcaption>All doses, each text from the first word that is not the sober one’s.
-<ins>Underlined</ins>: words that the sober text has not.</figcaption>
+<ins>Underlined</ins>: what is not as in the sober text, read side by side.</figcaption>
 <table class="ladder"></table></figure>
 <div class="beside">
-<figure class="curves wide"><figcaption>What makes texts more various makes them less likely. At the
-same diversity, whose texts does the sober model find likelier? Higher is better. Each line is a
-method, each mark on it a strength, with its standard error; † some of its texts ended
-early.</figcaption></figure>
-<figure><figcaption>Nats a token by which a method’s texts are likelier than those of temperature at
-the same diversity.</figcaption><table class="gains"></table></figure>
+<figure class="curves wide"><figcaption>What makes texts more various makes them less likely. A method is
+better than another if its texts are likelier at the same diversity: if its line lies higher. Each mark
+on a line is a strength, with its standard error; † some of its texts ended early.</figcaption></figure>
+<figure><figcaption>Nats a token by which a method’s texts are likelier (−: less likely) than those of
+temperature at the same diversity, mean over the strengths that temperature matches.</figcaption><table
+class="gains"></table></figure>
 </div>""",
 
     "shower": """\
-<p>A drugged model also remembers the text so far as it saw it drugged. A cold shower computes that
-memory once more, soberly; what was written stays written. Cost is how surprised the sober model
-is by the text, in nats a token: the less, the better.</p>
+<p>Where a model is drugged, its memory of the text is drugged, too: later words read it. A cold shower
+computes that memory once more, soberly; what was written stays written. Cost is how surprised the
+sober model is by the text, in nats a token: the less, the better. († The text ended before the
+others; its cost is the mean over fewer tokens.)</p>
 <div class="beside">
 <figure class="curve"><figcaption>Cost over how often a shower comes: each dot is a seed, the bars
 are the mean and its standard error.</figcaption></figure>
@@ -409,17 +414,18 @@ are the mean and its standard error.</figcaption></figure>
 </div>""",
 
     "step": """\
-<p>The model has seen one sentence, once, and took a single step down its gradient. A loss is how
-surprised it is by a text, in nats a token; a nat is a factor of e = 2.7 in a probability.</p>
+<p>The trained model is shown one more sentence, the lesson, once, and takes a single step down its
+gradient. It knows the sequel by heart, but before the step it does not begin with it. A loss is how
+surprised the model is by a text, in nats a token.</p>
 <dl class="sources"></dl>
 <figure class="texts"><figcaption>After each step size. Words with their neighbours <b
 class="lesson">from the lesson</b>, <b class="sequel">from its sequel</b>, and all
 others.</figcaption>
 <table class="ladder"></table></figure>
 <figure class="losses"><figcaption>The lesson’s loss should fall while the others stay where they
-are. The first order is what the slope had promised; it leaves the picture where it promises less
-than nothing. A size of 0 has no place on this axis and stands before the
-break.</figcaption></figure>""",
+are. First order: what the lesson’s loss would be if it fell along a straight line, which for large
+steps ends below 0 and leaves the picture. A size of 0 has no place on this axis and stands before
+the break.</figcaption></figure>""",
 }
 
 SLIDERS = {"theta": "angle θ, radians", "seed": "seed of the texts"}
@@ -459,17 +465,17 @@ def body_of(kind):
     return fill(BODIES[kind], **sliders)
 
 
-def page_of(sections, note, prompts):
-    """The whole page, as text. prompts: those that are known, by kind."""
+def page_of(sections, note, commands):
+    """The whole page, as text. commands: with which a kind was measured, if that is known."""
     links = []
     parts = []
     for i, (kind, files, data) in enumerate(sections):
         name = "%s-%d" % (kind, i + 1)
         links.append('<a href="#%s">%s</a>' % (name, TITLES[kind]))
         body = body_of(kind)
-        if kind in prompts:
-            body = '<p class="prompt">The prompt: <q>%s</q></p>\n%s' % (
-                text_in_html(prompts[kind]), body)
+        if kind in commands:
+            body = '<p class="command">Measured with <code>%s</code></p>\n%s' % (
+                text_in_html(commands[kind]), body)
         parts.append(fill(SECTION, KIND=kind, ID=name, TITLE=TITLES[kind],
                           FILES=text_in_html(", ".join(files)), BODY=body,
                           DATA=json_in_html(data)))
@@ -494,17 +500,17 @@ def main():
     parser.add_argument("-o", dest="out", required=True, metavar="page.html")
     parser.add_argument("-n", dest="note", default="", metavar="note",
                         help="a sentence for the top of the page: which model")
-    parser.add_argument("-p", dest="prompts", default=[], action="append", metavar="kind=prompt",
-                        help="the prompt of a trip, explore, probe or shower")
+    parser.add_argument("-c", dest="commands", default=[], action="append", metavar="kind=command",
+                        help="with what a trip, explore, probe, shower or step was measured")
     options = parser.parse_args()
-    prompts = dict(prompt.split("=", 1) for prompt in options.prompts if "=" in prompt)
-    if len(prompts) < len(options.prompts) or set(prompts) - set(TITLES):
-        parser.error("-p takes trip, explore, probe or shower, =, and a prompt; got %s"
-                     % " ".join(options.prompts))
+    commands = dict(one.split("=", 1) for one in options.commands if "=" in one)
+    if len(commands) < len(options.commands) or set(commands) - set(TITLES):
+        parser.error("-c takes trip, explore, probe, shower or step, =, and a command; got %s"
+                     % " ".join(options.commands))
     if not options.out.endswith(".html"):
         parser.error("-o takes a file that ends in .html; got '%s'" % options.out)
     try:
-        write_page(options.out, page_of(sections_of(options.tables), options.note, prompts))
+        write_page(options.out, page_of(sections_of(options.tables), options.note, commands))
     except Wrong as wrong:
         print("page: " + " ".join(str(wrong).split()), file=sys.stderr)
         return 1
@@ -571,7 +577,7 @@ p { max-width: 46rem; margin: .6rem 0; }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
 nav a { padding: .2rem 0; }
 a { color: var(--strong); }
-.note, .file, .prompt { color: var(--soft); font-size: .875rem; }
+.note, .file, .command { color: var(--soft); font-size: .875rem; }
 .file { margin: 1rem 0 0; font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
 section {
     background: var(--panel);
@@ -1188,8 +1194,8 @@ function trip(section, data) {
             ? "Without a dose the twins are the same to the last bit."
             : `At θ = ${thetas[t]}, ${whole(first)} of the peak is left at the end when the dose is ` +
               `${around(0)}, and ${whole(last)} when it is ${around(data.layers - 1)}: ` +
-              (first < last * .75 ? "early glitches are corrected, late ones cannot be."
-                                  : "here early glitches are not corrected.");
+              (first < last * .75 ? "early glitches fade, late ones have no layers left to fade in."
+                                  : "here early glitches do not fade.");
         drawModel(find(".model"), data.layers, data.site, layer => isDosed(p, layer));
         drawProfile(p, t);
         drawNext(drugged(kind.value, p, t));
@@ -1384,7 +1390,8 @@ function explore(section, data) {
         strength.show();
         const cell = one.cells[strength.value];
         const gain = one.gain === null ? "." : "; at the same diversity the sober model finds " +
-            `${one.name}’s texts ${short(Math.abs(Number(one.gain.toFixed(2))))} nats a token ` +
+            `${one.name}’s texts of all strengths ` +
+            `${short(Math.abs(Number(one.gain.toFixed(2))))} nats a token ` +
             `${one.gain < 0 ? "less likely" : "likelier"} than those of temperature.`;
         find(".answer").textContent =
             `${one.name} ${cell.strength}: ${share(cell)} texts differ from the sober one` + gain;

@@ -300,7 +300,7 @@ Test(trip, draws_a_staircase) {
         "     2 │       [▓▓▓ ███ ███]│     0.165      4  100 %\n"
         "     3 │           [    ███]│      0.25      4  100 %\n\n"
         "Of the first window's peak 100 % is left at the end, of the last one's 100 %:\n"
-        "here early glitches are not corrected.\n");
+        "here early glitches do not fade.\n");
 }
 
 // The sentence below says what the lines say, and no line has more than 80 columns.
@@ -318,7 +318,7 @@ Test(trip, says_what_it_shows) {
     stdout = before;
     fclose(shown);
     cr_assert(strstr(text, "Of the first window's peak 50 % is left at the end, of the last one's 100 %:\n"
-                           "early glitches are corrected, late ones cannot be.\n"), "%s", text);
+                           "early glitches fade, late ones have no layers left to fade in.\n"), "%s", text);
     for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"))
         cr_assert(count_characters(line, (int)strlen(line)) <= 80, "%s", line);
     free(text);

@@ -264,7 +264,7 @@ class TestTexts(PageCase):
         name = "<b onclick='x'>&amp;\"@NOTE@.csv"
         table = self.table(name, explore_rows(HOSTILE))
         note = "".join(HOSTILE)
-        text, page = self.page(table, "-n", note, "-p", "explore=" + note)
+        text, page = self.page(table, "-n", note, "-c", "explore=" + note)
         (_, data), = page.sections
         self.assertEqual(json.loads(data)["texts"], HOSTILE[:5])     # of the first seeds
         self.assertNotRegex(data, r"[<>&]|[^\x20-\x7e]")
@@ -363,8 +363,8 @@ class TestErrors(PageCase):
         self.assertRegex(done.stderr.decode(), r"\Apage: [^\n]*x.html cannot be written[^\n]*\n\Z")
         self.assertEqual(self.draw(table, "-o", table).returncode, 2)
         self.assertEqual(self.draw(table).returncode, 2)
-        for prompt in "explore", "nothing=x":
-            self.assertEqual(self.draw(table, "-o", self.path("x.html"), "-p", prompt).returncode, 2)
+        for command in "explore", "nothing=x":
+            self.assertEqual(self.draw(table, "-o", self.path("x.html"), "-c", command).returncode, 2)
 
 
 if __name__ == "__main__":
