@@ -47,10 +47,6 @@ answer 'logits[argmax(logits, n)]'
 # the heap holds merges that have a pair, and nothing else
 answer 'pair->rank'
 answer 'pair->left'
-# gcc 12 counts the bits of a vector of numbers as if it were one number
-answer '(wide & 0x8000) << 16'
-answer '(wide & 0x7FFF) << 13'
-answer 'return (vec)(wide << 16)'
 # a vocabulary has a piece at least, and the largest exp is 1
 answer 'return log(sum) + max'
 
@@ -80,9 +76,11 @@ else
     echo 'skipped: cppcheck'
 fi
 # What is not given back when a program ends early is not a leak; make debug looks for the others.
+# And gcc 12 counts the bits of a vector of numbers as if it were one number.
 if gcc -fanalyzer -E -x c /dev/null > /dev/null 2>&1; then
     for program in $programs; do
         gcc -std=gnu11 -O1 -fanalyzer -Wno-analyzer-malloc-leak -Wno-analyzer-file-leak \
+            -Wno-analyzer-shift-count-overflow \
             -c $program -o "$work/object"
     done 2> "$work/said"
     report 'gcc -fanalyzer' < "$work/said"
