@@ -742,8 +742,8 @@ static void print_next_token(const Trip *trip, int i_theta) {
         printf(" %5.1f %%  %5.1f %%  ", 100 * p, 100 * q);
         free(text);
         double longest = 100 * fmax(p, q);
-        for (double percent = 1.25; percent < longest; percent += 2.5)
-            putchar(bar_sign(percent, p, q));
+        for (int sign = 0; 2.5 * sign + 1.25 < longest; sign++) // each stands for 2.5 %
+            putchar(bar_sign(2.5 * sign + 1.25, p, q));
         puts("");
     }
 }
