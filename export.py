@@ -2224,13 +2224,6 @@ def warn_of_unread(path, settings, read):
     if unread:
         warn(path, f"nothing here reads {some(unread, 8)}; if that changes what the model "
              "computes, the file is another model")
-def warn_of_unread(path, settings, read):
-    """What nobody reads is no secret; a setting of nothing, 0 or false asks for nothing."""
-    unread = [name for name, value in settings.items()
-              if value and name not in read and not HARMLESS.fullmatch(name)]
-    if unread:
-        warn(path, f"nothing here reads {some(unread, 8)}; if that changes what the model "
-             "computes, the file is another model")
 
 
 def tie(path, config, found, family):

@@ -78,7 +78,7 @@ WITH_SANITIZERS = {
                      "./train_step " + SMALL + "-x last -t s.csv -Q .5 -A .5"),
     "tests/laboratory/lab.c": ("tests/lab tests/hamlet.bin trip -i 'To be, or not to be' -k 1 -o s.csv",
                     "tests/lab tests/hamlet.bin probe " + SMALL[17:] + "-k 2 -o s.csv",
-                    "tests/lab tests/hamlet.bin explore " + SMALL[17:] + "-k 2 -o s.md",
+                    "tests/lab tests/hamlet.bin explore -i 'To be' -n 9 -k 2 -o s.md",
                     "tests/lab tests/hamlet.bin shower " + SMALL[17:] + "-k 2 -o s.csv"),
 }
 
