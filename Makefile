@@ -146,8 +146,8 @@ portability:
 
 # With LLAMA2C=FOLDER, which has run.c and tokenizer.bin, that program is timed as well.
 bench: tests/bench
-	$(if $(LLAMA2C),$(CC) -Ofast -march=native -fopenmp '$(LLAMA2C)/run.c' -o tests/llama2c -lm)
-	tests/bench $(if $(LLAMA2C),tests/llama2c '$(LLAMA2C)/tokenizer.bin')
+	$(if $(LLAMA2C),$(CC) -Ofast -march=native -fopenmp $(call quoted,$(LLAMA2C)/run.c) -o tests/llama2c -lm)
+	tests/bench $(if $(LLAMA2C),tests/llama2c $(call quoted,$(LLAMA2C)/tokenizer.bin))
 
 c_tests: $(C_TESTS) tests/digest
 	tests/test_drugs

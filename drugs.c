@@ -3082,12 +3082,13 @@ static void widen(float *to, Weights w, ptrdiff_t first, ptrdiff_t n) {
 // lucky for a while.
 // A trial that was lost cost some time, and the next one comes after a hundred times as long.
 // Single rows and many rows are decided upon separately, as their products differ in length.
-static struct {
+typedef struct {
     bool one_thread;   // the way now
     int n_won;         // trials in a row that the other way has won
     double next_trial; // the time, in seconds
-} teams[2];            // for one row, for many rows
-static bool solo;      // whether what is computed now has one thread
+} Team;
+static Team teams[2]; // for one row, for many rows
+static bool solo;     // whether what is computed now has one thread
 
 static bool worth_threads(double bytes) {
     return bytes > WORTH_THREADS && !solo;
@@ -3096,29 +3097,27 @@ static bool worth_threads(double bytes) {
 static void all_layers(Run *run) {
     const int n_layers = run->model->config.n_layers;
     const int last = n_layers > 4 ? 4 : (n_layers - 1) / 2 * 2; // layers 1 to last are compared
-    bool *one_thread = &teams[run->n_rows > 1].one_thread;
-    int *n_won = &teams[run->n_rows > 1].n_won;
-    double *next_trial = &teams[run->n_rows > 1].next_trial;
-    const bool trial = last > 0 && now() >= *next_trial;
+    Team *team = &teams[run->n_rows > 1];
+    const bool trial = last > 0 && now() >= team->next_trial;
     double seconds[] = {0, 0}; // of the layers that are compared: the way now, the other way
     for (int layer = 0; layer < n_layers; layer++) {
         const bool other = trial && layer % 2 && layer < last;
-        solo = *one_thread != other;
-        double start = now();
+        solo = team->one_thread != other;
+        double start = trial ? now() : 0;
         layer_forward(run, layer);
-        if (layer > 0 && layer <= last)
+        if (trial && layer > 0 && layer <= last)
             seconds[other] += now() - start;
     }
     if (trial) {
         const double lost = seconds[true] - seconds[false];
-        *n_won = seconds[true] < .8 * seconds[false] ? *n_won + 1 : 0;
-        *next_trial = now() + 100 * fmax(lost, 0);
+        team->n_won = seconds[true] < .8 * seconds[false] ? team->n_won + 1 : 0;
+        team->next_trial = now() + 100 * fmax(lost, 0);
     }
-    if (*n_won > (*one_thread ? 2 : 0)) {
-        *one_thread = !*one_thread;
-        *n_won = 0;
+    if (team->n_won > (team->one_thread ? 2 : 0)) {
+        team->one_thread = !team->one_thread;
+        team->n_won = 0;
     }
-    solo = *one_thread;
+    solo = team->one_thread;
 }
 
 static void add_scaled(float *y, float a, const float *x, int n) {

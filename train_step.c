@@ -967,7 +967,7 @@ typedef struct Text {
     int *tokens;        // (n_new) what was written; the caller makes room
     int n_tokens;
     // For the laboratory.
-    int shower_every;   // a cold shower after so many drugged tokens, 0: never
+    int shower_every;   // a cold shower after this many drugged tokens, 0: never
     // If set, called for each token but the last, before the next one is chosen: with what left the
     // layers (dim) and with the logits (vocab_size), which it may change.
     void (*watch)(struct Text *text, const float *state, float *logits);
@@ -1136,9 +1136,11 @@ static double print_gradient(const Step *step) {
         total += kinds[which];
     }
     printf("\n                  by kind:   ");
-    for (int which = 0; which < n_kinds; which++)
-        printf("%s%s %s %.3g", which ? "," : "", which && which % 4 == 0 ? indent : "",
-               names[which], sqrt(kinds[which]));
+    for (int which = 0; which < n_kinds; which++) {
+        fputs(which ? "," : "", stdout);
+        printf("%s %s %.3g", which && which % 4 == 0 ? indent : "", names[which],
+               sqrt(kinds[which]));
+    }
     printf("\n                  in all:     %.4g\n", sqrt(total));
     // A step of size s promises to lower the loss by s |g|² (see print_after). With the default
     // lesson and model, where .001 is a good size, that is .69 nats.
