@@ -2419,7 +2419,7 @@ static void write_round(Writer *writer, const Talk *talk, Span question) {
 static void chat_round(Talk *talk, Span question) {
     const Model *m = talk->run.model;
     int length = talk->sequence.length;
-    while (question.length && strchr("\r\n", question.bytes[question.length - 1]))
+    while (question.length && memchr("\r\n", question.bytes[question.length - 1], 2))
         question.length--; // the end of the line is not part of what was said
     if (!question.length)
         return;

@@ -315,6 +315,10 @@ class TestChat(Case):
         # Nothing is said by empty lines, nor by how lines end.
         for said in b"\nhello\n\n\nand you?", b"hello\r\nand you?\r\n\r\n":
             self.assertEqual(self.chat(said=said).out, two.out, said)
+        # A zero byte before the end of a line is no end of a line: it was typed, and is read.
+        read = [int(re.search(r"read (\d+) ", self.chat(said=said).err).group(1))
+                for said in (b"hello\n", b"hello\0\n")]
+        self.assertGreater(read[1], read[0])
         # The second turn remembers the first.
         self.assertNotEqual(self.chat(said=b"and you?\n").out, two.out[len(one.out):])
 
