@@ -1374,7 +1374,7 @@ static const char STEP_USAGE[] =
     "  -g <text>    how the lesson goes on, or @file: measured, not taught (the soliloquy);\n"
     "               begin it with a space or a new line, as it follows the lesson\n"
     "  -f <file>    other text, measured too (a built-in paragraph)\n"
-    "  -y <text>    the other cure: a prompt for the untouched model (Here is one of ...;\n"
+    "  -y <text>    a better prompt, for the untouched model (Here is one of ...;\n"
     "               none if -l is given)\n"
     "  -t <file>    the whole table as .csv or .md\n"
     "  -a <file>    the losses after the step as .csv; tests/laboratory/page.py draws both\n"
@@ -1487,7 +1487,7 @@ static Experiment parse_experiment(int argc, char **argv) {
     give_shape(&e.noise);
     if (!e.sequel) // a lesson of one's own has no sequel unless one is given
         e.sequel = e.lesson ? "" : SEQUEL;
-    if (!e.cure) // and no other cure: whether it needs one, and which, its teacher knows
+    if (!e.cure) // and no prompt of ours says what such a lesson wants
         e.cure = e.lesson ? "" : CURE;
     if (!e.lesson) // unless it was given
         e.lesson = PHRASE;

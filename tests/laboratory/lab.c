@@ -1042,7 +1042,8 @@ static void probe(const Model *m, const LabOptions *options) {
  *     noise on the logits   each gets a random number of its own, then the largest is taken
  *
  * The last one is there to be fair.
- * It is noise, too, as simple as can be, but it comes after all layers, so none of them can answer to it.
+ * It is noise, too, as simple as can be.
+ * But it comes after all layers, so none of them can answer to it.
  * If a dose inside the network is worth anything, it must do better than that.
  *
  * What makes texts more various also makes them less likely.
