@@ -2419,7 +2419,8 @@ static void write_round(Writer *writer, const Talk *talk, Span question) {
 static void chat_round(Talk *talk, Span question) {
     const Model *m = talk->run.model;
     int length = talk->sequence.length;
-    while (question.length && memchr("\r\n", question.bytes[question.length - 1], 2))
+    static const char ends[] = {'\r', '\n'};
+    while (question.length && memchr(ends, question.bytes[question.length - 1], sizeof ends))
         question.length--; // the end of the line is not part of what was said
     if (!question.length)
         return;
